@@ -1,0 +1,58 @@
+"""The cartridge: a trainable KV cache of `p` slots in place of a corpus."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a cartridge must agree on with its base model."""
+
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+
+    def bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        return 2 * self.num_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+
+
+class Cartridge(nn.Module):
+    """Keys (after RoPE) and values for the first `p` cache positions of a frozen model.
+
+    Source: the paper's parametrisation (arXiv 2506.06266, section on initialisation): slot 0 is the
+    attention sink and stays frozen, or training diverges; all other slots are free parameters.
+
+    `keys` and `values` are `[num_layers, num_key_value_heads, p, head_dim]`. The first
+    `num_frozen_tokens` slots are buffers, the rest are float32 parameters, so that an optimiser
+    given `parameters()` never sees the sink and small updates are not lost to bfloat16.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_frozen_tokens: int = 1):
+        super().__init__()
+        if keys.shape != values.shape or keys.dim() != 4:
+            raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must be "
+                             "[num_layers, num_key_value_heads, p, head_dim] alike")
+        if not 0 <= num_frozen_tokens <= keys.shape[2]:
+            raise ValueError(f"num_frozen_tokens {num_frozen_tokens} is not in 0..{keys.shape[2]}")
+        self.num_frozen_tokens = num_frozen_tokens
+        for name, tensor in (("keys", keys), ("values", values)):
+            tensor = tensor.detach().float()
+            self.register_buffer(f"frozen_{name}", tensor[:, :, :num_frozen_tokens].clone())
+            self.register_parameter(
+                f"trainable_{name}", nn.Parameter(tensor[:, :, num_frozen_tokens:].clone()))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_frozen_tokens + self.trainable_keys.shape[2]
+
+    @property
+    def shape(self) -> KVShape:
+        layers, heads, _, head_dim = self.trainable_keys.shape
+        return KVShape(layers, heads, head_dim)
+
+    def keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both `[num_layers, num_key_value_heads, p, head_dim]`, float32, differentiable."""
+        return (torch.cat([self.frozen_keys, self.trainable_keys], dim=2),
+                torch.cat([self.frozen_values, self.trainable_values], dim=2))

@@ -1,0 +1,183 @@
+"""Settings, one frozen class a stage. The string under a field says what it means.
+
+`load(BuildSettings, file, overrides)` merges defaults < YAML file < `stage.key=value` overrides.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cartridges.errors import UserError
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSettings(Settings):
+    name: str = DEFAULT_MODEL
+    """Hub id or local directory of a Llama- or Qwen3-type instruct model."""
+    revision: str | None = None
+    """Hub revision; None is the hub's default branch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype. auto: bfloat16 on a GPU and on CPUs with AMX, float32 on other CPUs."""
+
+
+class CorpusSettings(Settings):
+    corpus_id: str | None = None
+    """Row of a JSONL corpus, or a shell pattern (`services/*`) that joins several in file order."""
+
+
+class ChunkSettings(Settings):
+    max_tokens: int = Field(160, ge=16)
+    """Longest chunk in tokens. Short, because a small teacher is right only about what is near
+    (0.95 containment with one paragraph in context, 0.20 with 24)."""
+
+
+class SynthesizeSettings(Settings):
+    chunk: ChunkSettings = ChunkSettings()
+    num_conversations: int = Field(0, ge=0)
+    """Conversations to plan before filtering; 0 derives it from the corpus length and the budget."""
+    families: dict[str, float] = {}
+    """Seed family -> share of the planned conversations; empty takes the default mixture."""
+    topk: int = Field(20, ge=1)
+    """Teacher log-probabilities kept at each answer token (the paper's 20)."""
+    asking_temperature: float = Field(0.6, ge=0)
+    """Sampling temperature of the asking side (the paper's 0.6)."""
+    max_question_tokens: int = Field(48, ge=8)
+    max_answer_tokens: int = Field(64, ge=1)
+    """Longest answer the teacher writes. One that does not end by itself is dropped and counted."""
+    num_actors: int = Field(1, ge=1)
+    """Ray Data actors, each holding one engine."""
+    batch_size: int = Field(32, ge=1)
+    """Conversations an actor handles at once; also the unit of loss when a worker is killed."""
+    max_failed_share: float = Field(0.05, ge=0, le=1)
+    """The run fails when more than this share of the planned conversations raised."""
+
+
+class OptimizerSettings(Settings):
+    lr: float = Field(0.02, gt=0)
+    """Adam's peak learning rate (the paper's, for p <= 2048)."""
+    warmup_share: float = Field(0.05, ge=0, le=1)
+    final_lr_share: float = Field(0.02, ge=0, le=1)
+    """Linear decay ends at this share of the peak."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class TrainSettings(Settings):
+    num_tokens: int = Field(256, ge=2)
+    """p: slots of the cartridge."""
+    num_frozen_tokens: int = Field(1, ge=0)
+    """Slots never trained; slot 0 is the attention sink."""
+    init: Literal["prefix", "sampled_chunks", "unrelated", "random", "cartridge",
+                  "attention_matching"] = "prefix"
+    """Start: KV of the corpus prefix, of sampled chunks, of unrelated text, random vectors, an
+    existing cartridge, or the corpus's exact KV compacted by attention matching."""
+    init_cartridge: str | None = None
+    """Directory of the cartridge that `init=cartridge` continues from."""
+    loss: Literal["distillation", "next_token", "none"] = "distillation"
+    """`next_token` is the baseline; `none` publishes the start as an instant draft."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    row_tokens: int = Field(64, ge=16)
+    """Length of a row: conversations are packed into rows of this many tokens (longer ones into
+    rows of twice, four times, ... that length)."""
+    pack_tokens: int = Field(2048, ge=64)
+    """Tokens of one pack (a micro batch of fixed shape)."""
+    packs_per_step: int = Field(1, ge=1)
+    steps: int = Field(0, ge=0)
+    """Optimiser steps; 0 derives them from `epochs`."""
+    epochs: float = Field(6.0, gt=0)
+    num_workers: int = Field(1, ge=1)
+    zero_stage: int = Field(0, ge=0, le=3)
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between resumable checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+Arm = Literal["closed_book", "full_context", "truncated", "cartridge", "wrong_cartridge", "exact_kv"]
+
+
+class EvaluateSettings(Settings):
+    arms: tuple[Arm, ...] = ("closed_book", "full_context", "truncated", "cartridge",
+                             "wrong_cartridge", "exact_kv")
+    max_questions: int = Field(0, ge=0)
+    """Questions drawn by seed when there are more; 0 asks all."""
+    max_answer_tokens: int = Field(24, ge=1)
+    bootstrap_samples: int = Field(2000, ge=100)
+    wrong_cartridge: str | None = None
+    """Registry name for the wrong_cartridge arm; None trains nothing and uses the bundled decoy:
+    the exact KV of an unrelated text, cut to p."""
+
+
+class ServeSettings(Settings):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """auto takes vLLM where it is installed."""
+    cartridges: tuple[str, ...] = ()
+    """Names (`name[@version|@alias]`) loaded at start; empty offers the whole registry."""
+    max_tokens_limit: int = Field(2048, ge=1)
+    max_queue: int = Field(128, ge=1)
+    """Requests in flight beyond which the service answers 429."""
+
+
+class BuildSettings(Settings):
+    model: ModelSettings = ModelSettings()
+    corpus: CorpusSettings = CorpusSettings()
+    synthesize: SynthesizeSettings = SynthesizeSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    serve: ServeSettings = ServeSettings()
+    budget: str | None = None
+    """Wall-clock for synthesis and training together, such as `90s`, `10m`, `2h`."""
+    seed: int = 0
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(kind: type[S], file: str | None = None, overrides: list[str] | None = None) -> S:
+    """Defaults, then the YAML file, then dotted `key=value` overrides (values are YAML).
+
+    Raises `UserError`, one line, for an unreadable file, an unknown key or a bad value.
+    """
+    merged: dict[str, Any] = _read_yaml(file) if file else {}
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override!r} is not key=value (for example train.num_tokens=256)")
+        try:
+            _assign(merged, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: {value!r} is not a YAML value; quote it") from None
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"setting {where}: {first['msg']}") from None
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read settings file {file}: {str(error).splitlines()[0]}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"settings file {file} must be a mapping of stages, such as 'train:'")
+    return loaded
+
+
+def _assign(target: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise UserError(f"--set {'.'.join(path)}: {part} is a value, not a group of settings")
+    target[path[-1]] = value

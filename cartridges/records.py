@@ -1,0 +1,86 @@
+"""What crosses a stage boundary. One writer and one reader each; immutable."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Message = dict[str, str]
+"""`{"role": "user" | "assistant", "content": ...}`: a turn, as chat APIs write it."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the user's. `document_id` is a hash of its bytes."""
+
+    document_id: str
+    source: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of one document: `document.text[start:end] == text`."""
+
+    chunk_id: str
+    document_id: str
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its gold answers; `options` when it is multiple choice.
+
+    `answers` holds every accepted string. With `options`, `gold` is the index of the right one
+    and `answers` is `(options[gold],)`.
+    """
+
+    question_id: str
+    question: str
+    answers: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    gold: int | None = None
+    metric: str = "contains_word"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What one cartridge is built for: documents in order, and their questions if any were given.
+
+    `fingerprint` is a hash over the document ids in order.
+    """
+
+    corpus_id: str
+    documents: tuple[Document, ...]
+    fingerprint: str
+    questions: tuple[Question, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join(document.text for document in self.documents)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One self-study conversation with the teacher's top-k logprobs.
+
+    `input_ids` (int32 `[n]`) is what follows the system turn: no chunk, no cartridge. Every other
+    tensor is aligned with the *predicting* position: row `i` is about predicting
+    `input_ids[i + 1]`. So `loss_mask[i]` is true where `input_ids[i + 1]` is the assistant's
+    (its end-of-turn token included). The shift lives here and nowhere else.
+
+    `topk_ids` (int32) and `topk_logprobs` (float32), both `[loss_mask.sum(), k]`, hold the T=1
+    teacher's rows at the loss positions, in order, sorted by falling probability. (At rest, in
+    Parquet, they have one row per position, empty where there is no loss.)
+    """
+
+    conversation_id: str
+    chunk_id: str
+    seed_family: str
+    messages: tuple[Message, ...]
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    topk_ids: np.ndarray
+    topk_logprobs: np.ndarray
+    info: dict[str, float | str] = field(default_factory=dict)
