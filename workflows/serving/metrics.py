@@ -1,0 +1,89 @@
+"""Every Prometheus metric of the service, in one table, and what records them.
+
+The service exposes them at `/metrics`. Dashboards and alert rules read `TABLE`; a metric that is not
+in it cannot be recorded.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+"""Bucket bounds of every histogram, in seconds."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`type` as Prometheus names it; `help` with its unit; `labels` in order.
+
+    A counter's name ends in `_total`; a histogram adds `_bucket`, `_sum` and `_count`.
+    """
+
+    type: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+TABLE: dict[str, Metric] = {
+    # `model` is the registry name without version, or the base model's name: bounded by the registry.
+    "cartridges_requests_total": Metric("counter", "Requests finished, by HTTP status", ("model", "status")),
+    "cartridges_request_seconds": Metric("histogram", "Seconds from arrival to the last byte", ("model",)),
+    "cartridges_ttft_seconds": Metric("histogram", "Seconds from arrival to the first token", ("model",)),
+    "cartridges_tpot_seconds": Metric("histogram", "Seconds per output token after the first", ("model",)),
+    "cartridges_in_flight": Metric("gauge", "Requests accepted and not finished", ("model",)),
+    "cartridges_queued": Metric("gauge", "Requests accepted that wait for their first token", ("model",)),
+    "cartridges_rejected_total": Metric(
+        "counter", "Requests refused before the engine, by reason (queue_full, rate_limit, draining)", ("reason",)),
+    "cartridges_disconnects_total": Metric("counter", "Requests whose client left before the end", ("model",)),
+    "cartridges_prompt_tokens_total": Metric("counter", "Prompt tokens, the prefix included", ("model",)),
+    "cartridges_cached_tokens_total": Metric(
+        "counter", "Prompt tokens taken from a cartridge instead of a prefill", ("model",)),
+    "cartridges_generation_tokens_total": Metric("counter", "Tokens generated", ("model",)),
+    "cartridges_cache_hits_total": Metric("counter", "Requests whose cartridge was resident", ("model",)),
+    "cartridges_cache_misses_total": Metric("counter", "Requests whose cartridge had to be loaded", ("model",)),
+    "cartridges_loads_total": Metric("counter", "Cartridges loaded, by result (ok, error)", ("model", "result")),
+    "cartridges_load_seconds": Metric("histogram", "Seconds to load a cartridge from the registry", ("model",)),
+    "cartridges_evictions_total": Metric(
+        "counter", "Cartridges put out, by reason (lru, ttl, unload)", ("model", "reason")),
+    "cartridges_resident_bytes": Metric("gauge", "Bytes of a resident cartridge's keys and values", ("model",)),
+    "cartridges_resident_limit_bytes": Metric("gauge", "Bytes that resident cartridges may take"),
+}
+
+_KINDS = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+
+
+class Metrics:
+    """One process's values of `TABLE`. Unknown names and labels raise (`KeyError`, `ValueError`)."""
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        self._metrics = {name: self._build(name, metric) for name, metric in TABLE.items()}
+
+    def _build(self, name: str, metric: Metric):
+        extra = {"buckets": SECONDS} if metric.type == "histogram" else {}
+        return _KINDS[metric.type](name, metric.help, metric.labels, registry=self.registry, **extra)
+
+    def add(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Raise a counter or gauge by `value`."""
+        self._child(name, labels).inc(value)
+
+    def put(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        self._child(name, labels).set(value)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Add one observation to a histogram, in seconds."""
+        self._child(name, labels).observe(value)
+
+    def forget(self, name: str, **labels: str) -> None:
+        """Drop one labelled series, so that a cartridge that is gone is not shown as 0 for ever."""
+        self._metrics[name].remove(*[labels[label] for label in TABLE[name].labels])
+
+    def exposition(self) -> bytes:
+        """Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def _child(self, name: str, labels: dict[str, str]):
+        metric = self._metrics[name]
+        return metric.labels(**labels) if TABLE[name].labels else metric
