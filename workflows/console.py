@@ -1,0 +1,191 @@
+"""What a person sees: progress on stderr, tables on stdout, sizes and durations in words."""
+
+import json
+import math
+import sys
+import time
+from typing import Any, TextIO
+
+LINE_EVERY_SECONDS = 10.0
+"""Pace of progress lines where stderr is not a terminal (logs, CI)."""
+
+
+def human_bytes(size: float) -> str:
+    """`1536` -> `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """`75` -> `1m 15s`."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON: what is not finite becomes null, which every parser reads."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+class Progress:
+    """A stage's progress on stderr, with rate and remaining time.
+
+    A bar on a terminal; elsewhere a line every ten seconds and one at the end. `total` may become
+    known or change later. Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, total: int | None, label: str, unit: str = "it", stream: TextIO | None = None):
+        self.total, self.label, self.unit = total, label, unit
+        self.done = 0
+        self._stream = sys.stderr if stream is None else stream
+        self._start = self._last_line = time.monotonic()
+        self._bar = None
+        if self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=label, unit=f" {unit}", file=self._stream,
+                             dynamic_ncols=True, smoothing=0.1)
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """`count` more are done; `note` (such as `loss 0.31`) stands at the end of the line."""
+        self.set(self.done + count, note=note)
+
+    def set(self, done: int, total: int | None = None, note: str = "") -> None:
+        """`done` are done in all."""
+        advance, self.done = done - self.done, done
+        if total is not None:
+            self.total = total
+        if self._bar is not None:
+            self._bar.total = self.total
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(advance)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
+            self._print_line(note)
+
+    def callback(self, done: int, total: int, label: str) -> None:
+        """For library functions that report `(done, total, label)`."""
+        self.set(done, total, note=label)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self.done:
+            self._print_line("")
+
+    def line(self, note: str = "") -> str:
+        """`synthesize: 120/480 conversations, 3.2/s, 1m 52s left, loss 0.3`."""
+        elapsed = max(time.monotonic() - self._start, 1e-6)
+        rate = self.done / elapsed
+        count = f"{self.done}/{self.total}" if self.total else str(self.done)
+        parts = [f"{self.label}: {count} {self.unit}", f"{rate:.3g}/s"]
+        if self.total and self.done >= self.total:
+            parts.append(f"took {human_seconds(elapsed)}")
+        elif self.total and self.done:
+            parts.append(f"{human_seconds((self.total - self.done) / rate)} left")
+        return ", ".join(parts + ([note] if note else []))
+
+    def _print_line(self, note: str) -> None:
+        self._last_line = time.monotonic()
+        print(self.line(note), file=self._stream, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def print_table(rows: list[list[str]], stream: TextIO) -> None:
+    """Aligned columns; the first row is the head, numbers stand to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in
+                                             zip(row[1:], widths[1:], strict=True)]
+        print("  ".join(cells).rstrip(), file=stream)
+
+
+def print_report_card(card: dict[str, Any], stream: TextIO) -> None:
+    """Arms x metrics with 95 % intervals, paired differences, build seconds and sizes."""
+    print(_headline(card), file=stream)
+    if card.get("arms"):
+        print(file=stream)
+        print_table(_arm_rows(card["arms"]), stream)
+    if card.get("paired"):
+        print("\npaired differences (95 % interval):", file=stream)
+        print_table(_paired_rows(card["paired"]), stream)
+    seconds = card.get("build", {}).get("seconds", {})
+    if seconds:
+        stages = ", ".join(f"{stage} {human_seconds(taken)}" for stage, taken in seconds.items())
+        print(f"\nbuild: {stages}; {human_seconds(sum(seconds.values()))} in all", file=stream)
+
+
+def _headline(card: dict[str, Any]) -> str:
+    cartridge, corpus = card.get("cartridge", {}), card.get("corpus", {})
+    parts = [f"{cartridge.get('name', 'cartridge')}@{cartridge.get('version', 'unpublished')}"]
+    if "num_tokens" in cartridge:
+        parts.append(f"{cartridge['num_tokens']} tokens")
+    if "bytes" in cartridge:
+        parts.append(human_bytes(cartridge["bytes"]))
+    if "tokens" in corpus:
+        parts.append(f"corpus of {corpus['tokens']} tokens")
+    if "compression_ratio" in cartridge:
+        parts.append(f"{cartridge['compression_ratio']:.1f}x smaller")
+    return ", ".join(parts)
+
+
+def _arm_rows(arms: dict[str, Any]) -> list[list[str]]:
+    metrics = list(dict.fromkeys(metric for arm in arms.values() for metric in arm["metrics"]))
+    rows = [["arm", *metrics, "n", "KV"]]
+    for name, arm in arms.items():
+        counts = [interval["n"] for interval in arm["metrics"].values()]
+        kv_bytes = arm.get("kv_bytes")
+        rows.append([name, *(_interval(arm["metrics"].get(metric)) for metric in metrics),
+                     str(max(counts, default=0)), "-" if kv_bytes is None else human_bytes(kv_bytes)])
+    return rows
+
+
+def _paired_rows(paired: dict[str, Any]) -> list[list[str]]:
+    metrics = list(dict.fromkeys(metric for pair in paired.values() for metric in pair))
+    return [["difference", *metrics]] + [
+        [name, *(_interval(pair.get(metric), signed=True) for metric in metrics)]
+        for name, pair in paired.items()]
+
+
+def _interval(interval: dict[str, Any] | None, signed: bool = False) -> str:
+    """`0.71 (0.64..0.78)`, or `-` where the metric does not apply to the arm."""
+    if interval is None or interval["mean"] is None:
+        return "-"
+    sign = "+" if signed else ""
+    low, high = interval.get("low"), interval.get("high")
+    bounds = "" if low is None or high is None else f" ({low:{sign}.2f}..{high:{sign}.2f})"
+    return f"{interval['mean']:{sign}.2f}{bounds}"
+
+
+def print_summary(result: dict[str, Any], stream: TextIO, indent: str = "") -> None:
+    """A stage's result as indented `key: value` lines."""
+    for key, value in result.items():
+        if isinstance(value, dict) and value:
+            print(f"{indent}{key}:", file=stream)
+            print_summary(value, stream, indent + "  ")
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            print(f"{indent}{key}: {shown}", file=stream)
