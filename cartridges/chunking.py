@@ -1,0 +1,168 @@
+"""Corpus -> chunks: slices of documents, short enough for the teacher, cut where a reader would.
+
+Coarse cuts first (sections, paragraphs), finer ones (lines, sentences, words, tokens) only inside what
+is still too long; then neighbours are packed into chunks of even length.
+"""
+
+import bisect
+import hashlib
+import re
+from pathlib import PurePath
+
+from cartridges.config import ChunkSettings
+from cartridges.readers import CODE_SUFFIXES
+from cartridges.records import Chunk, Corpus, Document
+
+Span = tuple[int, int]
+
+TINY_SHARE = 0.25
+"""A span shorter than this share of `max_tokens` may join a neighbour across a heading."""
+
+_HEADING = r"(?m)^(?=#{1,6} \S)"
+_PROSE_CUTS = (
+    re.compile(_HEADING),
+    # Paragraphs; a heading stays with the paragraph that it announces.
+    re.compile(r"\n[ \t]*\n(?:[ \t]*\n)*"),
+    # Lines that end for a reason: list items, table rows, verse; not hard-wrapped prose.
+    re.compile(r"(?<=[.!?:;|])[ \t]*\n|\n(?=[ \t]*(?:[-*+|•]|\d+[.)])[ \t]?)"),
+    re.compile(r"(?<=[.!?])[\"')\]”’]*\s+|(?<=[。！？])"),
+    re.compile(r"\n"),
+    re.compile(r"\s+"),
+)
+_CODE_CUTS = (
+    # Top-level definitions: a line at the left margin after a blank one.
+    re.compile(r"\n[ \t]*\n+(?=[^\s)\]}])"),
+    re.compile(r"\n[ \t]*\n(?:[ \t]*\n)*"),
+    re.compile(r"\n"),
+    re.compile(r"\s+"),
+)
+
+
+def chunk_corpus(corpus: Corpus, tokenizer, settings: ChunkSettings) -> list[Chunk]:
+    """The chunks of all documents, in order."""
+    return [chunk for document in corpus.documents
+            for chunk in chunk_document(document, tokenizer, settings)]
+
+
+def chunk_document(document: Document, tokenizer, settings: ChunkSettings) -> list[Chunk]:
+    """Chunks of at most `settings.max_tokens` tokens each, in order and without overlap.
+
+    `document.text[start:end] == text` for each; only whitespace lies between them. The ids are a
+    function of document and position. `tokenizer` is a fast one (it gives offsets).
+    """
+    return [Chunk(_chunk_id(document, start, end), document.document_id, start, end,
+                  document.text[start:end])
+            for start, end in _Cutter(document, tokenizer, settings.max_tokens).spans()]
+
+
+def _chunk_id(document: Document, start: int, end: int) -> str:
+    return hashlib.sha256(f"{document.document_id}:{start}:{end}".encode()).hexdigest()[:16]
+
+
+class _Cutter:
+    """Cuts one document. Token counts come from one pass over it, and are checked at the end."""
+
+    def __init__(self, document: Document, tokenizer, max_tokens: int):
+        self.text = document.text
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        is_code = PurePath(document.source).suffix.lower() in CODE_SUFFIXES
+        self.cuts = _CODE_CUTS if is_code else _PROSE_CUTS
+        self.has_headings = not is_code
+        encoded = tokenizer(self.text, add_special_tokens=False, return_offsets_mapping=True,
+                            verbose=False)
+        self.token_starts = [start for start, _ in encoded["offset_mapping"]]
+
+    def spans(self) -> list[Span]:
+        rough = self._split(0, len(self.text), 0, self.max_tokens)
+        return [span for part in rough for span in self._exact(part)]
+
+    def _exact(self, span: Span) -> list[Span]:
+        """A slice alone may take more tokens than inside its document: then cut it again, shorter."""
+        span = self._trim(span)
+        limit = self.max_tokens
+        parts = [span] if span[0] < span[1] else []
+        while excess := max((self._encoded(part) for part in parts), default=0) - self.max_tokens:
+            if excess < 0:
+                break
+            limit = max(1, limit - max(1, excess))
+            parts = [self._trim(part) for part in self._split(*span, 0, limit)]
+            parts = [part for part in parts if part[0] < part[1]]
+        return parts
+
+    def _encoded(self, span: Span) -> int:
+        return len(self.tokenizer(self.text[span[0]:span[1]], add_special_tokens=False)["input_ids"])
+
+    def _count(self, start: int, end: int) -> int:
+        return (bisect.bisect_left(self.token_starts, end)
+                - bisect.bisect_left(self.token_starts, start))
+
+    def _split(self, start: int, end: int, level: int, limit: int) -> list[Span]:
+        if self._count(start, end) <= limit or end - start <= 1:
+            return [(start, end)]
+        if level == len(self.cuts):
+            return self._split_tokens(start, end, limit)
+        pieces = self._pieces(start, end, level)
+        parts = [part for piece in pieces for part in self._split(*piece, level + 1, limit)]
+        return self._pack(parts, limit) if len(pieces) > 1 else parts
+
+    def _pieces(self, start: int, end: int, level: int) -> list[Span]:
+        """Cut behind each match of the level's pattern, so that nothing is lost."""
+        ends = [match.end() for match in self.cuts[level].finditer(self.text, start, end)]
+        if self.has_headings and level == 1:
+            ends = [cut for cut in ends if not self._heading_before(start, cut)]
+        bounds = [start, *[cut for cut in ends if start < cut < end], end]
+        return list(zip(bounds, bounds[1:], strict=False))
+
+    def _heading_before(self, start: int, cut: int) -> bool:
+        last_line = self.text[start:cut].rstrip().rsplit("\n", 1)[-1]
+        return re.match(_HEADING, last_line) is not None
+
+    def _split_tokens(self, start: int, end: int, limit: int) -> list[Span]:
+        """No whitespace left (base64, some scripts): cut before every `limit`-th token."""
+        first, last = (bisect.bisect_left(self.token_starts, at) for at in (start, end))
+        cuts = sorted({self.token_starts[i] for i in range(first + limit, last, limit)} - {start, end})
+        bounds = [start, *cuts, end]
+        return list(zip(bounds, bounds[1:], strict=False))
+
+    def _pack(self, parts: list[Span], limit: int) -> list[Span]:
+        """Join neighbours into spans of even length: the last one is not a crumb."""
+        total = sum(self._count(*part) for part in parts)
+        target = total / -(-total // limit)
+        packed = [parts[0]]
+        for part in parts[1:]:
+            joined = (packed[-1][0], part[1])
+            near_target = self._count(*packed[-1]) + self._count(*part) / 2 <= target
+            if near_target and self._joinable(packed[-1], part, joined, limit):
+                packed[-1] = joined
+            else:
+                packed.append(part)
+        return self._join_tiny(packed, limit)
+
+    def _join_tiny(self, parts: list[Span], limit: int) -> list[Span]:
+        joined = [parts[0]]
+        for part in parts[1:]:
+            both = (joined[-1][0], part[1])
+            tiny = min(self._count(*joined[-1]), self._count(*part)) < TINY_SHARE * limit
+            if tiny and self._count(*both) <= limit:
+                joined[-1] = both
+            else:
+                joined.append(part)
+        return joined
+
+    def _joinable(self, left: Span, right: Span, joined: Span, limit: int) -> bool:
+        if self._count(*joined) > limit:
+            return False
+        starts_section = self.has_headings and re.match(_HEADING, self.text[slice(*right)])
+        return not starts_section or self._count(*left) < TINY_SHARE * limit
+
+    def _trim(self, span: Span) -> Span:
+        """Without blank lines before and whitespace after; the first line keeps its indentation."""
+        start, end = span
+        text = self.text[start:end]
+        lead = text[: len(text) - len(text.lstrip())]
+        if len(lead) == len(text):
+            return start, start
+        at_line_start = "\n" in lead or start == 0 or self.text[start - 1] == "\n"
+        indent = len(lead) - len(lead.rstrip(" \t")) if at_line_start else 0
+        return start + len(lead) - indent, start + len(text.rstrip())

@@ -1,0 +1,220 @@
+"""The user's files -> a `Corpus`, and its questions.
+
+A corpus is a folder, one file, or rows of a JSONL with `corpus_id` and `text` (and `questions`).
+"""
+
+import fnmatch
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from cartridges.errors import UserError
+from cartridges.readers import decode, hash_bytes, read_file, walk
+from cartridges.records import Corpus, Document, Question
+
+logger = logging.getLogger(__name__)
+
+JSONL_SUFFIXES = {".jsonl", ".ndjson"}
+IDS_SHOWN = 4
+
+Row = tuple[int, dict]
+"""Line number (from 1) and object of one JSONL line."""
+
+
+def load_corpus(path: str, corpus_id: str | None = None) -> Corpus:
+    """The corpus at `path`: a folder (walked), one file, or a JSONL.
+
+    In a JSONL, `corpus_id` picks one row, or by shell pattern (`services/*`) several, joined in
+    file order with their questions. For a folder or another file it only names the corpus.
+    Raises `UserError`, one line, for whatever cannot be read as asked.
+    """
+    where = Path(path).expanduser()
+    if not where.exists():
+        raise UserError(f"corpus {path} does not exist")
+    if where.is_dir():
+        return _from_folder(where, corpus_id)
+    if not where.is_file():
+        raise UserError(f"corpus {path} is neither a file nor a folder")
+    if where.suffix.lower() in JSONL_SUFFIXES:
+        return _from_jsonl(where, corpus_id)
+    return _build(corpus_id or where.stem, [read_file(where, source=where.name)], where)
+
+
+def load_questions(path: str, corpus_id: str | None = None) -> tuple[Question, ...]:
+    """The questions of the JSONL at `path`: of the rows that `corpus_id` picks, as `load_corpus` does.
+
+    Rows are corpora with a `questions` list (`text` is not needed), or plain questions, one a line.
+    Raises `UserError` for an empty file, no questions under that id, or a malformed question.
+    """
+    where = Path(path).expanduser()
+    if not where.is_file():
+        raise UserError(f"questions file {path} does not exist" if not where.exists()
+                        else f"questions file {path} is not a file")
+    rows = _read_rows(where)
+    if "question" in rows[0][1]:
+        return _unique([_parse_question(row, f"{where} line {line}", str(line)) for line, row in rows],
+                       where)
+    chosen = _select(rows, corpus_id, where)
+    questions = _questions_of(chosen, where)
+    if not questions:
+        asked = f" for corpus id {corpus_id!r}" if corpus_id else ""
+        raise UserError(f"{path} has no questions{asked}; each row needs a non-empty \"questions\" list")
+    return questions
+
+
+def holds_text(path: str) -> bool:
+    """Whether the JSONL at `path` carries corpus texts, so that `load_corpus` can read it too."""
+    return any(str(row.get("text") or "").strip() for _, row in _read_rows(Path(path).expanduser()))
+
+
+def fingerprint(documents: Sequence[Document]) -> str:
+    """SHA-256 (32 hex digits) over the document ids in order."""
+    return hashlib.sha256("\n".join(d.document_id for d in documents).encode()).hexdigest()[:32]
+
+
+def _build(corpus_id: str, documents: list[Document], where: Path,
+           questions: tuple[Question, ...] = ()) -> Corpus:
+    if not any(document.text.strip() for document in documents):
+        raise UserError(f"corpus {where} is empty: there is no text in it")
+    return Corpus(corpus_id, tuple(documents), fingerprint(documents), questions)
+
+
+def _from_folder(folder: Path, corpus_id: str | None) -> Corpus:
+    documents, skipped = walk(folder)
+    if skipped:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+        logger.warning("corpus %s: skipped %d files (%s)", folder, skipped.total(), counts)
+    if not documents:
+        raise UserError(f"corpus {folder} is empty: no readable text file in it (hidden and git-ignored "
+                        f"files are left out; {skipped.total()} skipped)")
+    return _build(corpus_id or folder.resolve().name, documents, folder)
+
+
+def _from_jsonl(where: Path, corpus_id: str | None) -> Corpus:
+    chosen = _select(_read_rows(where), corpus_id, where)
+    documents: dict[str, Document] = {}
+    for line, row in chosen:
+        text = _row_text(row, f"{where} line {line}")
+        name = str(row.get("corpus_id", where.stem))
+        document = Document(hash_bytes(text.encode()), f"{where.name}:{name}", text)
+        documents.setdefault(document.document_id, document)
+    picked = corpus_id or str(chosen[0][1].get("corpus_id", where.stem))
+    return _build(picked, list(documents.values()), where, _questions_of(chosen, where))
+
+
+def _row_text(row: dict, place: str) -> str:
+    if "text" not in row:
+        fields = ", ".join(list(row)[:6]) or "none"
+        raise UserError(f"{place} has no \"text\" (its fields: {fields}); a JSONL corpus has rows with "
+                        "corpus_id and text")
+    text = row["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{place}: \"text\" is empty or not a string")
+    _check_unicode(text, place)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_unicode(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: half of a surrogate pair at character {error.start}; "
+                        "write the file again as UTF-8") from None
+
+
+def _read_rows(where: Path) -> list[Row]:
+    try:
+        lines = decode(where.read_bytes(), where).split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {where}: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} line {number} is not JSON ({error.msg} at column {error.colno}); "
+                            "one object a line is expected") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where} line {number} is not a JSON object")
+        rows.append((number, row))
+    if not rows:
+        raise UserError(f"{where} is empty")
+    return rows
+
+
+def _select(rows: list[Row], corpus_id: str | None, where: Path) -> list[Row]:
+    """The rows that `corpus_id` means: an exact id first, since an id may hold `*` or `[`."""
+    if corpus_id is None:
+        if len(rows) > 1 and any("corpus_id" in row for _, row in rows):
+            raise UserError(f"{where} holds {len(rows)} corpora; pick one with --corpus-id, or several "
+                            f"by pattern: {_some_ids(rows)}")
+        if len(rows) > 1:
+            _row_text(rows[0][1], f"{where} line {rows[0][0]}")
+            raise UserError(f"{where}: its {len(rows)} rows have no corpus_id to pick by; add one a row")
+        return rows
+    named = [(line, row) for line, row in rows if "corpus_id" in row]
+    if not named:
+        raise UserError(f"{where} line {rows[0][0]} has no \"corpus_id\" (its fields: "
+                        f"{', '.join(list(rows[0][1])[:6])}); a JSONL corpus has rows with corpus_id and "
+                        "text")
+    exact = [item for item in named if str(item[1]["corpus_id"]) == corpus_id]
+    chosen = exact or [i for i in named if fnmatch.fnmatchcase(str(i[1]["corpus_id"]), corpus_id)]
+    if not chosen:
+        raise UserError(f"{where} has no corpus id {corpus_id!r}; it has {_some_ids(named)}")
+    return chosen
+
+
+def _some_ids(rows: list[Row]) -> str:
+    ids = list(dict.fromkeys(str(row["corpus_id"]) for _, row in rows if "corpus_id" in row))
+    return ", ".join(ids[:IDS_SHOWN]) + (f", ... ({len(ids)} in all)" if len(ids) > IDS_SHOWN else "")
+
+
+def _questions_of(rows: list[Row], where: Path) -> tuple[Question, ...]:
+    parsed = []
+    for line, row in rows:
+        raw = row.get("questions", [])
+        if not isinstance(raw, list):
+            raise UserError(f"{where} line {line}: \"questions\" must be a list")
+        for index, item in enumerate(raw):
+            default_id = f"{row.get('corpus_id', where.stem)}#{index}"
+            parsed.append(_parse_question(item, f"{where} line {line} question {index + 1}", default_id))
+    return _unique(parsed, where)
+
+
+def _unique(questions: list[Question], where: Path) -> tuple[Question, ...]:
+    seen: set[str] = set()
+    for question in questions:
+        if question.question_id in seen:
+            raise UserError(f"{where}: question id {question.question_id!r} appears twice")
+        seen.add(question.question_id)
+    return tuple(questions)
+
+
+def _parse_question(raw, place: str, default_id: str) -> Question:
+    if not isinstance(raw, dict) or not _is_text(raw.get("question")):
+        raise UserError(f"{place} has no \"question\" text")
+    _check_unicode(json.dumps(raw, ensure_ascii=False), place)
+    question_id = str(raw.get("id", default_id))
+    if "options" in raw:
+        options, gold = raw["options"], raw.get("gold")
+        if not isinstance(options, list) or len(options) < 2 or not all(map(_is_text, options)):
+            raise UserError(f"{place}: \"options\" must list at least two texts")
+        if type(gold) is not int or not 0 <= gold < len(options):
+            raise UserError(f"{place}: \"gold\" must be the index of the right option, "
+                            f"0 to {len(options) - 1}")
+        return Question(question_id, raw["question"], (options[gold],), tuple(options), gold,
+                        raw.get("metric", "mc_accuracy"))
+    answers = raw.get("answers")
+    if not isinstance(answers, list) or not answers or not all(map(_is_text, answers)):
+        raise UserError(f"{place} needs \"answers\" (a list of accepted texts), or \"options\" and "
+                        "\"gold\"")
+    return Question(question_id, raw["question"], tuple(answers), metric=raw.get("metric",
+                                                                                "contains_word"))
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())

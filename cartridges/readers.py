@@ -1,0 +1,191 @@
+"""Bytes of a user's file -> its text: plain text, Markdown, source, HTML, PDF, notebooks.
+
+`read_file` is for a file the user named: whatever is wrong with it is the user's error, in one line.
+`walk` is for a folder: what cannot hold text is skipped and counted, and the caller says so.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from cartridges.errors import UserError
+from cartridges.records import Document
+
+HTML_SUFFIXES = {".html", ".htm", ".xhtml"}
+TEXT_SUFFIXES = {".txt", ".md", ".markdown", ".rst", ".tex", ".csv", ".tsv", ".log", ".org"}
+CODE_SUFFIXES = {".py", ".js", ".ts", ".tsx", ".jsx", ".java", ".c", ".h", ".cc", ".cpp", ".hpp", ".cs",
+                 ".go", ".rs", ".rb", ".php", ".swift", ".kt", ".scala", ".sh", ".sql", ".r", ".jl",
+                 ".lua", ".pl", ".yaml", ".yml", ".toml", ".ini", ".json"}
+BINARY_PROBE_BYTES = 8192
+
+
+class NoText(UserError):
+    """The file cannot hold text for us (binary, damaged, or a scan); in a folder it is skipped."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+def read_file(path: Path, source: str | None = None) -> Document:
+    """One file as a document. `document_id` is the SHA-256 (32 hex digits) of its bytes.
+
+    Raises `UserError` (`NoText` when the file is binary, damaged or without any text layer).
+    """
+    source = source or str(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return Document(hash_bytes(data), source, _extract(data, path))
+
+
+def walk(root: Path) -> tuple[list[Document], Counter]:
+    """Every readable text below `root` in sorted order, and what was skipped by reason.
+
+    Hidden files, files ignored by the .gitignore files in `root` and below, links that lead nowhere
+    and special files are left out. A file with a text or source suffix that is not UTF-8 raises
+    `UserError`: it was meant to be read.
+    """
+    documents: list[Document] = []
+    skipped: Counter = Counter()
+    seen: set[str] = set()
+    for path in _files(root):
+        try:
+            document = read_file(path, source=path.relative_to(root).as_posix())
+        except NoText as error:
+            skipped[error.kind] += 1
+            continue
+        if not document.text.strip():
+            skipped["empty"] += 1
+        elif document.document_id in seen:
+            skipped["duplicate"] += 1
+        else:
+            seen.add(document.document_id)
+            documents.append(document)
+    return documents, skipped
+
+
+def decode(data: bytes, path: Path) -> str:
+    """UTF-8 text with `\\n` line ends; `UserError` names the file, the byte and the cure."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start} cannot be decoded); convert it, "
+                        f"for example: iconv -f LATIN1 -t UTF-8 '{path.name}'") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def hash_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _extract(data: bytes, path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix == ".pdf" or data.startswith(b"%PDF-"):
+        return _pdf_text(data, path)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 "
+                        f"'{path.name}'")
+    if b"\0" in data[:BINARY_PROBE_BYTES]:
+        raise NoText("binary", f"{path} is a binary file; a corpus is text, Markdown, HTML, PDF, source "
+                               "code, a notebook or a JSONL")
+    if suffix not in TEXT_SUFFIXES | CODE_SUFFIXES | HTML_SUFFIXES | {".ipynb"}:
+        return _decode_unknown(data, path)
+    text = decode(data, path)
+    if suffix in HTML_SUFFIXES:
+        return _html_text(text)
+    return _notebook_text(text, path) if suffix == ".ipynb" else text
+
+
+def _decode_unknown(data: bytes, path: Path) -> str:
+    try:
+        return decode(data, path)
+    except UserError as error:
+        raise NoText("not UTF-8", str(error)) from None
+
+
+def _pdf_text(data: bytes, path: Path) -> str:
+    from pypdf import PdfReader
+    from pypdf.errors import PyPdfError
+
+    try:
+        reader = PdfReader(io.BytesIO(data))
+        pages = [page.extract_text().strip() for page in reader.pages]
+    except (PyPdfError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NoText("damaged PDF", f"{path} is not a readable PDF ({reason})") from None
+    text = "\n\n".join(page for page in pages if page)
+    if not text:
+        raise NoText("PDF without text", f"{path} has no text layer (a scan?); run OCR on it first")
+    return text
+
+
+def _html_text(html: str) -> str:
+    """Visible text; block elements become paragraphs, headings Markdown ones, table rows lines."""
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(html, "html.parser")
+    for element in soup(["script", "style", "template", "noscript", "head"]):
+        element.decompose()
+    for heading in soup(["h1", "h2", "h3", "h4", "h5", "h6"]):
+        heading.insert_before("\n\n" + "#" * int(heading.name[1]) + " ")
+        heading.insert_after("\n\n")
+    for cell in soup(["td", "th"]):
+        cell.insert_before(" | ")
+    for block in soup(["p", "div", "section", "article", "ul", "ol", "table", "pre", "blockquote"]):
+        block.insert_before("\n\n")
+        block.insert_after("\n\n")
+    for line in soup(["br", "li", "tr"]):
+        line.insert_before("\n")
+    text = re.sub(r"[ \t]+", " ", soup.get_text())
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", re.sub(r" *\n *", "\n", text)).strip()
+
+
+def _notebook_text(text: str, path: Path) -> str:
+    """Markdown and source cells in order; outputs are left out, they are rarely prose."""
+    try:
+        cells = json.loads(text)["cells"]
+        return "\n\n".join("".join(cell["source"]).strip() for cell in cells).strip()
+    except (ValueError, KeyError, TypeError):
+        raise NoText("damaged notebook", f"{path} is not a Jupyter notebook of format 4; save it again "
+                                         "with a current Jupyter") from None
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Sorted, depth first, so that the corpus has one order on every machine."""
+    rules: dict[Path, object] = {}
+    for folder, subfolders, names in os.walk(root):
+        here = Path(folder)
+        if ".gitignore" in names:
+            rules[here] = _read_gitignore(here / ".gitignore")
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".")
+                               and not _ignored(here / name, root, rules, is_folder=True))
+        for name in sorted(names):
+            path = here / name
+            if not name.startswith(".") and path.is_file() and not _ignored(path, root, rules):
+                yield path
+
+
+def _read_gitignore(path: Path):
+    from pathspec import GitIgnoreSpec
+
+    return GitIgnoreSpec.from_lines(decode(path.read_bytes(), path).splitlines())
+
+
+def _ignored(path: Path, root: Path, rules: dict[Path, object], is_folder: bool = False) -> bool:
+    """git's rule: the deepest .gitignore that says anything about the path decides."""
+    for parent in path.parents:
+        if parent in rules:
+            relative = path.relative_to(parent).as_posix() + ("/" if is_folder else "")
+            verdict = rules[parent].check_file(relative).include
+            if verdict is not None:
+                return verdict
+        if parent == root:
+            return False
+    return False
