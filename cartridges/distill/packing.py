@@ -1,0 +1,122 @@
+"""Conversations to packs of fixed shape: `rows x row_tokens`, several short conversations a row.
+
+A pack is a pure function of (lengths, seed), so resuming recomputes it. Rows, not one long line:
+attention inside a row is dense, so its cost is `row_tokens` a query whatever the pack holds. And
+few shapes, because on a CPU a new one costs seconds (oneDNN builds kernels per shape).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cartridges.records import Conversation
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Which conversations (by index) stand in which row of a pack."""
+
+    row_tokens: int
+    rows: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Tensors of one micro batch. `R` rows, `T` tokens a row, `m` loss positions.
+
+    `input_ids`, `position_ids` (from 0: the cartridge's length is added where it is known) and
+    `segment_ids` (0 is padding) are int64 `[R, T]`; `loss_positions` int64 `[m]` index the flattened
+    rows, and predict `targets` `[m]`; `topk_ids` int64 and `topk_logprobs` float32 are `[m, k]`.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segment_ids: torch.Tensor
+    loss_positions: torch.Tensor
+    targets: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_logprobs: torch.Tensor
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return len(self.loss_positions)
+
+    def to(self, device) -> "Pack":
+        return Pack(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def plan_packs(lengths: Sequence[int], row_tokens: int, pack_tokens: int, seed: int) -> list[PackPlan]:
+    """Every conversation once, in an order drawn by `seed`.
+
+    A conversation longer than `row_tokens` goes to rows of twice, four times ... that length, up to
+    `pack_tokens`; one longer than that is cut there (`count_truncated` says how many).
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    buckets: dict[int, list[int]] = {}
+    for index in order:
+        buckets.setdefault(_row_length(lengths[index], row_tokens, pack_tokens), []).append(int(index))
+    plans = []
+    for length, members in sorted(buckets.items()):
+        rows = _fill_rows([min(lengths[i], length) for i in members], length)
+        per_pack = pack_tokens // length
+        chosen = [tuple(members[i] for i in row) for row in rows]
+        plans += [PackPlan(length, tuple(chosen[start:start + per_pack]))
+                  for start in range(0, len(chosen), per_pack)]
+    return [plans[i] for i in np.random.default_rng([seed, 1]).permutation(len(plans))]
+
+
+def count_truncated(lengths: Sequence[int], pack_tokens: int) -> int:
+    return sum(length > pack_tokens for length in lengths)
+
+
+def _row_length(length: int, row_tokens: int, pack_tokens: int) -> int:
+    while row_tokens < min(length, pack_tokens):
+        row_tokens *= 2
+    return min(row_tokens, pack_tokens)
+
+
+def _fill_rows(lengths: Sequence[int], capacity: int, window: int = 32) -> list[list[int]]:
+    """Best fit among the `window` youngest open rows: near-full rows, order still random."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index, length in enumerate(lengths):
+        recent = range(max(0, len(rows) - window), len(rows))
+        fitting = [r for r in recent if free[r] >= length]
+        if fitting:
+            row = min(fitting, key=lambda r: free[r])
+        else:
+            rows.append([])
+            free.append(capacity)
+            row = len(rows) - 1
+        rows[row].append(index)
+        free[row] -= length
+    return rows
+
+
+def collate(conversations: Sequence[Conversation], plan: PackPlan, pack_tokens: int) -> Pack:
+    """The tensors of `plan`; idle rows and row ends are padding."""
+    shape = (max(1, pack_tokens // plan.row_tokens), plan.row_tokens)
+    input_ids, position_ids, segment_ids = (np.zeros(shape, np.int64) for _ in range(3))
+    positions, targets, ids, logprobs = [], [], [], []
+    for r, row in enumerate(plan.rows):
+        start = 0
+        for segment, index in enumerate(row, start=1):
+            conversation = conversations[index]
+            n = min(len(conversation.input_ids), plan.row_tokens)
+            at = slice(start, start + n)
+            input_ids[r, at] = conversation.input_ids[:n]
+            position_ids[r, at] = np.arange(n)
+            segment_ids[r, at] = segment
+            predicting = np.flatnonzero(conversation.loss_mask)
+            kept = predicting < n - 1
+            positions.append(r * plan.row_tokens + start + predicting[kept])
+            targets.append(conversation.input_ids[predicting[kept] + 1])
+            ids.append(conversation.topk_ids[kept])
+            logprobs.append(conversation.topk_logprobs[kept])
+            start += n
+    return Pack(*map(torch.from_numpy, (
+        input_ids, position_ids, segment_ids, np.concatenate(positions).astype(np.int64),
+        np.concatenate(targets).astype(np.int64), np.concatenate(ids).astype(np.int64),
+        np.concatenate(logprobs).astype(np.float32))))
