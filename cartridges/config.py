@@ -53,6 +53,8 @@ class SynthesizeSettings(Settings):
     """Longest answer the teacher writes. One that does not end by itself is dropped and counted."""
     num_actors: int = Field(1, ge=1)
     """Ray Data actors, each holding one engine."""
+    threads_per_actor: int = Field(0, ge=0)
+    """CPU threads of an actor's engine; 0 shares the machine's cores among the actors."""
     batch_size: int = Field(32, ge=1)
     """Conversations an actor handles at once; also the unit of loss when a worker is killed."""
     max_failed_share: float = Field(0.05, ge=0, le=1)

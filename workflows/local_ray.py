@@ -1,0 +1,53 @@
+"""A Ray for the length of one command: joined when there is one, started here when there is none."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+OBJECT_STORE_BYTES = 512 * 2**20
+"""Enough for the batches in flight; Ray's default takes a third of a laptop's memory."""
+
+
+@contextmanager
+def local_ray(num_cpus: int | None = None) -> Iterator[None]:
+    """Joins `RAY_ADDRESS` (or the Ray this process already has), else starts one on loopback.
+
+    `num_cpus` is how many *logical* CPUs a Ray started here offers; None offers at least four, so
+    that on a small machine the light tasks (reading, writing, filtering) are scheduled beside the
+    one actor that computes. Threads are set by each actor, not by this number. Whatever was started
+    here is gone when the context ends, by an error or Ctrl-C too.
+    """
+    join = bool(os.environ.get("RAY_ADDRESS"))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not join:
+        # Read once when ray is imported; off means every server binds to loopback only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # It says at every start that the default (token authentication) is the default.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
+    if join:
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        _start(num_cpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(num_cpus: int | None) -> None:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=num_cpus or max(4, os.cpu_count() or 1),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )

@@ -1,0 +1,288 @@
+"""Self-study on Ray Data: corpus -> chunks -> planned tasks -> actors -> Parquet shards.
+
+    DIR/plan.json                     what is to be done, with its fingerprint
+    DIR/chunks.parquet                the corpus in chunks
+    DIR/work/{tasks,parts,checkpoint} Ray Data's input, output and what it has committed
+    DIR/shards/part-*.parquet         the finished conversations, kept and dropped, in order of id
+    DIR/dataset.json                  manifest, written last
+
+Killed anywhere, the same call goes on: Ray Data skips what is committed, at most the batches in
+flight are done again, and the ids are those of the plan.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cartridges.config import BuildSettings
+from cartridges.corpus import load_corpus
+from cartridges.errors import UserError
+from cartridges.records import Chunk, Corpus
+from workflows.stage import fingerprint, read_manifest, require_match, write_manifest
+
+MANIFEST = "dataset.json"
+POLL_SECONDS = 1.0
+
+ProgressCallback = Callable[[int, int, str], None]
+"""`(done, total, label)`."""
+
+
+def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
+               progress: ProgressCallback | None = None) -> dict[str, Any]:
+    """Conversations of `corpus` in `output_dir`; returns the manifest. Resumes; done is done.
+
+    Raises `UserError` where `output_dir` holds another corpus' or other settings' conversations, and
+    `RuntimeError` where more than `synthesize.max_failed_share` of the conversations raised.
+    """
+    from cartridges.models import load_identity, resolve_model_dir
+
+    output = Path(output_dir)
+    loaded = load_corpus(corpus, settings.corpus.corpus_id)
+    identity = load_identity(resolve_model_dir(settings.model))
+    expected = dataset_fingerprint(loaded, settings, identity)
+    done = read_manifest(output / MANIFEST)
+    require_match(done, expected, output)
+    if done is not None:
+        return done
+    from workflows.tracking import track
+
+    output.mkdir(parents=True, exist_ok=True)
+    planned = _plan(loaded, output, settings, expected)
+    with track("synthesize", loaded.corpus_id, settings.model_dump(mode="json"), output) as run:
+        seconds = _generate(output, settings, planned["conversations"], progress)
+        manifest = _finish(output, settings, planned, seconds)
+        run.log(_metrics(manifest))
+    return manifest
+
+
+def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, identity) -> str:
+    """Changes with whatever changes the conversations, and with nothing else."""
+    how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share"}
+    return fingerprint({
+        "corpus": corpus.fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
+        "synthesize": settings.synthesize.model_dump(mode="json", exclude=how),
+        "model": [identity.weights_digest, identity.tokenizer_hash, identity.template_hash],
+    })
+
+
+def _plan(corpus: Corpus, output: Path, settings: BuildSettings, expected: str) -> dict[str, Any]:
+    """Chunks and tasks on disk; `plan.json` last. Found there already, it is taken as it is."""
+    planned = read_manifest(output / "plan.json")
+    require_match(planned, expected, output)
+    if planned is not None:
+        return planned
+    from cartridges.chunking import chunk_corpus
+    from cartridges.models import load_tokenizer, resolve_model_dir
+    from cartridges.selfstudy.plan import plan
+
+    tokenizer = load_tokenizer(resolve_model_dir(settings.model))
+    chunks = chunk_corpus(corpus, tokenizer, settings.synthesize.chunk)
+    tasks = plan(chunks, settings.synthesize, settings.seed)
+    if not tasks:
+        raise UserError("no conversations are planned; set synthesize.num_conversations above 0")
+    (output / "work").mkdir(exist_ok=True)
+    _write_rows(output / "chunks.parquet", chunks)
+    _write_rows(output / "work" / "tasks.parquet", tasks)
+    planned = {
+        "fingerprint": expected, "chunks": len(chunks), "conversations": len(tasks), "seed": settings.seed,
+        "corpus": {"id": corpus.corpus_id, "fingerprint": corpus.fingerprint,
+                   "tokens": len(tokenizer.encode(corpus.text, add_special_tokens=False))},
+        "settings": settings.synthesize.model_dump(mode="json"), "model": settings.model.name,
+    }
+    write_manifest(output / "plan.json", planned)
+    return planned
+
+
+def _write_rows(path: Path, rows: Sequence[Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), temporary)
+    temporary.rename(path)
+
+
+def _generate(output: Path, settings: BuildSettings, total: int, progress: ProgressCallback | None) -> float:
+    """Run Ray Data until every task is committed; seconds it took."""
+    from workflows.console import Progress
+    from workflows.local_ray import local_ray
+
+    start = time.monotonic()
+    with local_ray(), Progress(total, "synthesize", "conversations") as bar:
+        with _reporting(output / "work" / "checkpoint", total, progress or bar.callback):
+            _run_pipeline(output.resolve(), settings)
+    return time.monotonic() - start
+
+
+def _run_pipeline(output: Path, settings: BuildSettings) -> None:
+    import os
+
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data.checkpoint import CheckpointConfig
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    work, wanted = output / "work", settings.synthesize
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.checkpoint_config = CheckpointConfig(
+        id_column="conversation_id", checkpoint_path=str(work / "checkpoint"), delete_checkpoint_on_success=False)
+    try:
+        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        threads = wanted.threads_per_actor or max(1, (os.cpu_count() or 1) // wanted.num_actors)
+        # Read from a file because Ray Data filters committed rows behind a read only; a block for
+        # each batch because a block is the unit that is committed.
+        tasks = ray.data.read_parquet(str(work / "tasks.parquet"))
+        tasks.repartition(target_num_rows_per_block=wanted.batch_size).map_batches(
+            SynthesisActor, fn_constructor_args=(settings, str(output / "chunks.parquet"), threads),
+            batch_size=None, batch_format="pyarrow", compute=ActorPoolStrategy(size=wanted.num_actors),
+            num_cpus=1, num_gpus=1 if has_gpu else None,
+        ).write_parquet(str(work / "parts"))
+    finally:
+        context.checkpoint_config = None
+
+
+class SynthesisActor:
+    """Holds one engine and a `Synthesizer`; a batch of tasks in, their conversations out."""
+
+    def __init__(self, settings: BuildSettings, chunks_file: str, threads: int):
+        import pyarrow.parquet as pq
+        import torch
+
+        from cartridges.engines.transformers import TransformersEngine
+        from cartridges.models import load_base_model
+        from cartridges.selfstudy.synthesizer import Synthesizer
+
+        torch.set_num_threads(threads)
+        chunks = {row["chunk_id"]: Chunk(**row) for row in pq.read_table(chunks_file).to_pylist()}
+        base = load_base_model(settings.model)
+        self.synthesizer = Synthesizer(TransformersEngine(base), base.template, chunks, settings.synthesize)
+
+    def __call__(self, batch):
+        import pyarrow as pa
+
+        from cartridges.selfstudy.plan import Task
+        from cartridges.selfstudy.storage import schema, to_row
+
+        results = run_with_retry(self.synthesizer, [Task(**row) for row in batch.to_pylist()])
+        return pa.Table.from_pylist([to_row(result) for result in results], schema=schema())
+
+
+def run_with_retry(synthesizer, tasks: Sequence[Any]) -> list[Any]:
+    """`synthesizer.run(tasks)`; where that raises, each task once alone, and what raises then dropped.
+
+    One result for a task, in order. A dropped one's reason is `error: <type>: <message>`.
+    """
+    try:
+        return synthesizer.run(tasks)
+    except Exception:  # the declared retry: alone, so that one bad row does not cost the batch
+        return [_run_alone(synthesizer, task) for task in tasks]
+
+
+def _run_alone(synthesizer, task) -> Any:
+    from cartridges.selfstudy.finish import ERROR
+    from cartridges.selfstudy.synthesizer import Dropped
+
+    try:
+        return synthesizer.run([task])[0]
+    except Exception as error:  # recorded in the row, counted, and fatal above max_failed_share
+        line = " ".join(str(error).split())[:200]
+        return Dropped(task.conversation_id, task.seed_family, f"{ERROR}{type(error).__name__}: {line}")
+
+
+class _reporting:
+    """Calls `progress` every second with the rows committed so far, until the block ends."""
+
+    def __init__(self, checkpoint: Path, total: int, progress: ProgressCallback):
+        self.checkpoint, self.total, self.progress = checkpoint, total, progress
+        self.rows: dict[Path, int] = {}
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._loop, daemon=True)
+
+    def _loop(self) -> None:
+        while not self.stop.wait(POLL_SECONDS):
+            self._report()
+
+    def _report(self) -> None:
+        self.progress(self.committed(), self.total, "")
+
+    def committed(self) -> int:
+        import pyarrow.parquet as pq
+
+        for file in self.checkpoint.glob("*.parquet"):
+            if file not in self.rows and not file.name.endswith(".pending.parquet"):
+                self.rows[file] = pq.read_metadata(file).num_rows
+        return sum(self.rows.values())
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._report()
+
+
+def _finish(output: Path, settings: BuildSettings, planned: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Deduplicate into `shards/`, check the failures, write the manifest, drop the work files."""
+    from cartridges.selfstudy.finish import finish
+
+    work = output / "work"
+    temporary = output / "shards.tmp"
+    for leftover in (temporary, output / "shards"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    summary = finish(work / "parts", temporary)
+    _require_few_failures(summary.dropped["error"], planned["conversations"], settings, work)
+    temporary.rename(output / "shards")
+    manifest = {**planned, **summary.as_dict(), "planned": planned["conversations"], "seconds": seconds}
+    write_manifest(output / MANIFEST, manifest)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _require_few_failures(failed: int, planned: int, settings: BuildSettings, work: Path) -> None:
+    """Raise where too many failed, after taking back their batches so that the next run does them again."""
+    if failed <= settings.synthesize.max_failed_share * planned:
+        return
+    reason = forget_failed(work)
+    raise RuntimeError(f"{failed} of {planned} conversations failed, more than synthesize.max_failed_share "
+                       f"({settings.synthesize.max_failed_share}) allows; the first: {reason}")
+
+
+def forget_failed(work: Path) -> str:
+    """Mark every committed batch that holds a failed row as pending; the first row's reason.
+
+    Ray Data deletes what is pending when it starts, the batch's file with it, and does it again.
+    """
+    import pyarrow.parquet as pq
+
+    from cartridges.selfstudy.finish import ERROR
+
+    first = ""
+    for file in sorted((work / "parts").glob("*.parquet")):
+        failed = [reason for reason in pq.read_table(file, columns=["dropped"])["dropped"].to_pylist()
+                  if reason.startswith(ERROR)]
+        if failed:
+            first = first or failed[0]
+            for committed in (work / "checkpoint").glob("*.parquet"):
+                if file.stem.startswith(committed.stem):
+                    committed.rename(committed.with_suffix(".pending.parquet"))
+    return first
+
+
+def _metrics(manifest: dict[str, Any]) -> dict[str, float]:
+    kept, dropped = manifest["conversations"]["kept"], manifest["conversations"]["dropped"]
+    return {
+        "synthesize/conversations": manifest["planned"], "synthesize/kept": kept,
+        "synthesize/dropped": sum(dropped.values()), "synthesize/tokens": manifest["tokens"]["input"],
+        "synthesize/topk_mass": manifest["topk_mass"], "synthesize/teacher_entropy": manifest["teacher_entropy"],
+        "synthesize/duplicate_share": dropped.get("duplicate", 0) / manifest["planned"],
+        "synthesize/conversations_per_s": manifest["planned"] / manifest["seconds"],
+        "synthesize/tokens_per_s": manifest["tokens"]["input"] / manifest["seconds"],
+        "synthesize/seconds": manifest["seconds"],
+    }
