@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -103,7 +104,8 @@ def _download_once(settings: ModelSettings, record: Path) -> ModelSource:
     except OSError as error:
         raise UserError(f"cannot create {record.parent} ({error.strerror}); set CARTRIDGES_HOME to a "
                         "writable directory") from None
-    with FileLock(f"{record}.lock"):
+    # What libraries print while converting must not reach stdout: commands write JSON there.
+    with FileLock(f"{record}.lock"), redirect_stdout(sys.stderr):
         source = _read_record(record)
         if source is None:
             source = _download(settings, record.with_suffix(""))
