@@ -100,7 +100,8 @@ class Manifest(Record):
     @property
     def version(self) -> str:
         """Content hash, 16 hex digits: the same cartridge has the same version anywhere."""
-        content = self.model_dump(mode="json", exclude=PROVENANCE)
+        # Defaults are left out, so that a field added later does not change older versions.
+        content = self.model_dump(mode="json", exclude=PROVENANCE, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

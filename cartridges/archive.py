@@ -1,0 +1,81 @@
+"""A cartridge as one tar file: `<name>/cartridge.safetensors` and `<name>/manifest.json`.
+
+Archives come from strangers. Only these two regular files are ever read, streamed to paths we
+choose; links, sparse files, other members and other sizes than the manifest's are refused.
+"""
+
+import shutil
+import tarfile
+import uuid
+from pathlib import Path
+
+from cartridges.artifact import MANIFEST, MAX_MANIFEST_BYTES, TENSORS, load, parse_manifest, verify
+from cartridges.errors import UserError
+
+
+def pack(directory: Path, name: str, output: Path) -> None:
+    """Write the artifact in `directory` to the tar `output`, by rename. Same input, same bytes."""
+    if not output.parent.is_dir():
+        raise UserError(f"cannot write {output}: there is no directory {output.parent}")
+    verify(directory)
+    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+            for file in (MANIFEST, TENSORS):
+                member = tarfile.TarInfo(f"{name}/{file}")
+                member.size = (directory / file).stat().st_size
+                with open(directory / file, "rb") as data:
+                    tar.addfile(member, data)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def unpack(archive: Path, directory: Path) -> str:
+    """Read the tar `archive` into the existing `directory`, verify the cartridge, return its name.
+
+    Raises `UserError` for anything but a whole cartridge.
+    """
+    if not archive.is_file():
+        raise UserError(f"{archive} is not a file; give a tar written by `cartridges export`")
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            name, members = _members(tar, archive)
+            _extract(tar, members[MANIFEST], directory / MANIFEST)
+            manifest = parse_manifest((directory / MANIFEST).read_bytes(), f"{archive}: {MANIFEST}")
+            if members[TENSORS].size != manifest.file_bytes:
+                raise UserError(f"{archive}: {TENSORS} has {members[TENSORS].size} bytes, its manifest "
+                                f"says {manifest.file_bytes}; export it again")
+            _extract(tar, members[TENSORS], directory / TENSORS)
+    except tarfile.TarError as error:
+        raise UserError(f"{archive} is not a whole tar file ({error}); export it again") from None
+    load(directory)
+    return name
+
+
+def _members(tar: tarfile.TarFile, archive: Path) -> tuple[str, dict[str, tarfile.TarInfo]]:
+    """The folder's name and the two members, or a refusal."""
+    found: dict[str, tarfile.TarInfo] = {}
+    folders = set()
+    for member in tar:
+        folder, _, file = member.name.partition("/")
+        if file not in (MANIFEST, TENSORS) or file in found or folder in ("", ".", ".."):
+            raise UserError(f"{archive} holds {member.name!r}; a cartridge archive holds only "
+                            f"NAME/{MANIFEST} and NAME/{TENSORS}, once each")
+        if not member.isreg() or member.issparse():
+            raise UserError(f"{archive}: {member.name!r} is not a regular file")
+        if file == MANIFEST and member.size > MAX_MANIFEST_BYTES:
+            raise UserError(f"{archive}: {member.name!r} has {member.size} bytes, more than the "
+                            f"{MAX_MANIFEST_BYTES} a manifest may have")
+        found[file] = member
+        folders.add(folder)
+    if len(found) != 2 or len(folders) != 1:
+        raise UserError(f"{archive} does not hold one cartridge (NAME/{MANIFEST} and NAME/{TENSORS})")
+    return folders.pop(), found
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    source = tar.extractfile(member)
+    assert source is not None, "a regular file has data"
+    with source, open(target, "wb") as output:
+        shutil.copyfileobj(source, output)

@@ -1,0 +1,106 @@
+"""A tree of small files on any fsspec filesystem: whole-file writes, and a lock for writers."""
+
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from cartridges.artifact import write_atomically
+from cartridges.errors import UserError
+
+_LOCKS: dict[str, threading.Lock] = {}
+
+
+class Store:
+    """Files under `root`, a local path or an fsspec URL (`s3://bucket/prefix`, `memory://x`).
+
+    A file is replaced as a whole: by rename locally; object stores do so by themselves. `lock`
+    keeps writers apart, between processes locally, within this process elsewhere: there, of two
+    machines that change the same file at once the last wins.
+
+    Raises `UserError` for a protocol that is unknown or whose package is missing.
+    """
+
+    def __init__(self, root: str):
+        self.root = root
+        try:
+            # Listings are never cached: another process may have published a second ago.
+            self.fs, self.path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"cannot open registry {root}: {error}") from None
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def full(self, *parts: str) -> str:
+        return "/".join([self.path.rstrip("/"), *parts])
+
+    def url(self, *parts: str) -> str:
+        """A path locally, else a URL."""
+        return self.full(*parts) if self.is_local else self.fs.unstrip_protocol(self.full(*parts))
+
+    def files(self, *parts: str) -> list[str]:
+        """Paths of all files under a directory, relative to it; empty where it does not exist."""
+        where = self.full(*parts)
+        return [path[len(where):].lstrip("/") for path in self.fs.find(where)]
+
+    def read(self, *parts: str) -> bytes | None:
+        """A file's bytes, or None where there is none."""
+        try:
+            return self.fs.cat_file(self.full(*parts))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def size(self, *parts: str) -> int | None:
+        """A file's size in bytes, or None where there is none."""
+        try:
+            return self.fs.info(self.full(*parts))["size"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, data: bytes, *parts: str) -> None:
+        target = self.full(*parts)
+        self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if self.is_local:
+            write_atomically(Path(target), data)
+        else:
+            self.fs.pipe_file(target, data)
+
+    def upload(self, source: Path, *parts: str) -> None:
+        """Copy a local file in, under a temporary name first where writing is not atomic."""
+        target = self.full(*parts)
+        self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if not self.is_local:
+            self.fs.put_file(str(source), target)
+            return
+        temporary = Path(target).with_name(f".{parts[-1]}.{uuid.uuid4().hex}.tmp")
+        try:
+            self.fs.put_file(str(source), str(temporary))
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def download(self, target: Path, *parts: str) -> None:
+        self.fs.get_file(self.full(*parts), str(target))
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file or a whole directory; nothing happens where there is none."""
+        where = self.full(*parts)
+        if self.fs.exists(where):
+            self.fs.rm(where, recursive=True)
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold `name` for writing. Lock files stand apart, in `<root>/.locks`."""
+        if not self.is_local:
+            with _LOCKS.setdefault(f"{self.root}\0{name}", threading.Lock()):
+                yield
+            return
+        from filelock import FileLock
+
+        directory = Path(self.full(".locks"))
+        directory.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory / f"{name}.lock"):
+            yield
