@@ -144,6 +144,7 @@ class Registry:
         """Let `alias` mean `version` (a version, its first digits, or another alias) from now on."""
         check_name(name)
         _checked_alias(alias)
+        self.resolve(f"{name}@{version}")  # a mistake leaves not even a lock file
         with self._store.lock(name):
             entry = self.resolve(f"{name}@{version}")
             self._write_aliases(name, self.aliases(name) | {alias: entry.version})
@@ -154,14 +155,14 @@ class Registry:
 
         A version that an alias means is refused unless `force`, which drops the alias too.
         """
-        name, _, selector = ref.partition("@")
+        name = ref.partition("@")[0]
         check_name(name)
+        if not self._version_names(name):
+            raise self._unknown(name)
         with self._store.lock(name):
-            if selector:
+            if "@" in ref:
                 return (self._delete_version(self.resolve(ref), force),)
             versions = self._version_names(name)
-            if not versions:
-                raise self._unknown(name)
             for version in versions:
                 self._store.remove(name, version, MANIFEST)
             self._store.remove(name)

@@ -45,7 +45,8 @@ def test_publish_resolve_get(registry, tmp_path):
     assert [entry.name for entry in registry.list()] == ["sample"]
     loaded = artifact.load(registry.get(f"sample@{first}"))
     assert loaded.manifest == registry.resolve(f"sample@{first}").manifest
-    assert torch.equal(loaded.cartridge.keys_values()[0], make_cartridge(0).keys_values()[0].bfloat16().float())
+    expected = make_cartridge(0).keys_values()[0].bfloat16().float()
+    assert torch.equal(loaded.cartridge.keys_values()[0], expected)
 
 
 def test_publishing_twice_is_once(registry, tmp_path):

@@ -1,0 +1,254 @@
+"""The command line. Parsing only: each command calls a function of its own module.
+
+Exit code 0 is success, 2 a user's mistake (one line on stderr), 130 Ctrl-C, 1 anything else. With
+`--json` stdout holds one JSON object and nothing else; whatever a stage prints goes to stderr.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from cartridges.errors import UserError
+from workflows import commands
+
+RESUMABLE = ("build", "synthesize", "train")
+REFERENCE = "NAME, NAME@VERSION or NAME@ALIAS"
+
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"cartridges: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parse(argv)
+    try:
+        with _terminated_like_interrupted(), _clean_stdout(args.json):
+            result = args.run(args)
+        _report(args, result)
+        return 0
+    except UserError as error:
+        print(f"cartridges: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = "; the same command goes on where it stopped" if args.command in RESUMABLE else ""
+        print(f"cartridges: interrupted{again}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        again = "; then run the same command again" if args.command in RESUMABLE else ""
+        print(f"cartridges: {_one_line(error)}: free space or give a directory that can be written{again}",
+              file=sys.stderr)
+        return 1
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    if args.command == "submit":  # its build arguments are parsed here, and again on the cluster
+        args.build = args.build[1:] if args.build[:1] == ["--"] else args.build
+        checker = Parser(prog="cartridges submit", add_help=False, allow_abbrev=False)
+        checker.add_argument("--json", action="store_true")
+        _add_build_arguments(checker)
+        args.checked = checker.parse_args(args.build)
+        args.json = args.json or args.checked.json
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="cartridges",
+                    description="Small KV caches, trained by self-study to stand in for a corpus.")
+    parser.add_argument("--version", action="version", version=f"cartridges {_version()}")
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    _add_stages(parsers)
+    _add_use(parsers)
+    _add_registry(parsers)
+    return parser
+
+
+def _add_stages(parsers: Any) -> None:
+    build = _command(parsers, "build", commands.run_build,
+                     "corpus to published cartridge: synthesize, train, evaluate, publish")
+    _add_build_arguments(build)
+
+    synthesize = _command(parsers, "synthesize", commands.run_synthesize, "corpus to conversations")
+    synthesize.add_argument("corpus", metavar="CORPUS", help="folder, text/Markdown/HTML/PDF file, or JSONL")
+    synthesize.add_argument("--output", required=True, metavar="DIR", help="where the conversations go")
+    _settings_options(synthesize, "model", "seed", "corpus_id", "budget")
+
+    train = _command(parsers, "train", commands.run_train, "conversations to cartridge")
+    train.add_argument("dataset", metavar="DATASET", help="output directory of `cartridges synthesize`")
+    train.add_argument("--corpus", required=True, metavar="CORPUS", help="the corpus of the conversations")
+    train.add_argument("--output", required=True, metavar="DIR", help="where the cartridge goes")
+    _settings_options(train, "model", "num_tokens", "init", "loss", "seed", "corpus_id", "budget")
+
+    evaluate = _command(parsers, "evaluate", commands.run_evaluate, "report card of a published cartridge")
+    evaluate.add_argument("name", metavar="NAME", help=REFERENCE)
+    evaluate.add_argument("--questions", required=True, metavar="FILE", help="JSONL of rows with `questions`")
+    evaluate.add_argument("--corpus", metavar="CORPUS", help="where the questions' rows have no `text`")
+    evaluate.add_argument("--arms", metavar="A,B", help="such as closed_book,cartridge; default: all")
+    _settings_options(evaluate, "model", "seed", "corpus_id")
+    _registry_option(evaluate)
+
+
+def _add_build_arguments(build: argparse.ArgumentParser) -> None:
+    build.add_argument("corpus", metavar="CORPUS", help="folder, text/Markdown/HTML/PDF file, or JSONL")
+    build.add_argument("--name", required=True, metavar="NAME", help="name of the cartridge in the registry")
+    build.add_argument("--questions", metavar="FILE",
+                       help="JSONL of rows with `questions`; default: held-out self-study questions")
+    build.add_argument("--workdir", metavar="DIR", help="where stages keep their work; default: runs/NAME")
+    _settings_options(build, "model", "num_tokens", "init", "loss", "budget", "seed", "corpus_id")
+    _registry_option(build)
+
+
+def _add_use(parsers: Any) -> None:
+    serve = _command(parsers, "serve", commands.run_serve, "the OpenAI-compatible HTTP service")
+    _settings_options(serve, "model", "host", "port", "engine")
+    _registry_option(serve)
+
+    chat = _command(parsers, "chat", commands.run_chat, "ask a served or a local cartridge")
+    chat.add_argument("name", metavar="NAME", help=REFERENCE)
+    chat.add_argument("message", nargs="?", metavar="MESSAGE", help="one question; without it, a dialogue")
+    chat.add_argument("--url", metavar="URL", help="a running service, such as http://127.0.0.1:8000")
+    _registry_option(chat)
+
+    submit = _command(parsers, "submit", commands.run_submit, "run `build` as a job on a Ray cluster",
+                      usage="cartridges submit [--address URL] [--no-wait] [--env KEY=VALUE] [--json] "
+                            "[--] CORPUS --name NAME --registry ROOT [build options]")
+    submit.add_argument("--address", metavar="URL",
+                        help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS")
+    submit.add_argument("--no-wait", action="store_true", help="return once the job is submitted")
+    submit.add_argument("--env", action="append", default=[], metavar="KEY=VALUE",
+                        help="the job's environment (not for secrets); may be repeated")
+    submit.add_argument("build", nargs=argparse.REMAINDER, metavar="BUILD ARGUMENTS", help="as for `build`")
+
+
+def _add_registry(parsers: Any) -> None:
+    _registry_option(_command(parsers, "list", commands.run_list, "names in the registry"))
+    show = _command(parsers, "show", commands.run_show, "a cartridge's manifest and report card")
+    promote = _command(parsers, "promote", commands.run_promote, "let an alias mean a version")
+    delete = _command(parsers, "delete", commands.run_delete, "delete a version, or a name with all of them")
+    export = _command(parsers, "export", commands.run_export, "write a version to a tar file")
+    for command in (show, promote, delete, export):
+        command.add_argument("name", metavar="NAME", help=REFERENCE)
+        _registry_option(command)
+    promote.add_argument("version", nargs="?", metavar="VERSION", help="default: the latest")
+    promote.add_argument("--alias", default="prod", metavar="ALIAS",
+                         help="default: prod, which a bare NAME means")
+    delete.add_argument("--force", action="store_true", help="delete a version that an alias means")
+    export.add_argument("--output", metavar="FILE", help="default: NAME-VERSION.tar")
+    import_ = _command(parsers, "import", commands.run_import, "publish a tar file written by `export`")
+    import_.add_argument("file", metavar="FILE")
+    import_.add_argument("--name", metavar="NAME", help="default: the name it was exported with")
+    _registry_option(import_)
+
+
+def _command(parsers: Any, name: str, run: Any, about: str, **options: Any) -> argparse.ArgumentParser:
+    # allow_abbrev=False: an abbreviation would change its meaning when an option is added.
+    command = parsers.add_parser(name, help=about, description=about, allow_abbrev=False, **options)
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout, logs on stderr")
+    command.set_defaults(run=run)
+    return command
+
+
+def _registry_option(command: argparse.ArgumentParser) -> None:
+    default = os.environ.get("CARTRIDGES_REGISTRY") or "runs/registry"
+    command.add_argument("--registry", default=default, metavar="ROOT",
+                         help="path or URL (s3://...); default: CARTRIDGES_REGISTRY or runs/registry")
+
+
+def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
+    """`--config`, `--set`, and the named dials."""
+    known: dict[str, dict[str, Any]] = {
+        "model": {"metavar": "ID", "help": "hub id or directory of the base model"},
+        "num_tokens": {"type": int, "metavar": "P", "help": "slots of the cartridge (p)"},
+        "init": {"metavar": "METHOD", "help": "start of training, such as prefix or attention_matching"},
+        "loss": {"metavar": "LOSS", "help": "distillation, next_token, or none (publish the start)"},
+        "budget": {"metavar": "TIME", "help": "wall-clock for synthesis and training, such as 10m"},
+        "seed": {"type": int, "metavar": "N", "help": "seed of everything random"},
+        "corpus_id": {"metavar": "ID", "help": "row of a JSONL corpus, or a pattern that joins several"},
+        "host": {"metavar": "HOST", "help": "address to listen on; default 127.0.0.1"},
+        "port": {"type": int, "metavar": "PORT", "help": "default 8000"},
+        "engine": {"metavar": "ENGINE", "help": "auto, transformers or vllm"},
+    }
+    for dial in dials:
+        command.add_argument(f"--{dial.replace('_', '-')}", **known[dial])
+    command.add_argument("--config", metavar="FILE", help="YAML of settings")
+    command.add_argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE",
+                         help="one setting, such as train.epochs=4; may be repeated")
+
+
+def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
+    """The result for a person, or as JSON."""
+    from workflows import console, registry_commands
+
+    if args.json:
+        print(console.to_json(result if result is not None else {}), flush=True)
+    elif result is None or args.command == "chat":
+        return
+    elif args.command == "list":
+        registry_commands.print_list(result, sys.stdout)
+    elif args.command == "show":
+        registry_commands.print_shown(result, sys.stdout)
+    elif args.command == "evaluate":
+        console.print_report_card(result, sys.stdout)
+    elif args.command == "build":
+        console.print_report_card(result["report_card"], sys.stdout)
+        print(f"\npublished {result['name']}@{result['version']} in {args.registry}")
+    else:
+        console.print_summary(result, sys.stdout)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _clean_stdout(as_json: bool) -> Iterator[None]:
+    """While a stage runs under `--json`, stdout is stderr, for its libraries and processes too."""
+    if not as_json:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that what a stage started is stopped by it."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _version() -> str:
+    from cartridges import __version__
+
+    return __version__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""From parsed arguments to plain values: one function a command, which calls the command's own module.
+
+The heavy modules are imported inside, after the settings are read: `--help` and a mistyped setting
+answer at once.
+"""
+
+import argparse
+import json
+from typing import Any
+
+from cartridges.errors import UserError
+
+DIALS = {"model": "model.name", "num_tokens": "train.num_tokens", "init": "train.init", "loss": "train.loss",
+         "budget": "budget", "seed": "seed", "corpus_id": "corpus.corpus_id", "host": "serve.host",
+         "port": "serve.port", "engine": "serve.engine"}
+"""Options that are short for a setting of `BuildSettings`."""
+
+
+def settings_from(args: argparse.Namespace) -> Any:
+    """`BuildSettings`: defaults < `--config` < dials < `--set`."""
+    from cartridges.config import BuildSettings, load
+
+    given = vars(args)
+    dials = [f"{key}={json.dumps(given[dial])}" for dial, key in DIALS.items() if given.get(dial) is not None]
+    return load(BuildSettings, args.config, dials + args.set)
+
+
+def run_build(args: argparse.Namespace) -> dict[str, Any]:
+    from cartridges.registry import check_name
+
+    check_name(args.name)
+    settings = settings_from(args)
+    from workflows.build import build
+
+    return build(args.corpus, args.name, settings, args.registry, args.questions, args.workdir)
+
+
+def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    from workflows.console import Progress
+    from workflows.synthesize import synthesize
+
+    with Progress(None, "synthesize", "conversations") as progress:
+        return synthesize(args.corpus, args.output, settings, progress.callback)
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    from workflows.train import train
+
+    return train(args.dataset, args.corpus, args.output, settings)
+
+
+def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    arms = tuple(arm.strip() for arm in args.arms.split(",")) if args.arms is not None else None
+    if arms is not None:
+        _check_arms(arms)
+    from workflows.evaluate import evaluate
+
+    return evaluate(args.name, args.registry, args.questions, args.corpus, settings, arms)
+
+
+def _check_arms(arms: tuple[str, ...]) -> None:
+    from typing import get_args
+
+    from cartridges.config import Arm
+
+    unknown = [arm for arm in arms if arm not in get_args(Arm)]
+    if unknown:
+        raise UserError(f"--arms: no arm {unknown[0]!r}; there are {', '.join(get_args(Arm))}")
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    settings = settings_from(args)
+    from workflows.serve import serve
+
+    serve(args.registry, settings)
+
+
+def run_chat(args: argparse.Namespace) -> dict[str, Any] | None:
+    from workflows.chat import chat
+
+    return chat(args.name, args.message, args.registry, args.url)
+
+
+def run_submit(args: argparse.Namespace) -> dict[str, Any]:
+    settings_from(args.checked)  # mistakes are named here, not minutes later on the cluster
+    from workflows.submit import submit
+
+    env = dict(_pair(pair) for pair in args.env)
+    return submit(args.build, args.address, not args.no_wait, env)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UserError(f"--env {text!r} is not KEY=VALUE")
+    return key, value
+
+
+def run_list(args: argparse.Namespace) -> dict[str, Any]:
+    from workflows import registry_commands
+
+    return registry_commands.list_cartridges(args.registry)
+
+
+def run_show(args: argparse.Namespace) -> dict[str, Any]:
+    from workflows import registry_commands
+
+    return registry_commands.show(args.name, args.registry)
+
+
+def run_promote(args: argparse.Namespace) -> dict[str, Any]:
+    from workflows import registry_commands
+
+    return registry_commands.promote(args.name, args.version, args.alias, args.registry)
+
+
+def run_delete(args: argparse.Namespace) -> dict[str, Any]:
+    from workflows import registry_commands
+
+    return registry_commands.delete(args.name, args.registry, args.force)
+
+
+def run_export(args: argparse.Namespace) -> dict[str, Any]:
+    from workflows import registry_commands
+
+    return registry_commands.export(args.name, args.output, args.registry)
+
+
+def run_import(args: argparse.Namespace) -> dict[str, Any]:
+    from workflows import registry_commands
+
+    return registry_commands.import_archive(args.file, args.name, args.registry)
