@@ -63,7 +63,7 @@ def resolve_source(settings: ModelSettings) -> ModelSource:
 
 def _local_source(directory: Path) -> ModelSource:
     if not (directory / "config.json").is_file():
-        raise UserError(f"model directory {directory} has no config.json; give a Hugging Face model directory")
+        raise UserError(f"model directory {directory} has no config.json; name another directory")
     if not any(directory.glob("*.safetensors")):
         raise UserError(f"model directory {directory} has no *.safetensors weights; save it with safetensors")
     directory = directory.absolute()
@@ -128,7 +128,7 @@ def _download(settings: ModelSettings, target: Path) -> ModelSource:
         snapshot = snapshot_download(settings.name, revision=settings.revision, etag_timeout=HUB_TIMEOUT_S,
                                      allow_patterns=list(HUB_PATTERNS))
     except GatedRepoError:
-        raise UserError(f"model {settings.name} is gated; accept its licence on the hub and run 'hf auth login'"
+        raise UserError(f"model {settings.name} is gated; accept its licence on the hub, then 'hf auth login'"
                         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"model {settings.name} is neither a local directory nor a hub model") from None

@@ -61,12 +61,12 @@ def load_config(directory: Path):
 
     raw = _read_json(directory / "config.json")
     if "model_type" not in raw or "auto_map" in raw:
-        raise UserError(f"model {directory} brings its own code; only {', '.join(SUPPORTED_TYPES)} models are "
-                        "supported")
+        raise UserError(f"model {directory} brings its own code; supported are "
+                        f"{', '.join(SUPPORTED_TYPES)} models")
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError):
-        raise UserError(f"model {directory}: transformers does not know the model type {raw['model_type']!r}; "
+        raise UserError(f"model {directory}: transformers does not know model type {raw['model_type']!r}; "
                         f"supported are {', '.join(SUPPORTED_TYPES)}") from None
     reason = refusal(config.to_dict())
     if reason:
@@ -87,7 +87,7 @@ def refusal(config: dict[str, Any]) -> str | None:
         (layer_types & {"linear_attention", "mamba", "recurrent", "conv"}
          or config.get("model_type") in ("mamba", "mamba2", "jamba", "rwkv"),
          "it has recurrent or state-space layers, which keep no KV cache"),
-        (_uses_sliding_window(config, layer_types), "its attention uses a sliding window, which would drop it"),
+        (_uses_sliding_window(config, layer_types), "its attention has a sliding window, which would drop it"),
         (rope_types & {"dynamic", "longrope"}, "its RoPE depends on the length of the sequence"),
         (config.get("model_type") not in SUPPORTED_TYPES,
          f"model type {config.get('model_type')!r} is not one of {', '.join(SUPPORTED_TYPES)}"),

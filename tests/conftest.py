@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 
 # Before anything imports wandb, ray or tokenizers: no network, nothing written outside the run.
-_scratch = tempfile.mkdtemp(prefix="cartridges-tests-")
+_scratch = tempfile.TemporaryDirectory(prefix="cartridges-tests-", ignore_cleanup_errors=True)
 for _name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-    os.environ.setdefault(_name, _scratch)
+    os.environ.setdefault(_name, _scratch.name)
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
