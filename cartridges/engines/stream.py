@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 import torch
 from transformers import DynamicCache
 
-from cartridges.engines.base import CartridgePrefix, Prefix, Request, TextPrefix, TokenEvent
+from cartridges.engines.base import CartridgePrefix, Prefix, Request, TokenEvent
 from cartridges.engines.detokenize import TextStream
 from cartridges.engines.sampling import Draws, sample
 from cartridges.engines.transformers import stop_token_ids
@@ -195,7 +195,7 @@ class _Stream:
         try:
             with torch.inference_mode():
                 event = next(self.turns)
-        except Exception as error:  # Belongs to this client alone: it is raised where the stream is read.
+        except Exception as error:  # noqa: BLE001  It is raised again where the stream is read.
             event = error
         if event is not None:
             self.send(event)
