@@ -126,6 +126,18 @@ class ServeSettings(Settings):
     max_tokens_limit: int = Field(2048, ge=1)
     max_queue: int = Field(128, ge=1)
     """Requests in flight beyond which the service answers 429."""
+    max_active: int = Field(16, ge=1)
+    """Requests a transformers replica decodes at once; the others wait their turn."""
+    default_temperature: float = Field(0.0, ge=0, le=2)
+    """For requests that give none: 0, because a cartridge is asked for facts (OpenAI's own is 1)."""
+    resident_bytes: int = Field(2 << 30, ge=1)
+    """Bytes that loaded cartridges may take in a replica; the least recently used go first."""
+    max_body_bytes: int = Field(4 << 20, ge=1024)
+    """Longest request body; a longer one is answered with 413."""
+    request_timeout_s: float = Field(600, gt=0)
+    """Seconds after which an unfinished request is ended with an error."""
+    drain_s: float = Field(10, ge=0)
+    """Seconds that running requests have to finish when the service is stopped."""
 
 
 class BuildSettings(Settings):
