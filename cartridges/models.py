@@ -87,7 +87,7 @@ def refusal(config: dict[str, Any]) -> str | None:
         (layer_types & {"linear_attention", "mamba", "recurrent", "conv"}
          or config.get("model_type") in ("mamba", "mamba2", "jamba", "rwkv"),
          "it has recurrent or state-space layers, which keep no KV cache"),
-        (_uses_sliding_window(config, layer_types), "its attention has a sliding window, which would drop it"),
+        (_uses_sliding_window(config, layer_types), "a sliding attention window would drop it"),
         (rope_types & {"dynamic", "longrope"}, "its RoPE depends on the length of the sequence"),
         (config.get("model_type") not in SUPPORTED_TYPES,
          f"model type {config.get('model_type')!r} is not one of {', '.join(SUPPORTED_TYPES)}"),
