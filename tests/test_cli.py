@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_artifact import make_cartridge, save
 
 from cartridges import artifact
 from cartridges.errors import UserError
 from cartridges.registry import Registry
+from test_artifact import make_cartridge, save
 from workflows import commands
 from workflows.cli import build_parser, main
 from workflows.console import Progress, human_bytes, human_seconds, print_report_card, to_json
@@ -169,8 +169,8 @@ def test_mistakes_in_several_lines_become_one(tmp_path, capfd, monkeypatch):
 def test_dials_are_settings(tmp_path):
     (tmp_path / "settings.yaml").write_text("train: {num_tokens: 64, epochs: 2}\nseed: 5\n")
     argv = ["build", "corpus", "--name", "x", "--config", str(tmp_path / "settings.yaml"),
-            "--num-tokens", "128", "--corpus-id", "services/*", "--budget", "10m", "--model", "some/model", "--loss", "next_token",
-            "--set", "train.epochs=3", "--set", "synthesize.families={cloze: 0.5}"]
+            "--num-tokens", "128", "--corpus-id", "services/*", "--budget", "10m", "--model", "some/model",
+            "--loss", "next_token", "--set", "train.epochs=3", "--set", "synthesize.families={cloze: 0.5}"]
     settings = commands.settings_from(build_parser().parse_args(argv))
     assert (settings.train.num_tokens, settings.train.epochs, settings.train.loss) == (128, 3, "next_token")
     assert (settings.seed, settings.budget, settings.model.name) == (5, "10m", "some/model")

@@ -7,12 +7,12 @@ import uuid
 
 import pytest
 import torch
-from test_artifact import make_cartridge, save
 
 from cartridges import artifact
 from cartridges.artifact import MANIFEST, TENSORS
 from cartridges.errors import UserError
 from cartridges.registry import Registry
+from test_artifact import make_cartridge, save
 
 
 @pytest.fixture(params=["local", "memory"])
