@@ -64,7 +64,7 @@ def submit(args: list[str], address: str | None = None, wait: bool = True,
     result = _follow(client, job_id) if wait else None
     info = client.get_job_info(job_id)
     return {"job_id": job_id, "address": client.get_address(), "status": info.status.value,
-            "message": info.message, "build": result}
+            "message": (info.message or "").partition("\n")[0], "build": result}
 
 
 def stage_inputs(args: list[str], staging: Path, shared: tuple[str, ...] = ()) -> list[str]:
@@ -73,20 +73,31 @@ def stage_inputs(args: list[str], staging: Path, shared: tuple[str, ...] = ()) -
     Raises `UserError`, one line, for an input that is missing or too large to upload, and for an
     output that would be lost with the job.
     """
-    job_args = _separate_values(args)
+    job_args = _with_registry(_separate_values(args))
     options = {job_args[i]: i + 1 for i in _option_positions(job_args)}
     inputs = [_corpus_position(job_args), *(options[name] for name in INPUT_OPTIONS if name in options)]
     for position in inputs:
         job_args[position] = _staged(job_args[position], staging, f"inputs/{position}", shared)
-    if "--registry" not in options:
-        raise UserError("a job needs --registry: a URL (s3://bucket/registry) or an absolute path "
-                        "that the cluster shares; what a job writes elsewhere is lost with it")
     for name in OUTPUT_OPTIONS:
         if name in options:
             _check_output(name, job_args[options[name]])
+    if "--workdir" not in options:
+        print("no --workdir: this works on a cluster of one machine, and cannot be resumed; give an absolute "
+              "path that the cluster shares", file=sys.stderr)
     if "--model" in options:
         _check_model(job_args[options["--model"]])
     return job_args
+
+
+def _with_registry(args: list[str]) -> list[str]:
+    """`args` with the registry said: the cluster does not know this machine's default."""
+    if "--registry" in args:
+        return args
+    default = os.environ.get("CARTRIDGES_REGISTRY")
+    if not default:
+        raise UserError("a job needs --registry: a URL (s3://bucket/registry) or an absolute path "
+                        "that the cluster shares; what a job writes elsewhere is lost with it")
+    return [*args, "--registry", default]
 
 
 def _separate_values(args: list[str]) -> list[str]:
