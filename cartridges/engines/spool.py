@@ -1,0 +1,144 @@
+"""Where cartridges wait for vLLM: one safetensors file each, named by the sha256 of its bytes.
+
+vLLM's workers may be other processes. They are told a hash and nothing else, look the file up in a
+directory of their own settings, and check its bytes against its name: a request can neither name a
+path nor get another cartridge's keys.
+"""
+
+import hashlib
+import re
+import shutil
+import tempfile
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import RLock
+
+from cartridges.artifact import file_digest, write_atomically
+from cartridges.cartridge import Cartridge
+from cartridges.engines.base import CartridgePrefix
+
+_HASH = re.compile("[0-9a-f]{64}")
+
+
+class SpoolError(RuntimeError):
+    """A spooled file is missing or is not what its name says."""
+
+
+def spool_file(root: Path, content: str) -> Path:
+    """The file that holds the cartridge with sha256 `content`. Raises `SpoolError` for anything else."""
+    if not _HASH.fullmatch(content):
+        raise SpoolError(f"{content[:80]!r} is not a cartridge's hash")
+    return root / f"{content}.safetensors"
+
+
+def check_spooled(root: Path, content: str) -> Path:
+    """`spool_file`, after checking that it is there and has the bytes its name promises."""
+    path = spool_file(root, content)
+    if not path.is_file():
+        raise SpoolError(f"{path} is missing")
+    if file_digest(path) != content:
+        raise SpoolError(f"{path} is damaged: its digest is not its name")
+    return path
+
+
+class Spool:
+    """Writes cartridges to `directory` (None: a temporary one, removed with the spool).
+
+    Least recently used files go once they exceed `max_bytes`, except those in use. Thread-safe.
+    """
+
+    def __init__(self, directory: str | None = None, max_bytes: int = 8 << 30):
+        self.root = Path(directory or tempfile.mkdtemp(prefix="cartridges-spool-")).resolve()
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.max_bytes = max_bytes
+        self._known: dict[str, _Known] = {}
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._in_use: Counter[str] = Counter()
+        self._forgotten: set[str] = set()
+        self._lock = RLock()
+        self._remove = weakref.finalize(self, shutil.rmtree, self.root, True) if directory is None else None
+
+    @contextmanager
+    def hold(self, prefix: CartridgePrefix) -> Iterator[str]:
+        """Spool `prefix`'s cartridge; yields the hash of its file, which stays for the `with` block."""
+        with self._lock:
+            content = self.put(prefix)
+            self._in_use[content] += 1
+        try:
+            yield content
+        finally:
+            with self._lock:
+                self._in_use[content] -= 1
+                self._evict()
+
+    def put(self, prefix: CartridgePrefix) -> str:
+        """Write `prefix`'s cartridge unless it is there already; the hash of its file."""
+        with self._lock:
+            known = self._known.get(prefix.digest)
+            if known is None or not known.still_is(prefix.cartridge):
+                # The name is never believed: bytes that differ get another file and another salt.
+                known = _Known(prefix.cartridge, self._write(prefix.cartridge))
+                self._known[prefix.digest] = known
+            self._sizes.move_to_end(known.content)
+            self._forgotten.discard(known.content)
+            return known.content
+
+    def forget(self, digest: str) -> None:
+        """Let the file of the cartridge known as `digest` go, once no request uses it."""
+        with self._lock:
+            known = self._known.pop(digest, None)
+            if known is not None:
+                self._forgotten.add(known.content)
+                self._evict()
+
+    def distrust(self, content: str) -> None:
+        """After a failed load: the next request writes the file again."""
+        with self._lock:
+            self._known = {digest: known for digest, known in self._known.items() if known.content != content}
+            self._sizes.pop(content, None)
+
+    def close(self) -> None:
+        """Remove a temporary spool directory."""
+        if self._remove is not None:
+            self._remove()
+
+    def _write(self, cartridge: Cartridge) -> str:
+        from safetensors.torch import save
+
+        keys, values = (tensor.detach().cpu().contiguous() for tensor in cartridge.keys_values())
+        data = save({"keys": keys, "values": values})
+        content = hashlib.sha256(data).hexdigest()
+        if content not in self._sizes:
+            write_atomically(spool_file(self.root, content), data)
+            self._sizes[content] = len(data)
+        return content
+
+    def _evict(self) -> None:
+        for content in list(self._sizes):
+            full = sum(self._sizes.values()) > self.max_bytes
+            if not self._in_use[content] and (full or content in self._forgotten):
+                self.distrust(content)
+                self._forgotten.discard(content)
+                spool_file(self.root, content).unlink(missing_ok=True)
+
+
+class _Known:
+    """Which tensors were spooled as `content`: the very same objects, not written to since."""
+
+    def __init__(self, cartridge: Cartridge, content: str):
+        self.content = content
+        self._cartridge = weakref.ref(cartridge)
+        self._stamp = _stamp(cartridge)
+
+    def still_is(self, cartridge: Cartridge) -> bool:
+        return self._cartridge() is cartridge and _stamp(cartridge) == self._stamp
+
+
+def _stamp(cartridge: Cartridge) -> tuple[int, ...]:
+    """Changes with every in-place update (an optimiser's step) and every replaced tensor."""
+    tensors = (cartridge.frozen_keys, cartridge.trainable_keys,
+               cartridge.frozen_values, cartridge.trainable_values)
+    return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
