@@ -16,7 +16,7 @@ from cartridges.registry import Registry
 from test_artifact import make_cartridge, save
 from workflows import commands
 from workflows.cli import build_parser, main
-from workflows.console import Progress, human_bytes, human_seconds, print_report_card, to_json
+from workflows.console import Progress, human_bytes, human_seconds, print_report_card, print_table, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = {
@@ -226,6 +226,14 @@ def test_report_card_table():
     assert "0.61 (0.54..0.68)" in stream.getvalue() and "+0.59 (+0.50..+0.66)" in stream.getvalue()
     assert lines[-1] == "build: synthesize 5m 00s, train 4m 10s; 9m 10s in all"
     print_report_card({"arms": {}, "cartridge": {}}, io.StringIO())
+
+
+def test_wide_tables_wrap_into_blocks(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+    stream = io.StringIO()
+    print_table([["arm", "a" * 9, "b" * 9, "c"], ["full", "1", "2", "3"]], stream)
+    lines = stream.getvalue().splitlines()
+    assert lines == ["arm   aaaaaaaaa", "full          1", "", "arm   bbbbbbbbb  c", "full          2  3"]
 
 
 def test_progress_lines_off_a_terminal():

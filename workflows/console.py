@@ -2,12 +2,19 @@
 
 import json
 import math
+import shutil
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 LINE_EVERY_SECONDS = 10.0
 """Pace of progress lines where stderr is not a terminal (logs, CI)."""
+
+TABLE_WIDTH = 120
+"""Columns of a table where stdout is not a terminal."""
+HIDDEN_METRICS = ("choice_accuracy_per_token",)
+"""In the JSON, but not in the table."""
 
 
 def human_bytes(size: float) -> str:
@@ -115,12 +122,26 @@ class Progress:
 
 
 def print_table(rows: list[list[str]], stream: TextIO) -> None:
-    """Aligned columns; the first row is the head, numbers stand to the right."""
+    """Aligned columns; the first row is the head, numbers stand to the right.
+
+    Columns that do not fit the terminal follow in a further block, with the first column repeated.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in
-                                             zip(row[1:], widths[1:], strict=True)]
-        print("  ".join(cells).rstrip(), file=stream)
+    blocks: list[list[int]] = [[]]
+    room = 0
+    for column, width in enumerate(widths[1:], start=1):
+        if blocks[-1] and room < width + 2:
+            blocks.append([])
+        if not blocks[-1]:
+            room = shutil.get_terminal_size((TABLE_WIDTH, 24)).columns - widths[0]
+        blocks[-1].append(column)
+        room -= width + 2
+    for number, block in enumerate(blocks):
+        if number:
+            print(file=stream)
+        for row in rows:
+            cells = [row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in block)]
+            print("  ".join(cells).rstrip(), file=stream)
 
 
 def print_report_card(card: dict[str, Any], stream: TextIO) -> None:
@@ -132,10 +153,24 @@ def print_report_card(card: dict[str, Any], stream: TextIO) -> None:
     if card.get("paired"):
         print("\npaired differences (95 % interval):", file=stream)
         print_table(_paired_rows(card["paired"]), stream)
+    for line in _remarks(card):
+        print(line, file=stream)
     seconds = card.get("build", {}).get("seconds", {})
     if seconds:
         stages = ", ".join(f"{stage} {human_seconds(taken)}" for stage, taken in seconds.items())
         print(f"\nbuild: {stages}; {human_seconds(sum(seconds.values()))} in all", file=stream)
+
+
+def _remarks(card: dict[str, Any]) -> list[str]:
+    """Where the questions come from, the controls, and what the reader should know."""
+    lines = []
+    questions = card.get("questions", {})
+    if questions.get("source") == "held_out_self_study":
+        lines.append("the questions are held-out self-study questions, not a person's")
+    controls = card.get("controls", {})
+    if controls:
+        lines.append("controls: " + ", ".join(f"{name} {value:.4g}" for name, value in controls.items()))
+    return ["", *lines, *card.get("notes", [])] if lines or card.get("notes") else []
 
 
 def _headline(card: dict[str, Any]) -> str:
@@ -153,7 +188,7 @@ def _headline(card: dict[str, Any]) -> str:
 
 
 def _arm_rows(arms: dict[str, Any]) -> list[list[str]]:
-    metrics = list(dict.fromkeys(metric for arm in arms.values() for metric in arm["metrics"]))
+    metrics = _shown(metric for arm in arms.values() for metric in arm["metrics"])
     rows = [["arm", *metrics, "n", "KV"]]
     for name, arm in arms.items():
         counts = [interval["n"] for interval in arm["metrics"].values()]
@@ -164,10 +199,14 @@ def _arm_rows(arms: dict[str, Any]) -> list[list[str]]:
 
 
 def _paired_rows(paired: dict[str, Any]) -> list[list[str]]:
-    metrics = list(dict.fromkeys(metric for pair in paired.values() for metric in pair))
+    metrics = _shown(metric for pair in paired.values() for metric in pair)
     return [["difference", *metrics]] + [
         [name, *(_interval(pair.get(metric), signed=True) for metric in metrics)]
         for name, pair in paired.items()]
+
+
+def _shown(metrics: Iterable[str]) -> list[str]:
+    return [metric for metric in dict.fromkeys(metrics) if metric not in HIDDEN_METRICS]
 
 
 def _interval(interval: dict[str, Any] | None, signed: bool = False) -> str:
