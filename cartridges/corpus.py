@@ -69,6 +69,11 @@ def holds_text(path: str) -> bool:
     return any(str(row.get("text") or "").strip() for _, row in _read_rows(Path(path).expanduser()))
 
 
+def has_corpus(path: str, corpus_id: str) -> bool:
+    """Whether `corpus_id` picks rows of the JSONL at `path`."""
+    return bool(_matching(_read_rows(Path(path).expanduser()), corpus_id))
+
+
 def fingerprint(documents: Sequence[Document]) -> str:
     """SHA-256 (32 hex digits) over the document ids in order."""
     return hashlib.sha256("\n".join(d.document_id for d in documents).encode()).hexdigest()[:32]
@@ -147,7 +152,7 @@ def _read_rows(where: Path) -> list[Row]:
 
 
 def _select(rows: list[Row], corpus_id: str | None, where: Path) -> list[Row]:
-    """The rows that `corpus_id` means: an exact id first, since an id may hold `*` or `[`."""
+    """The rows that `corpus_id` means; without one, the only row. `UserError` for none or too many."""
     if corpus_id is None:
         if len(rows) > 1 and any("corpus_id" in row for _, row in rows):
             raise UserError(f"{where} holds {len(rows)} corpora; pick one with --corpus-id, or several "
@@ -161,11 +166,17 @@ def _select(rows: list[Row], corpus_id: str | None, where: Path) -> list[Row]:
         raise UserError(f"{where} line {rows[0][0]} has no \"corpus_id\" (its fields: "
                         f"{', '.join(list(rows[0][1])[:6])}); a JSONL corpus has rows with corpus_id and "
                         "text")
-    exact = [item for item in named if str(item[1]["corpus_id"]) == corpus_id]
-    chosen = exact or [i for i in named if fnmatch.fnmatchcase(str(i[1]["corpus_id"]), corpus_id)]
+    chosen = _matching(named, corpus_id)
     if not chosen:
         raise UserError(f"{where} has no corpus id {corpus_id!r}; it has {_some_ids(named)}")
     return chosen
+
+
+def _matching(rows: list[Row], corpus_id: str) -> list[Row]:
+    """An exact id first, since an id may hold `*` or `[`."""
+    ids = [(str(row["corpus_id"]), (line, row)) for line, row in rows if "corpus_id" in row]
+    return ([item for name, item in ids if name == corpus_id]
+            or [item for name, item in ids if fnmatch.fnmatchcase(name, corpus_id)])
 
 
 def _some_ids(rows: list[Row]) -> str:

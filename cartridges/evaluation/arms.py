@@ -1,0 +1,127 @@
+"""The arms of a report card: what stands before the questions, and how many KV slots it takes.
+
+    closed_book      the base model alone: what it knows without the corpus
+    full_context     the corpus as a system turn (cut where it exceeds the model's window)
+    truncated        as much of the corpus' beginning as fits in the cartridge's p slots
+    cartridge        the cartridge
+    wrong_cartridge  another text's cartridge: what having *any* cartridge does
+    exact_kv         full_context's KV pushed through the cartridge path; must equal full_context
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cartridges.cartridge import Cartridge
+from cartridges.config import Arm
+from cartridges.engines.base import CartridgePrefix, Prefix, TextPrefix
+from cartridges.errors import UserError
+from cartridges.evaluation.decoy import DECOY
+from cartridges.models import BaseModel
+from cartridges.template import ChatTemplate
+
+CORPUS_ARMS = frozenset({"full_context", "truncated", "exact_kv"})
+"""Arms that need the corpus' text."""
+
+
+@dataclass(frozen=True)
+class ArmPrefix:
+    """`prefix` takes `num_tokens` KV slots. `truncated_to_window` is set where the corpus did not fit:
+    the slots that were left for it."""
+
+    arm: Arm
+    prefix: Prefix
+    num_tokens: int
+    truncated_to_window: int | None = None
+
+
+def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: CartridgePrefix | None,
+              corpus_text: str | None, room: int) -> ArmPrefix:
+    """The prefix of `arm`. `room` is the most tokens that question and answer take behind it.
+
+    `wrong` None takes the decoy. Raises `UserError` when an arm of `CORPUS_ARMS` has no `corpus_text`,
+    or the window no room.
+    """
+    check_arms([arm], corpus_text)
+    if arm == "closed_book":
+        return ArmPrefix(arm, None, len(base.template.default_ids()))
+    if arm == "cartridge":
+        return _of_cartridge(arm, cartridge)
+    if arm == "wrong_cartridge":
+        return _of_cartridge(arm, wrong or decoy_cartridge(base, cartridge.cartridge.num_tokens))
+    if arm == "truncated":
+        text = text_within(base.template, corpus_text, cartridge.cartridge.num_tokens)
+        return ArmPrefix(arm, TextPrefix(text), len(base.template.system_ids(text)))
+    text, cut = _fit_window(base, corpus_text, room)
+    if arm == "exact_kv":
+        exact = exact_cartridge(base, text)
+        return ArmPrefix(arm, exact, exact.cartridge.num_tokens, cut)
+    return ArmPrefix(arm, TextPrefix(text), len(base.template.system_ids(text)), cut)
+
+
+def check_arms(arms: Sequence[Arm], corpus_text: str | None) -> None:
+    """Raise `UserError` for an arm that needs a corpus text where there is none."""
+    needy = [arm for arm in arms if arm in CORPUS_ARMS]
+    if needy and corpus_text is None:
+        raise UserError(f"arm {needy[0]} needs the corpus text; give it with --corpus, or leave the arm "
+                        "out with --arms")
+
+
+def exact_cartridge(base: BaseModel, text: str) -> CartridgePrefix:
+    """The untrained KV of `text`'s system turn as a cartridge, by Hugging Face's own cache.
+
+    Not by the engine's prefill: the arm is there to catch an error in the engine's prefix path.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    ids = base.template.system_ids(text)
+    cache = DynamicCache(config=base.model.config)
+    with torch.no_grad():
+        base.model.base_model(input_ids=torch.tensor([ids], device=base.device), past_key_values=cache,
+                              use_cache=True)
+    keys = torch.stack([layer.keys[0] for layer in cache.layers])
+    values = torch.stack([layer.values[0] for layer in cache.layers])
+    digest = hashlib.sha256(f"exact:{base.identity.weights_digest}:{ids}".encode()).hexdigest()
+    return CartridgePrefix(Cartridge(keys, values, num_frozen_tokens=len(ids)), digest)
+
+
+def decoy_cartridge(base: BaseModel, num_tokens: int) -> CartridgePrefix:
+    """The exact KV of the bundled unrelated text, cut to `num_tokens` slots (or all that it has)."""
+    return exact_cartridge(base, text_within(base.template, DECOY, num_tokens))
+
+
+def text_within(template: ChatTemplate, text: str, max_tokens: int) -> str:
+    """The longest beginning of `text`, in whole tokens, whose system turn has at most `max_tokens`.
+
+    It is empty where the turn without text is that long already.
+    """
+    encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = [end for _, end in encoded["offset_mapping"]]
+    keep = min(len(ends), max_tokens)
+    while keep > 0:
+        part = text if keep == len(ends) else text[: ends[keep - 1]]
+        excess = len(template.system_ids(part)) - max_tokens
+        if excess <= 0:
+            return part
+        keep -= excess
+    return ""
+
+
+def window_room(base: BaseModel, conversations: Sequence[Sequence[int]], max_answer_tokens: int) -> int:
+    """Tokens to keep free behind any prefix: the longest of `conversations` and an answer."""
+    return max(len(ids) for ids in conversations) + max_answer_tokens
+
+
+def _of_cartridge(arm: Arm, prefix: CartridgePrefix) -> ArmPrefix:
+    return ArmPrefix(arm, prefix, prefix.cartridge.num_tokens)
+
+
+def _fit_window(base: BaseModel, text: str, room: int) -> tuple[str, int | None]:
+    limit = base.identity.max_position_embeddings - room
+    if limit <= len(base.template.system_ids("")):
+        raise UserError(f"the longest question takes {room} tokens with its answer and leaves no room in "
+                        f"{base.identity.name}'s window of {base.identity.max_position_embeddings}")
+    if len(base.template.system_ids(text)) <= limit:
+        return text, None
+    return text_within(base.template, text, limit), limit
