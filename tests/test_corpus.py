@@ -155,7 +155,8 @@ def test_each_row_mistake_has_its_line(tmp_path):
     one_line(lambda: load_corpus(str(path)), "is empty")
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"eng": "a", "kgv": "b"}, {"eng": "c", "kgv": "d"}])
     for corpus_id in (None, "a"):
-        one_line(lambda chosen=corpus_id: load_corpus(pairs, chosen), "line 1", "eng, kgv", "corpus_id and text")
+        one_line(lambda chosen=corpus_id: load_corpus(pairs, chosen),
+                 "line 1", "eng, kgv", "corpus_id and text")
     for text, word in (("", "empty"), (3, "not a string"), ("a\ud800", "surrogate")):
         row = write_jsonl(tmp_path / "row.jsonl", [{"corpus_id": "a", "text": text}])
         one_line(lambda path=row: load_corpus(path), "line 1", word)
