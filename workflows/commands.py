@@ -37,11 +37,9 @@ def run_build(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_from(args)
-    from workflows.console import Progress
     from workflows.synthesize import synthesize
 
-    with Progress(None, "synthesize", "conversations") as progress:
-        return synthesize(args.corpus, args.output, settings, progress.callback)
+    return synthesize(args.corpus, args.output, settings)
 
 
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,7 +87,10 @@ def run_submit(args: argparse.Namespace) -> dict[str, Any]:
     from workflows.submit import submit
 
     env = dict(_pair(pair) for pair in args.env)
-    return submit(args.build, args.address, not args.no_wait, env)
+    job = submit(args.build, args.address, not args.no_wait, env)
+    if job["status"] in ("FAILED", "STOPPED"):
+        raise SystemExit(f"cartridges: job {job['job_id']} {job['status']}: {job['message']}")
+    return job
 
 
 def _pair(text: str) -> tuple[str, str]:
