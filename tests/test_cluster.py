@@ -1,23 +1,34 @@
 """Submitting a build: inputs are uploaded, mistakes are named before the cluster sees them."""
 
+import importlib
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cartridges.config import BuildSettings
 from cartridges.errors import UserError
+from workflows import cli, commands
 from workflows import submit as submission
-from workflows.submit import JobLog, auth_token, connect, stage_inputs
+from workflows.submit import FLAGS, JobLog, auth_token, connect, stage_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
+CLUSTER = ROOT / "cluster"
+KINDS = {"rayjob": "RayJob", "rayservice": "RayService", "raycluster-autoscaler": "RayCluster",
+         "storage": "PersistentVolumeClaim"}
+RAY_KINDS = ("rayjob", "rayservice", "raycluster-autoscaler")
 REGISTRY = ["--registry", "s3://bucket/registry"]
 
 
@@ -99,6 +110,105 @@ def test_log_keeps_the_result_out_of_stderr(capsys):
     assert capsys.readouterr().err == "step 1\nstep 2\nlast\n"
 
 
+def test_flags_are_the_builds_options_without_a_value():
+    parser = cli.Parser(prog="build")
+    cli._add_build_arguments(parser)
+    valueless = {name for action in parser._actions for name in action.option_strings
+                 if name.startswith("--") and action.nargs == 0} - {"--help"}
+    assert valueless <= set(FLAGS)
+
+
+def manifest(name: str) -> dict:
+    return yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())
+
+
+def cluster_spec(name: str) -> dict:
+    spec = manifest(name)["spec"]
+    return {"rayjob": spec.get("rayClusterSpec"), "rayservice": spec.get("rayClusterConfig"),
+            "raycluster-autoscaler": spec}[name]
+
+
+def ray_version() -> str:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (pinned,) = [line for line in dependencies if line.startswith("ray[")]
+    return pinned.partition("==")[2]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_manifest_is_of_its_kind(name):
+    loaded = manifest(name)
+    assert loaded["kind"] == KINDS[name] and loaded["metadata"]["name"]
+    assert loaded["apiVersion"] == ("ray.io/v1" if name in RAY_KINDS else "v1")
+
+
+@pytest.mark.parametrize("name", RAY_KINDS)
+def test_pods_are_safe_and_share_what_stages_need(name):
+    spec = cluster_spec(name)
+    assert spec["rayVersion"] == ray_version() and spec["authOptions"] == {"mode": "token"}
+    workers = spec["workerGroupSpecs"]
+    for group in [spec["headGroupSpec"], *workers]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert not container["securityContext"]["allowPrivilegeEscalation"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {
+            volume["name"] for volume in pod["volumes"]} == {"shared", "shm"}
+        claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
+        assert claim == manifest("storage")["metadata"]["name"]
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+    for group in workers:
+        assert 1 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert "nvidia.com/gpu" in group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_rayjob_runs_a_build_that_our_command_line_accepts():
+    words = shlex.split(manifest("rayjob")["spec"]["entrypoint"])
+    assert words[:3] == ["python", "-m", "workflows.cli"]
+    args = cli._parse(words[3:])
+    assert args.command == "build" and args.json
+    settings = commands.settings_from(args)
+    gpus = sum(group["replicas"] for group in cluster_spec("rayjob")["workerGroupSpecs"])
+    assert settings.train.num_workers == settings.synthesize.num_actors == gpus
+    # What survives the pods: the shared volume, and object storage.
+    assert args.workdir.startswith("/shared/") and "://" in args.registry
+
+
+def test_rayservice_imports_our_app():
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load(manifest("rayservice")["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(config)
+    (app,) = config["applications"]
+    BuildSettings.model_validate(app["args"]["settings"])
+    module, _, name = app["import_path"].partition(":")
+    built = getattr(importlib.import_module(module), name)(app["args"])
+    from ray.serve._private.build_app import build_app
+
+    deployments = build_app(built, name="cartridges").deployments
+    assert {deployment["name"] for deployment in app["deployments"]} == {
+        deployment.name for deployment in deployments}
+
+
+def test_machines_are_what_the_cluster_launcher_takes():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = manifest("machines")
+    validate_config(prepare_config(config))
+    assert len(config["provider"]["worker_ips"]) == config["max_workers"]
+    started = [line for line in config["head_start_ray_commands"] if "ray start" in line]
+    assert all("RAY_AUTH_MODE=token" in line for line in started)
+
+
+def test_image_has_our_ray_and_no_root():
+    lines = (CLUSTER / "Dockerfile").read_text().splitlines()
+    (base,) = [line for line in lines if line.startswith("FROM ")]
+    assert f"ray:{ray_version()}-py311" in base and [line for line in lines if line][-1] == "USER ray"
+    for line in lines:
+        if line.startswith("COPY "):
+            *sources, _ = re.sub(r"--\S+ ", "", line).split()[1:]
+            assert all((ROOT / source).exists() for source in sources), line
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -157,3 +267,14 @@ def test_job_runs_on_a_head_with_authentication(head, monkeypatch, capfd):
     assert submission._follow(client, job_id) == {"version": "ab"}
     assert client.get_job_status(job_id).value == "SUCCEEDED"
     assert "started" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_build_is_uploaded_and_its_refusal_comes_back(head, corpus, tmp_path, monkeypatch, capfd):
+    url, token = head
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(SystemExit, match=r"cartridges: job \S+ FAILED: .*exit code 2"):
+        cli.main(["submit", "--address", url, "--", "empty.txt", "--name", "tides", "--registry",
+                  str(tmp_path / "registry")])
+    assert re.search(r"^cartridges: .*empty\.txt", capfd.readouterr().err, re.MULTILINE)
