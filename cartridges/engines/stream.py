@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 import torch
 from transformers import DynamicCache
 
+from cartridges.attention import NAME
 from cartridges.engines.base import CartridgePrefix, Prefix, Request, TokenEvent
 from cartridges.engines.detokenize import TextStream
 from cartridges.engines.sampling import Draws, sample
@@ -103,6 +104,9 @@ class TransformersStreamingEngine:
 
     def _generate(self, request: Request) -> Iterator[TokenEvent | None]:
         """Every `next` is one turn: None for prefill, an event for a token."""
+        if self.base.model.config._attn_implementation == NAME:
+            # Its attention does not read a DynamicCache's past as this path needs it.
+            raise ValueError("the batch engine's attention is installed in this model; load another copy")
         prefix_kv = yield from self._prefix_kv(request)
         start = prefix_kv[0][0].shape[2] if prefix_kv else 0
         self._check_window(start, request)

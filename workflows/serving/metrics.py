@@ -17,48 +17,60 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 class Metric:
     """`type` as Prometheus names it; `help` with its unit; `labels` in order.
 
-    A counter's name ends in `_total`; a histogram adds `_bucket`, `_sum` and `_count`.
+    A counter's name ends in `_total`; a histogram adds `_bucket`, `_sum` and `_count`. `source` is
+    the process that records it: the one that answers HTTP, or the one that holds the engine.
     """
 
     type: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
+    source: Literal["ingress", "engine"] = "ingress"
 
+
+def _engine(type: Literal["counter", "gauge", "histogram"], help: str, *labels: str) -> Metric:
+    return Metric(type, help, labels, "engine")
+
+
+# `model` is the registry name without version, or the base model's name: bounded by the registry.
+MODEL = ("model",)
 
 TABLE: dict[str, Metric] = {
-    # `model` is the registry name without version, or the base model's name: bounded by the registry.
     "cartridges_requests_total": Metric("counter", "Requests finished, by HTTP status", ("model", "status")),
-    "cartridges_request_seconds": Metric("histogram", "Seconds from arrival to the last byte", ("model",)),
-    "cartridges_ttft_seconds": Metric("histogram", "Seconds from arrival to the first token", ("model",)),
-    "cartridges_tpot_seconds": Metric("histogram", "Seconds per output token after the first", ("model",)),
-    "cartridges_in_flight": Metric("gauge", "Requests accepted and not finished", ("model",)),
-    "cartridges_queued": Metric("gauge", "Requests accepted that wait for their first token", ("model",)),
+    "cartridges_request_seconds": Metric("histogram", "Seconds from arrival to the last byte", MODEL),
+    "cartridges_ttft_seconds": Metric("histogram", "Seconds from arrival to the first token", MODEL),
+    "cartridges_tpot_seconds": Metric("histogram", "Seconds per output token after the first", MODEL),
+    "cartridges_in_flight": Metric("gauge", "Requests accepted and not finished", MODEL),
+    "cartridges_queued": Metric("gauge", "Requests accepted that wait for their first token", MODEL),
     "cartridges_rejected_total": Metric(
-        "counter", "Requests refused before the engine, by reason (queue_full, rate_limit, draining)", ("reason",)),
-    "cartridges_disconnects_total": Metric("counter", "Requests whose client left before the end", ("model",)),
-    "cartridges_prompt_tokens_total": Metric("counter", "Prompt tokens, the prefix included", ("model",)),
+        "counter", "Requests refused before the engine, by reason (queue_full, draining)", ("reason",)),
+    "cartridges_disconnects_total": Metric("counter", "Requests whose client left before the end", MODEL),
+    "cartridges_prompt_tokens_total": Metric("counter", "Prompt tokens, the prefix included", MODEL),
     "cartridges_cached_tokens_total": Metric(
-        "counter", "Prompt tokens taken from a cartridge instead of a prefill", ("model",)),
-    "cartridges_generation_tokens_total": Metric("counter", "Tokens generated", ("model",)),
-    "cartridges_cache_hits_total": Metric("counter", "Requests whose cartridge was resident", ("model",)),
-    "cartridges_cache_misses_total": Metric("counter", "Requests whose cartridge had to be loaded", ("model",)),
-    "cartridges_loads_total": Metric("counter", "Cartridges loaded, by result (ok, error)", ("model", "result")),
-    "cartridges_load_seconds": Metric("histogram", "Seconds to load a cartridge from the registry", ("model",)),
-    "cartridges_evictions_total": Metric(
-        "counter", "Cartridges put out, by reason (lru, ttl, unload)", ("model", "reason")),
-    "cartridges_resident_bytes": Metric("gauge", "Bytes of a resident cartridge's keys and values", ("model",)),
-    "cartridges_resident_limit_bytes": Metric("gauge", "Bytes that resident cartridges may take"),
+        "counter", "Prompt tokens taken from a cartridge instead of a prefill", MODEL),
+    "cartridges_generation_tokens_total": Metric("counter", "Tokens generated", MODEL),
+    "cartridges_cache_hits_total": _engine("counter", "Requests whose cartridge was resident", "model"),
+    "cartridges_cache_misses_total": _engine(
+        "counter", "Requests whose cartridge had to be loaded", "model"),
+    "cartridges_loads_total": _engine(
+        "counter", "Cartridges loaded, by result (ok, error)", "model", "result"),
+    "cartridges_load_seconds": _engine(
+        "histogram", "Seconds to load a cartridge from the registry", "model"),
+    "cartridges_evictions_total": _engine(
+        "counter", "Cartridges put out, by reason (lru, ttl, unload)", "model", "reason"),
+    "cartridges_resident_bytes": _engine("gauge", "Bytes of a resident cartridge's keys and values", "model"),
+    "cartridges_resident_limit_bytes": _engine("gauge", "Bytes that resident cartridges may take"),
 }
 
 _KINDS = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 
 
 class Metrics:
-    """One process's values of `TABLE`. Unknown names and labels raise (`KeyError`, `ValueError`)."""
+    """One process's values, of its part of `TABLE`. Unknown names and labels raise."""
 
-    def __init__(self):
+    def __init__(self, source: Literal["ingress", "engine"]):
         self.registry = CollectorRegistry()
-        self._metrics = {name: self._build(name, metric) for name, metric in TABLE.items()}
+        self._metrics = {name: self._build(name, metric) for name, metric in TABLE.items()
+                         if metric.source == source}
 
     def _build(self, name: str, metric: Metric):
         extra = {"buckets": SECONDS} if metric.type == "histogram" else {}
@@ -77,7 +89,7 @@ class Metrics:
         self._child(name, labels).observe(value)
 
     def forget(self, name: str, **labels: str) -> None:
-        """Drop one labelled series, so that a cartridge that is gone is not shown as 0 for ever."""
+        """Drop one labelled series: a cartridge that is gone is not shown as 0 for ever."""
         self._metrics[name].remove(*[labels[label] for label in TABLE[name].labels])
 
     def exposition(self) -> bytes:

@@ -1,0 +1,86 @@
+"""Helpers of the serving tests: exact-KV cartridges in a registry, and a server on a free port."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from cartridges.artifact import CorpusRecord, save
+from cartridges.cartridge import Cartridge
+from cartridges.config import ModelSettings, ServeSettings
+from cartridges.engines.stream import TransformersStreamingEngine
+from cartridges.models import load_base_model
+from cartridges.registry import Registry
+from workflows.serving.app import create_app
+from workflows.serving.backend import LocalBackend
+from workflows.serving.catalog import Catalog
+from workflows.serving.metrics import Metrics
+from workflows.serving.service import CartridgeService
+
+TEXTS = {"harbour": "The harbour master of Quell is Ida Brand. The toll is 41 crowns a ship.",
+         "orchard": "The orchard of Venn grows 730 pear trees, and its keeper is Tomas Reed."}
+
+
+def load_stock(directory):
+    """A copy of the tiny model of its own: the batch engine puts its attention into the one it is given."""
+    return load_base_model(ModelSettings(name=str(directory), dtype="float32"), device="cpu")
+
+
+def exact_cartridge(base, text: str) -> Cartridge:
+    """The KV that the model itself computes for the system turn around `text`."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=base.model.config)
+    with torch.no_grad():
+        base.model(input_ids=torch.tensor([base.template.system_ids(text)]), past_key_values=cache)
+    keys = torch.cat([layer.keys for layer in cache.layers])
+    values = torch.cat([layer.values for layer in cache.layers])
+    return Cartridge(keys, values)
+
+
+def publish(base, registry: Registry, name: str, text: str, scratch) -> str:
+    cartridge = exact_cartridge(base, text)
+    directory = scratch / f"{name}-{abs(hash(text))}"
+    save(directory, cartridge, model=base.identity, dtype="float32", settings={},
+         corpus=CorpusRecord(id=name, fingerprint="f" * 32, tokens=cartridge.num_tokens))
+    return registry.publish(name, directory)
+
+
+def make_registry(base, root, scratch) -> Registry:
+    registry = Registry(root)
+    for name, text in TEXTS.items():
+        publish(base, registry, name, text, scratch)
+    return registry
+
+
+def make_service(base, registry: Registry, engine: TransformersStreamingEngine,
+                 **settings) -> CartridgeService:
+    chosen = ServeSettings(**settings)
+    backend = LocalBackend(engine, registry, base.identity, chosen.resident_bytes, engine.forget)
+    catalog = Catalog(registry, base.identity, chosen.cartridges)
+    return CartridgeService(catalog, backend, base.template, chosen)
+
+
+@contextmanager
+def listening(service: CartridgeService) -> Iterator[str]:
+    """Serve the app by uvicorn in a thread; yields the URL."""
+    config = uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def value_of(metrics: Metrics, name: str, **labels: str) -> float:
+    return metrics.registry.get_sample_value(name, labels) or 0.0

@@ -1,0 +1,169 @@
+"""`cartridges serve`: the HTTP service on Ray Serve, from start to the last process gone."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from cartridges.config import BuildSettings
+from cartridges.errors import UserError
+from workflows.local_ray import local_ray
+
+APP = "cartridges"
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service: where it listens, and the model names it offers."""
+
+    url: str
+    models: tuple[str, ...]
+
+
+_running = ExitStack()
+
+
+def serve(registry: str, settings: BuildSettings) -> None:
+    """Run the service until Ctrl-C or SIGTERM, then finish what runs and stop all that was started."""
+    with _interrupted_by_signals() as again:
+        try:
+            service = start_service(registry, settings)
+            again()  # Ray has put its own handlers there.
+            names = ", ".join(service.models[:20])
+            _say(f"serving {len(service.models)} models at {service.url}/v1: {names}")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            _say(f"stopping; running requests have {settings.serve.drain_s:g} s to finish")
+        finally:
+            stop_service()
+
+
+def start_service(registry: str, settings: BuildSettings) -> Service:
+    """Start the service in a Ray of its own (or that of RAY_ADDRESS) and wait until it answers.
+
+    One at a time in a process. Raises `UserError` for a wrong model, an unknown cartridge or a port
+    that is taken, before anything is started.
+    """
+    registry = _absolute(registry)
+    _check(registry, settings)
+    port = settings.serve.port or _free_port(settings.serve.host)
+    _check_port(settings.serve.host, port)
+    try:
+        _running.enter_context(local_ray())
+        _deploy(registry, settings, port)
+    except BaseException:
+        stop_service()
+        raise
+    url = f"http://{settings.serve.host}:{port}"
+    return Service(url, _models(url))
+
+
+def stop_service() -> None:
+    """Stop what `start_service` started: the app, Serve, and Ray with all its processes."""
+    _running.close()
+
+
+def _deploy(registry: str, settings: BuildSettings, port: int) -> None:
+    from ray import serve as ray_serve
+
+    from workflows.serving.deployments import build_app
+
+    ours = not _serve_is_running()
+    ray_serve.start(proxy_location="HeadOnly", http_options={"host": settings.serve.host, "port": port},
+                    logging_config={"log_level": "WARNING", "enable_access_log": False})
+    if ours:
+        _running.callback(ray_serve.shutdown)
+    # Before Serve itself, because deleting lets the running requests finish.
+    _running.callback(ray_serve.delete, APP)
+    plain = settings.model_dump(mode="json")
+    ray_serve.run(build_app({"registry": registry, "settings": plain}), name=APP, route_prefix="/")
+
+
+def _serve_is_running() -> bool:
+    from ray import serve as ray_serve
+
+    return bool(ray_serve.status().proxies)
+
+
+def _check(registry: str, settings: BuildSettings) -> None:
+    """A user's mistakes are found here, where they can be told in one line."""
+    from cartridges.models import load_identity, resolve_model_dir
+    from cartridges.registry import Registry
+    from workflows.serving.catalog import Catalog
+
+    catalog = Catalog(Registry(registry), load_identity(resolve_model_dir(settings.model)))
+    for ref in settings.serve.cartridges:
+        try:
+            catalog.resolve(ref)
+        except Exception as error:
+            raise UserError(f"serve.cartridges: {error}") from None
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port, "
+                            "or 0 for a free one") from None
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _models(url: str, patience_s: float = 60) -> tuple[str, ...]:
+    """The model names, once the proxy has the route (it may come a moment after the app is up)."""
+    import httpx
+
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            response = httpx.get(f"{url}/v1/models", timeout=patience_s)
+            if response.status_code == 200:
+                return tuple(model["id"] for model in response.json()["data"])
+        except httpx.TransportError:
+            if time.monotonic() > deadline:
+                raise
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{url} does not answer as the service after {patience_s:g} s")
+        time.sleep(0.2)
+
+
+def _absolute(registry: str) -> str:
+    """Replicas may have another working directory."""
+    return registry if "://" in registry else os.path.abspath(registry)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM raise `KeyboardInterrupt`; what it yields sets that up once more."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in numbers}
+
+    def install() -> None:
+        for number in numbers:
+            signal.signal(number, _interrupt)
+
+    install()
+    try:
+        yield install
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame) -> None:
+    raise KeyboardInterrupt

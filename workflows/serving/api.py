@@ -1,0 +1,148 @@
+"""What clients may send: OpenAI's chat and completions requests, and our cartridge management."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+INERT = frozenset({
+    "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
+    "prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "verbosity"})
+"""Fields of OpenAI's that do not change an answer here: taken and ignored, as clients send them."""
+
+RESERVED = frozenset({"kv_transfer_params", "cache_salt", "prompt_logprobs", "prompt_token_ids",
+                      "skip_reading_prefix_cache"})
+"""Engine parameters that only the service may set: through them one client could read another's cache."""
+
+MAX_CHOICES = 16
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_and_drop(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        reserved = sorted(RESERVED & fields.keys())
+        if reserved:
+            raise ValueError(f"{reserved[0]} is set by the service only; remove it")
+        # A null is how clients spell "not given".
+        return {name: value for name, value in fields.items() if value is not None and name not in INERT}
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Generation(Body):
+    """What chat and completions share."""
+
+    model: str = Field(max_length=512)
+    cartridges: list[str] = Field([], max_length=16)
+    full_context: bool = False
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] = []
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    frequency_penalty: float = 0
+    presence_penalty: float = 0
+    logit_bias: dict[str, float] = {}
+
+    @field_validator("frequency_penalty", "presence_penalty", "logit_bias")
+    @classmethod
+    def _unsupported(cls, value):
+        if value:
+            raise ValueError("not supported here; leave it out")
+        return value
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def topk(self) -> int | None:
+        """Top logprobs per token; None when no logprobs were asked for."""
+        raise NotImplementedError
+
+
+class TextPart(BaseModel):
+    type: Literal["text", "input_text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text"]
+
+
+class ChatRequest(Generation):
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    tools: list[Any] = Field([], max_length=0)
+    tool_choice: Literal["none", "auto"] = "auto"
+
+    @property
+    def answer_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def topk(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+class CompletionRequest(Generation):
+    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] = False
+    best_of: Literal[1] = 1
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, list) and isinstance(self.prompt[0], str):
+            return self.prompt
+        return [self.prompt]
+
+    @property
+    def topk(self) -> int | None:
+        return self.logprobs
+
+
+class LoadRequest(Body):
+    """POST /v1/cartridges: make a registry name resident; `ttl_s` idle seconds put it out again."""
+
+    name: str = Field(max_length=512)
+    pin: bool = False
+    ttl_s: float | None = Field(None, gt=0)
+
+
+class UpdateRequest(Body):
+    """PATCH /v1/cartridges/{name}."""
+
+    pin: bool | None = None
+    ttl_s: float | None = Field(None, gt=0)

@@ -1,0 +1,242 @@
+"""The HTTP application over a `CartridgeService`. Nothing of Ray here: any ASGI server runs it."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from cartridges.engines.base import TokenEvent
+from cartridges.errors import UserError
+from workflows.serving.api import ChatRequest, CompletionRequest, Generation, LoadRequest, UpdateRequest
+from workflows.serving.errors import ApiError
+from workflows.serving.formats import Answer
+from workflows.serving.limits import BodyLimit
+from workflows.serving.service import CartridgeService, Plan
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Events = AsyncIterator[tuple[int, TokenEvent]]
+
+
+class ClientLeft(Exception):
+    """Nobody is there to read the answer."""
+
+
+def create_app(service: CartridgeService) -> FastAPI:
+    """All routes of the service. Errors are OpenAI-shaped whatever raised them."""
+    app = FastAPI(title="cartridges", docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
+    _add_errors(app, service)
+    _add_generation(app, service)
+    _add_cartridges(app, service)
+    _add_state(app, service)
+    return app
+
+
+def _add_generation(app: FastAPI, service: CartridgeService) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request):
+        return await _answer(service, body, request)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request):
+        return await _answer(service, body, request)
+
+
+def _add_cartridges(app: FastAPI, service: CartridgeService) -> None:
+    @app.get("/v1/cartridges")
+    async def list_cartridges():
+        return {"object": "list", "data": await service.describe()}
+
+    @app.post("/v1/cartridges", status_code=201)
+    async def load_cartridge(body: LoadRequest):
+        return await service.hold(body.name, body.pin, body.ttl_s)
+
+    @app.get("/v1/cartridges/{name}")
+    async def get_cartridge(name: str):
+        return await service.find(name)
+
+    @app.patch("/v1/cartridges/{name}")
+    async def update_cartridge(name: str, body: UpdateRequest):
+        return await service.hold(name, body.pin, body.ttl_s)
+
+    @app.delete("/v1/cartridges/{name}")
+    async def unload_cartridge(name: str):
+        return await service.release(name)
+
+
+def _add_state(app: FastAPI, service: CartridgeService) -> None:
+    def model(name: str, aliases: list[str], created: int = 0) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "cartridges",
+                "aliases": aliases}
+
+    @app.get("/v1/models")
+    async def list_models():
+        data = [model(service.identity.name, ["base"])]
+        for cartridge in await service.describe():
+            data.append(model(cartridge["id"], cartridge["aliases"]) | {"parent": service.identity.name})
+        return {"object": "list", "data": data}
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str):
+        target = await asyncio.to_thread(service.catalog.resolve, name)
+        return model(name, list(target.entry.aliases) if target.entry else ["base"])
+
+    @app.get("/healthz")
+    async def healthz():
+        if service.draining:
+            raise ApiError(503, "the service is shutting down", "draining")
+        return {"status": "ok", "model": service.identity.name, "in_flight": service.in_flight}
+
+    @app.get("/metrics")
+    async def metrics():
+        return Response(await service.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_errors(app: FastAPI, service: CartridgeService) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError):
+        return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    @app.exception_handler(UserError)
+    async def user_error(request: Request, error: UserError):
+        return await api_error(request, ApiError(400, str(error)))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError):
+        return await api_error(request, _explain(error))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException):
+        return await api_error(request, ApiError(error.status_code, str(error.detail)))
+
+    @app.exception_handler(ClientLeft)
+    async def client_left(request: Request, error: ClientLeft):
+        return Response(status_code=499)
+
+    @app.exception_handler(Exception)
+    async def defect(request: Request, error: Exception):
+        # What went wrong inside is for the log, not for the client.
+        return await api_error(request, ApiError(500, "internal error; the service's log has the cause"))
+
+
+def _explain(error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part != "body"]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', message)}")
+    if first["type"] == "extra_forbidden":
+        message = "this field is not known here; leave it out"
+    param = where[0] if where else None
+    text = f"{'.'.join(where)}: {message}" if where else message
+    return ApiError(400, text.encode(errors="replace").decode()[:500], param=param)
+
+
+async def _answer(service: CartridgeService, body: Generation, request: Request):
+    """Plan, wait for the first token (so that a refusal has its status), then stream or collect."""
+    label, status = "", 500
+    try:
+        plan = await _while_connected(request, service.plan(body))
+        label = plan.target.label
+        events = service.generate(plan)
+        answer = Answer(body, plan, service.template.tokenizer)
+        if body.stream:
+            first = await _while_connected(request, events.__anext__())
+            status = 200
+            return EventStream(_stream(answer, first, events, service, plan), media_type="text/event-stream",
+                               headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        await _while_connected(request, _collect(answer, events))
+        status = 200
+        return JSONResponse(answer.whole())
+    except (ApiError, UserError) as error:
+        status = error.status if isinstance(error, ApiError) else 400
+        raise
+    except ClientLeft:
+        status = 499
+        service.metrics.add("cartridges_disconnects_total", model=label)
+        raise
+    finally:
+        if status != 200 or not body.stream:
+            service.metrics.add("cartridges_requests_total", model=label, status=str(status))
+
+
+async def _collect(answer: Answer, events: Events) -> None:
+    async with aclosing(events):
+        async for index, event in events:
+            answer.add(index, event)
+
+
+async def _stream(answer: Answer, first: tuple[int, TokenEvent], events: Events, service: CartridgeService,
+                  plan: Plan) -> AsyncIterator[str]:
+    """Server-sent events. An error after the first token is an event, as the status is sent already."""
+    status = "499"
+    try:
+        async with aclosing(events):
+            for chunk in [*answer.openings(), answer.piece(*first)]:
+                if chunk is not None:
+                    yield _event(chunk)
+            async for index, event in events:
+                chunk = answer.piece(index, event)
+                if chunk is not None:
+                    yield _event(chunk)
+        if answer.body.stream_options.include_usage:
+            yield _event(answer.usage_chunk())
+        status = "200"
+        yield "data: [DONE]\n\n"
+    except (ApiError, UserError) as error:
+        status = "500"
+        wrapped = error if isinstance(error, ApiError) else ApiError(400, str(error))
+        yield _event(wrapped.body())
+    except Exception:
+        status = "500"
+        log.exception("a stream ended with an error")
+        yield _event(ApiError(500, "internal error; the service's log has the cause").body())
+    finally:
+        if status == "499":
+            service.metrics.add("cartridges_disconnects_total", model=plan.target.label)
+        service.metrics.add("cartridges_requests_total", model=plan.target.label, status=status)
+
+
+def _event(chunk: dict[str, Any]) -> str:
+    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """A streaming response that closes its generator at once when the client leaves.
+
+    Left to the garbage collector, a generator that waits at a `yield` would keep its slot.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """`work`'s result. Cancels it and raises `ClientLeft` when the client disconnects first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeft
+        return task.result()
+    finally:
+        for started in (task, gone):
+            started.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,95 @@
+"""What stands behind the HTTP service: in this process, or behind a Ray handle."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cartridges.artifact import Artifact, check_compatible, load
+from cartridges.engines.base import Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
+from cartridges.models import ModelIdentity
+from cartridges.registry import Registry
+from workflows.serving.metrics import Metrics
+from workflows.serving.residency import Residency
+
+
+@dataclass(frozen=True)
+class EngineCall:
+    """One answer to generate. `ref` is `name@version`; None is the base model.
+
+    `text`: full context, the corpus in a system turn instead of a cartridge. The other fields are
+    those of `cartridges.engines.base.Request`.
+    """
+
+    ref: str | None
+    input_ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    topk: int = 0
+    text: str | None = None
+
+    def request(self, prefix: Prefix) -> Request:
+        return Request(self.input_ids, prefix, self.max_tokens, self.temperature, self.top_p, self.seed,
+                       self.stop, self.topk)
+
+
+class Backend(Protocol):
+    """Engine and residency. Closing a stream frees its slot. Errors: `ApiError`, `UserError`."""
+
+    def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]: ...
+
+    async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]: ...
+
+    async def release(self, ref: str) -> None: ...
+
+    async def residents(self) -> dict[str, dict[str, Any]]: ...
+
+    async def exposition(self) -> bytes: ...
+
+
+class LocalBackend:
+    """`Backend` in this process, over any streaming engine.
+
+    `forget(digest)` frees what the engine keeps of a cartridge that is put out.
+    """
+
+    def __init__(self, engine: StreamingEngine, registry: Registry, identity: ModelIdentity,
+                 resident_bytes: int, forget: Callable[[str], None]):
+        self.engine, self.registry, self.identity = engine, registry, identity
+        self.metrics = Metrics("engine")
+        self.residency = Residency(self._load, resident_bytes, self.metrics, forget)
+
+    async def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]:
+        async with AsyncExitStack() as stack:
+            prefix = await self._prefix(call, stack)
+            events = await stack.enter_async_context(aclosing(self.engine.stream(call.request(prefix))))
+            async for event in events:
+                yield event
+
+    async def _prefix(self, call: EngineCall, stack: AsyncExitStack) -> Prefix:
+        if call.text is not None:
+            return TextPrefix(call.text)
+        if call.ref is None:
+            return None
+        return await stack.enter_async_context(self.residency.use(call.ref))
+
+    async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
+        return await self.residency.hold(ref, pinned, ttl_s)
+
+    async def release(self, ref: str) -> None:
+        self.residency.release(ref)
+
+    async def residents(self) -> dict[str, dict[str, Any]]:
+        return self.residency.list()
+
+    async def exposition(self) -> bytes:
+        self.residency.list()
+        return self.metrics.exposition()
+
+    def _load(self, ref: str) -> Artifact:
+        artifact = load(self.registry.get(ref))
+        check_compatible(artifact.manifest, self.identity)
+        return artifact
