@@ -51,6 +51,14 @@ class SynthesizeSettings(Settings):
     max_question_tokens: int = Field(48, ge=8)
     max_answer_tokens: int = Field(64, ge=1)
     """Longest answer the teacher writes. One that does not end by itself is dropped and counted."""
+    max_teacher_nll: float = Field(2.5, gt=0)
+    """Known answers that the teacher, with the chunk, finds less likely than this (nats a token) are
+    dropped: the question does not ask for them."""
+    min_information_gain: float | None = 0.3
+    """Known answers that the chunk makes likelier by less than this (nats a token) are dropped; null
+    switches the filter off and saves the closed-book pass."""
+    drop_ungrounded: bool = True
+    """Drop written answers with a number that stands neither in the chunk nor in the question."""
     num_actors: int = Field(1, ge=1)
     """Ray Data actors, each holding one engine."""
     threads_per_actor: int = Field(0, ge=0)
@@ -95,6 +103,10 @@ class TrainSettings(Settings):
     """Optimiser steps; 0 derives them from `epochs`."""
     epochs: float = Field(6.0, gt=0)
     num_workers: int = Field(1, ge=1)
+    threads_per_worker: int = Field(0, ge=0)
+    """CPU threads of a worker; 0 shares the machine's cores among the workers."""
+    held_out: int = Field(0, ge=0)
+    """Self-study questions kept from training, to evaluate on. `build` keeps 64 where it has no others."""
     zero_stage: int = Field(0, ge=0, le=3)
     checkpoint_every: int = Field(50, ge=1)
     """Steps between resumable checkpoints."""

@@ -54,6 +54,21 @@ def prefill(model: PreTrainedModel, input_ids: Sequence[int]) -> PrefixKV:
     return PrefixKV(keys, values)
 
 
+@torch.no_grad()
+def extend(model: PreTrainedModel, before: PrefixKV, input_ids: Sequence[int]) -> PrefixKV:
+    """`before` followed by the KV of `input_ids`, read after it."""
+    length = len(input_ids)
+    padded = torch.zeros(1, round_up(length, 16), dtype=torch.long, device=model.device)
+    padded[0, :length] = torch.as_tensor(list(input_ids), device=model.device)
+    positions = before.num_tokens + torch.arange(padded.shape[1], device=model.device)[None]
+    context = stack_prefixes([before])
+    context.collected = []
+    hidden_states(model, padded, positions, context)
+    keys = torch.stack([key[0, :, :length] for key, _ in context.collected])
+    values = torch.stack([value[0, :, :length] for _, value in context.collected])
+    return PrefixKV(torch.cat([before.keys, keys], dim=2), torch.cat([before.values, values], dim=2))
+
+
 def stack_prefixes(prefixes: Sequence[PrefixKV]) -> AttentionContext:
     """One context with a group for every prefix, padded to a common length and masked."""
     longest = max(prefix.num_tokens for prefix in prefixes)

@@ -73,6 +73,9 @@ class Conversation:
     `topk_ids` (int32) and `topk_logprobs` (float32), both `[loss_mask.sum(), k]`, hold the T=1
     teacher's rows at the loss positions, in order, sorted by falling probability. (At rest, in
     Parquet, they have one row per position, empty where there is no loss.)
+
+    The first `shared_tokens` of `input_ids` are turns that every conversation of its form begins
+    with (short-answer examples); packing computes them once a pack.
     """
 
     conversation_id: str
@@ -83,4 +86,5 @@ class Conversation:
     loss_mask: np.ndarray
     topk_ids: np.ndarray
     topk_logprobs: np.ndarray
+    shared_tokens: int = 0
     info: dict[str, float | str] = field(default_factory=dict)

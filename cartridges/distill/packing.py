@@ -16,9 +16,11 @@ from cartridges.records import Conversation
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Which conversations (by index) stand in which row of a pack."""
+    """Which conversations (by index) stand in which row of a pack. All of them begin with the same
+    `shared_tokens` tokens, which stand in the pack once."""
 
     row_tokens: int
+    shared_tokens: int
     rows: tuple[tuple[int, ...], ...]
 
 
@@ -26,11 +28,13 @@ class PackPlan:
 class Pack:
     """Tensors of one micro batch. `R` rows, `T` tokens a row, `m` loss positions.
 
-    `input_ids`, `position_ids` (from 0: the cartridge's length is added where it is known) and
+    `shared_ids` int64 `[S]` stand between the cartridge and every conversation (S may be 0).
+    `input_ids`, `position_ids` (from 0: what stands before is added where its length is known) and
     `segment_ids` (0 is padding) are int64 `[R, T]`; `loss_positions` int64 `[m]` index the flattened
     rows, and predict `targets` `[m]`; `topk_ids` int64 and `topk_logprobs` float32 are `[m, k]`.
     """
 
+    shared_ids: torch.Tensor
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     segment_ids: torch.Tensor
@@ -47,28 +51,36 @@ class Pack:
         return Pack(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def plan_packs(lengths: Sequence[int], row_tokens: int, pack_tokens: int, seed: int) -> list[PackPlan]:
-    """Every conversation once, in an order drawn by `seed`.
+def plan_packs(conversations: Sequence[Conversation], row_tokens: int, pack_tokens: int,
+               seed: int) -> list[PackPlan]:
+    """Every conversation once, in an order drawn by `seed`; of the conversations only the lengths count.
 
     A conversation longer than `row_tokens` goes to rows of twice, four times ... that length, up to
     `pack_tokens`; one longer than that is cut there (`count_truncated` says how many).
     """
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    buckets: dict[int, list[int]] = {}
+    order = np.random.default_rng(seed).permutation(len(conversations))
+    lengths = own_lengths(conversations)
+    buckets: dict[tuple[int, int], list[int]] = {}
     for index in order:
-        buckets.setdefault(_row_length(lengths[index], row_tokens, pack_tokens), []).append(int(index))
+        length = _row_length(lengths[index], row_tokens, pack_tokens)
+        buckets.setdefault((length, conversations[index].shared_tokens), []).append(int(index))
     plans = []
-    for length, members in sorted(buckets.items()):
+    for (length, shared), members in sorted(buckets.items()):
         rows = _fill_rows([min(lengths[i], length) for i in members], length)
         per_pack = pack_tokens // length
         chosen = [tuple(members[i] for i in row) for row in rows]
-        plans += [PackPlan(length, tuple(chosen[start:start + per_pack]))
+        plans += [PackPlan(length, shared, tuple(chosen[start:start + per_pack]))
                   for start in range(0, len(chosen), per_pack)]
     return [plans[i] for i in np.random.default_rng([seed, 1]).permutation(len(plans))]
 
 
-def count_truncated(lengths: Sequence[int], pack_tokens: int) -> int:
-    return sum(length > pack_tokens for length in lengths)
+def own_lengths(conversations: Sequence[Conversation]) -> list[int]:
+    """Tokens of each conversation beyond those that it shares."""
+    return [len(conversation.input_ids) - conversation.shared_tokens for conversation in conversations]
+
+
+def count_truncated(conversations: Sequence[Conversation], pack_tokens: int) -> int:
+    return sum(length > pack_tokens for length in own_lengths(conversations))
 
 
 def _row_length(length: int, row_tokens: int, pack_tokens: int) -> int:
@@ -100,23 +112,29 @@ def collate(conversations: Sequence[Conversation], plan: PackPlan, pack_tokens: 
     shape = (max(1, pack_tokens // plan.row_tokens), plan.row_tokens)
     input_ids, position_ids, segment_ids = (np.zeros(shape, np.int64) for _ in range(3))
     positions, targets, ids, logprobs = [], [], [], []
+    shared = plan.shared_tokens
+    shared_ids = conversations[plan.rows[0][0]].input_ids[:shared].astype(np.int64)
     for r, row in enumerate(plan.rows):
         start = 0
         for segment, index in enumerate(row, start=1):
             conversation = conversations[index]
-            n = min(len(conversation.input_ids), plan.row_tokens)
+            if not np.array_equal(conversation.input_ids[:shared], shared_ids):
+                raise ValueError(f"conversation {conversation.conversation_id} does not begin with the "
+                                 "tokens that its pack shares")
+            own = conversation.input_ids[shared:]
+            n = min(len(own), plan.row_tokens)
             at = slice(start, start + n)
-            input_ids[r, at] = conversation.input_ids[:n]
+            input_ids[r, at] = own[:n]
             position_ids[r, at] = np.arange(n)
             segment_ids[r, at] = segment
-            predicting = np.flatnonzero(conversation.loss_mask)
+            predicting = np.flatnonzero(conversation.loss_mask) - shared
             kept = predicting < n - 1
             positions.append(r * plan.row_tokens + start + predicting[kept])
-            targets.append(conversation.input_ids[predicting[kept] + 1])
+            targets.append(own[predicting[kept] + 1])
             ids.append(conversation.topk_ids[kept])
             logprobs.append(conversation.topk_logprobs[kept])
             start += n
     return Pack(*map(torch.from_numpy, (
-        input_ids, position_ids, segment_ids, np.concatenate(positions).astype(np.int64),
+        shared_ids, input_ids, position_ids, segment_ids, np.concatenate(positions).astype(np.int64),
         np.concatenate(targets).astype(np.int64), np.concatenate(ids).astype(np.int64),
         np.concatenate(logprobs).astype(np.float32))))

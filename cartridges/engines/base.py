@@ -6,6 +6,7 @@ card, every teacher and every served request is a prefix and a conversation:
     None                    the base model as its chat template opens (default system turn)
     TextPrefix(text)        a system turn that holds the text (a chunk, or the whole corpus)
     CartridgePrefix(...)    a trained KV cache in place of that system turn
+    RawPrefix(text)         plain text, no template: few-shot completion by the asking side
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -25,6 +26,13 @@ class TextPrefix:
 
 
 @dataclass(frozen=True)
+class RawPrefix:
+    """`text` as it is, tokenised without a chat template."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class CartridgePrefix:
     """`cartridge` in place of a system turn. `digest` names its bytes (prefix-cache salt)."""
 
@@ -32,7 +40,7 @@ class CartridgePrefix:
     digest: str
 
 
-Prefix = TextPrefix | CartridgePrefix | None
+Prefix = TextPrefix | RawPrefix | CartridgePrefix | None
 
 
 @dataclass(frozen=True)

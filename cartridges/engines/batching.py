@@ -39,3 +39,32 @@ def batches(all_pieces: Sequence[Piece], max_rows: int) -> Iterator[list[Piece]]
         step = max(1, max_rows // rows)
         for start in range(0, len(same), step):
             yield same[start:start + step]
+
+
+def common_starts(prefixes: Sequence[Hashable], inputs: Sequence[Sequence[int]], limits: Sequence[int],
+                  shortest: int = 16) -> list[int]:
+    """How many leading tokens each request shares with others after the same prefix.
+
+    Those tokens (example turns, say) need to be computed once only. `limits` is the most that may
+    be taken from each; starts shorter than `shortest` are not worth it and count as 0.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, (prefix, ids) in enumerate(zip(prefixes, inputs, strict=True)):
+        groups.setdefault((prefix, tuple(ids[:shortest])), []).append(index)
+    starts = [0] * len(inputs)
+    for members in groups.values():
+        if len(members) > 1:
+            length = min(limits[index] for index in members)
+            first = inputs[members[0]]
+            for index in members[1:]:
+                length = _agreement(first, inputs[index], length)
+            for index in members:
+                starts[index] = length if length >= shortest else 0
+    return starts
+
+
+def _agreement(a: Sequence[int], b: Sequence[int], most: int) -> int:
+    for position in range(most):
+        if a[position] != b[position]:
+            return position
+    return most

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from cartridges.attention import OwnKV, install
-from cartridges.engines.base import (CartridgePrefix, Completion, Prefix, Request, Score, ScoreRequest,
-                                     TextPrefix)
-from cartridges.engines.batching import Piece, batches, pieces
+from cartridges.engines.base import (CartridgePrefix, Completion, Prefix, RawPrefix, Request, Score,
+                                     ScoreRequest, TextPrefix)
+from cartridges.engines.batching import Piece, batches, common_starts, pieces
 from cartridges.engines.sampling import Draws, sample
-from cartridges.forward import PrefixKV, hidden_states, prefill, round_up, row_bias, stack_prefixes
+from cartridges.forward import PrefixKV, extend, hidden_states, prefill, round_up, row_bias, stack_prefixes
 from cartridges.models import BaseModel
 
 ATTENTION_BUDGET = 1 << 26
@@ -38,30 +38,29 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         results: dict[int, Completion] = {}
-        made = pieces([prefix_key(r.prefix) for r in requests], [len(r.input_ids) for r in requests],
-                      self.max_rows)
-        for batch in batches(made, self.max_rows):
-            for index, completion in self._generate_batch(requests, batch):
+        rows = _trimmed(requests, [len(request.input_ids) - 1 for request in requests])
+        for batch in batches(pieces([row.key for row in rows], [len(row.input_ids) for row in rows],
+                                    self.max_rows), self.max_rows):
+            for index, completion in self._generate_batch(requests, rows, batch):
                 results[index] = completion
         return [results[index] for index in range(len(requests))]
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         results: dict[int, Score] = {}
-        made = pieces([prefix_key(r.prefix) for r in requests], [len(r.input_ids) for r in requests],
-                      self._score_rows(requests))
-        for batch in batches(made, self.max_rows):
-            for index, score in self._score_batch(requests, batch):
+        rows = _trimmed(requests, [_first_loss(request) for request in requests])
+        most = self._score_rows(rows)
+        for batch in batches(pieces([row.key for row in rows], [len(row.input_ids) for row in rows], most), most):
+            for index, score in self._score_batch(requests, rows, batch):
                 results[index] = score
         return [results[index] for index in range(len(requests))]
 
-    def _score_rows(self, requests: Sequence[ScoreRequest]) -> int:
+    def _score_rows(self, rows: list["_Trimmed"]) -> int:
         """Rows that keep the attention weights of the longest request within the budget."""
-        if not requests:
+        if not rows:
             return self.max_rows
-        longest = max(len(r.input_ids) for r in requests)
-        slots = max(self.prefixes.get(r.prefix).num_tokens for r in {prefix_key(r.prefix): r
-                                                                     for r in requests}.values())
+        longest = max(len(row.input_ids) for row in rows)
+        slots = max(self.prefixes.num_tokens(row) for row in {row.key: row for row in rows}.values())
         heads = self.base.model.config.num_attention_heads
         rows = ATTENTION_BUDGET // (heads * longest * (slots + longest))
         return max(1, min(self.max_rows, 1 << max(0, rows.bit_length() - 1)))
@@ -71,7 +70,7 @@ class TransformersEngine:
 
         Idle rows repeat the piece's first request, so that every row is a real computation.
         """
-        prefixes = [self.prefixes.get(requests[piece.indices[0]].prefix) for piece in batch]
+        prefixes = [self.prefixes.get(requests[piece.indices[0]]) for piece in batch]
         context = stack_prefixes(prefixes)
         indices, lengths, offsets = [], [], []
         for piece, prefix in zip(batch, prefixes, strict=True):
@@ -90,12 +89,13 @@ class TransformersEngine:
                 range(piece_start, piece_start + len(piece.indices))]
         return _Rows(ids, positions, context, indices, lengths, real)
 
-    def _score_batch(self, requests, batch):
-        slots = round_up(max(len(requests[i].input_ids) for piece in batch for i in piece.indices), 16)
-        rows = self._rows(requests, batch, slots)
+    def _score_batch(self, requests, trimmed, batch):
+        slots = round_up(max(len(trimmed[i].input_ids) for piece in batch for i in piece.indices), 16)
+        rows = self._rows(trimmed, batch, slots)
         hidden = hidden_states(self.base.model, rows.ids, rows.positions, rows.context)
         for row in rows.real:
             request = requests[rows.indices[row]]
+            # Positions from the end hold for the trimmed row, which is padded on the left, as well.
             positions = torch.as_tensor(request.loss_mask).nonzero()[:, 0]
             targets = torch.as_tensor(request.input_ids)[positions + 1].to(hidden.device)
             at = hidden[row, (slots - len(request.input_ids) + positions).to(hidden.device)]
@@ -118,10 +118,10 @@ class TransformersEngine:
         return Score(logprobs, torch.cat(top_ids).cpu().numpy().astype(np.int32),
                      torch.cat(top_logprobs).cpu().numpy())
 
-    def _generate_batch(self, requests, batch):
-        longest = max(len(requests[i].input_ids) for piece in batch for i in piece.indices)
+    def _generate_batch(self, requests, trimmed, batch):
+        longest = max(len(trimmed[i].input_ids) for piece in batch for i in piece.indices)
         slots = round_up(longest, 16)
-        rows = self._rows(requests, batch, slots)
+        rows = self._rows(trimmed, batch, slots)
         decoding = _Decoding([requests[index] for index in rows.indices], self.base.tokenizer,
                              self.stop_ids)
         context, own_bias = rows.context, rows.context.own_bias
@@ -152,6 +152,30 @@ class TransformersEngine:
         make = lambda: [torch.zeros(size, dtype=self.base.dtype, device=self.base.device)  # noqa: E731
                         for _ in range(shape.num_layers)]
         return OwnKV(make(), make())
+
+
+@dataclass(frozen=True)
+class _Trimmed:
+    """A request without its first tokens: `common`, shared with others, is part of its prefix."""
+
+    prefix: Prefix
+    common: tuple[int, ...]
+    input_ids: tuple[int, ...]
+
+    @property
+    def key(self):
+        return prefix_key(self.prefix), self.common
+
+
+def _trimmed(requests: Sequence[Request | ScoreRequest], limits: list[int]) -> list[_Trimmed]:
+    starts = common_starts([prefix_key(r.prefix) for r in requests], [r.input_ids for r in requests], limits)
+    return [_Trimmed(r.prefix, tuple(r.input_ids[:start]), tuple(r.input_ids[start:]))
+            for r, start in zip(requests, starts, strict=True)]
+
+
+def _first_loss(request: ScoreRequest) -> int:
+    """Tokens before the first predicting position."""
+    return request.loss_mask.index(True) if True in request.loss_mask else len(request.input_ids) - 1
 
 
 @dataclass
@@ -230,10 +254,19 @@ class PrefixCache:
         self.base, self.max_bytes = base, max_bytes
         self.entries: OrderedDict[object, PrefixKV] = OrderedDict()
 
-    def get(self, prefix: Prefix) -> PrefixKV:
-        key = prefix_key(prefix)
+    def get(self, row: _Trimmed) -> PrefixKV:
+        """The KV of a row's prefix and of what it shares with other rows."""
+        before = self._get(prefix_key(row.prefix), lambda: self._make(row.prefix))
+        if not row.common:
+            return before
+        return self._get(row.key, lambda: extend(self.base.model, before, row.common))
+
+    def num_tokens(self, row: _Trimmed) -> int:
+        return self.get(row).num_tokens
+
+    def _get(self, key, make) -> PrefixKV:
         if key not in self.entries:
-            self.entries[key] = self._make(prefix)
+            self.entries[key] = make()
             while len(self.entries) > 1 and sum(kv.num_bytes for kv in self.entries.values()) > self.max_bytes:
                 self.entries.popitem(last=False)
         self.entries.move_to_end(key)
@@ -244,14 +277,20 @@ class PrefixCache:
             keys, values = prefix.cartridge.keys_values()
             to = dict(dtype=self.base.dtype, device=self.base.device)
             return PrefixKV(keys.detach().to(**to), values.detach().to(**to))
-        template = self.base.template
-        ids = template.system_ids(prefix.text) if isinstance(prefix, TextPrefix) else template.default_ids()
+        ids = prefix_ids(self.base, prefix)
         if not ids:
             shape = self.base.shape
             empty = torch.zeros(shape.num_layers, shape.num_key_value_heads, 0, shape.head_dim,
                                 dtype=self.base.dtype, device=self.base.device)
             return PrefixKV(empty, empty)
         return prefill(self.base.model, ids)
+
+
+def prefix_ids(base: BaseModel, prefix: TextPrefix | RawPrefix | None) -> list[int]:
+    """The tokens of a prefix that is text."""
+    if isinstance(prefix, RawPrefix):
+        return base.tokenizer.encode(prefix.text, add_special_tokens=False)
+    return base.template.system_ids(prefix.text) if prefix else base.template.default_ids()
 
 
 def prefix_key(prefix: Prefix):

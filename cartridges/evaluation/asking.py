@@ -8,7 +8,7 @@ import numpy as np
 
 from cartridges.engines.base import Completion, Engine, Prefix, Request, Score, ScoreRequest
 from cartridges.evaluation import metrics
-from cartridges.evaluation.prompts import question_messages
+from cartridges.prompts import question_messages
 from cartridges.records import Question
 from cartridges.template import ChatTemplate
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 DUPLICATE = "duplicate"
@@ -30,20 +31,21 @@ class Summary:
 
     def add(self, table: pa.Table) -> None:
         """Count the rows of `table` (the schema of `selfstudy.storage`)."""
-        for family, reason in zip(table["seed_family"].to_pylist(), table["dropped"].to_pylist(), strict=True):
+        reasons = table["dropped"].to_pylist()
+        for family, reason in zip(table["seed_family"].to_pylist(), reasons, strict=True):
             name = reason_name(reason)
             self.families.setdefault(family, Counter())[name or "kept"] += 1
             if name:
                 self.dropped[name] += 1
-        kept = table.filter(pa.compute.equal(table["dropped"], ""))
+        kept = table.filter(pc.equal(table["dropped"], ""))
         self.kept += len(kept)
-        self.tokens += pa.compute.sum(pa.compute.list_value_length(kept["input_ids"])).as_py() or 0
+        self.tokens += pc.sum(pc.list_value_length(kept["input_ids"])).as_py() or 0
         self._add_teacher(kept["topk_logprobs"])
 
     def _add_teacher(self, column: pa.ChunkedArray) -> None:
         for chunk in column.chunks:
             rows = chunk.flatten()
-            k = pa.compute.max(pa.compute.list_value_length(rows)).as_py() or 0
+            k = pc.max(pc.list_value_length(rows)).as_py() or 0
             if k == 0:
                 continue
             logprobs = rows.flatten().to_numpy(zero_copy_only=False).reshape(-1, k).astype(np.float64)
@@ -58,7 +60,7 @@ class Summary:
         positions = max(self.loss_tokens, 1)
         return {
             "conversations": {"kept": self.kept, "dropped": dict(sorted(self.dropped.items()))},
-            "families": {family: dict(sorted(counts.items())) for family, counts in sorted(self.families.items())},
+            "families": {family: dict(sorted(self.families[family].items())) for family in sorted(self.families)},
             "tokens": {"input": self.tokens, "loss": self.loss_tokens},
             "topk_mass": self.topk_mass / positions,
             "teacher_entropy": self.teacher_entropy / positions,
@@ -96,8 +98,8 @@ def finish(parts: Path, shards: Path, rows_per_shard: int = 4096) -> Summary:
     """
     files = sorted(parts.glob("*.parquet"))
     repeated = duplicates(files)
-    located = sorted((conversation_id, number, row) for number, file in enumerate(files) for row, conversation_id
-                     in enumerate(pq.read_table(file, columns=["conversation_id"])["conversation_id"].to_pylist()))
+    located = sorted((conversation_id, number, row) for number, file in enumerate(files)
+                     for row, conversation_id in enumerate(_ids(file)))
     shards.mkdir(parents=True)
     summary = Summary()
     for shard, start in enumerate(range(0, len(located), rows_per_shard)):
@@ -109,6 +111,10 @@ def finish(parts: Path, shards: Path, rows_per_shard: int = 4096) -> Summary:
         summary.add(table)
         pq.write_table(table, shards / f"part-{shard:05d}.parquet", compression="zstd")
     return summary
+
+
+def _ids(file: Path) -> list[str]:
+    return pq.read_table(file, columns=["conversation_id"])["conversation_id"].to_pylist()
 
 
 def _gather(files: Sequence[Path], located: Sequence[tuple[str, int, int]]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""The one form in which the report card asks, the same after every prefix."""
+"""The one form in which short questions are asked, in self-study and in the report card alike."""
 
 from cartridges.records import Message
 
@@ -11,9 +11,14 @@ EXAMPLES = (
 measures knowledge and not whether the model would rather write a sentence."""
 
 
-def question_messages(question: str) -> list[Message]:
-    """`question` as the last turn of a conversation with short-answer examples before it."""
+def example_messages() -> list[Message]:
+    """The turns before every short question: the same tokens each time, so they are computed once."""
     turns: list[Message] = []
     for asked, answered in EXAMPLES:
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return [*turns, {"role": "user", "content": question.strip()}]
+    return turns
+
+
+def question_messages(question: str) -> list[Message]:
+    """`question` as the last turn of a conversation with short-answer examples before it."""
+    return [*example_messages(), {"role": "user", "content": question.strip()}]

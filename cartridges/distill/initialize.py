@@ -1,0 +1,76 @@
+"""Starts of a cartridge (arXiv 2506.06266, section on initialisation).
+
+Measured there on LongHealth: KV of the corpus prefix 55.3, of unrelated text 51.3, random 29.9.
+"""
+
+
+import numpy as np
+import torch
+
+from cartridges.cartridge import Cartridge
+from cartridges.config import TrainSettings
+from cartridges.errors import UserError
+from cartridges.forward import prefill
+from cartridges.models import BaseModel
+
+UNRELATED = ("Water boils when it is hot enough, and what rises from the pot is steam. A kettle that has no "
+             "lid loses heat to the room. Bread keeps longer in a cloth than in the open air. ")
+CHUNK_TOKENS = 64
+
+
+def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -> Cartridge:
+    """A cartridge of `settings.num_tokens` slots for the corpus `text`, by `settings.init`.
+
+    Raises `UserError` where the corpus is shorter than p (compaction would be expansion).
+    """
+    ids = start_ids(base, text, settings, seed)
+    kv = prefill(base.model, ids)
+    keys, values = kv.keys.float(), kv.values.float()
+    if settings.init == "random":
+        keys, values = _random_like(keys, seed), _random_like(values, seed + 1)
+        # The sink stays what it is: the KV of the first template token.
+        keys[:, :, :1], values[:, :, :1] = kv.keys[:, :, :1].float(), kv.values[:, :, :1].float()
+    return Cartridge(keys, values, settings.num_frozen_tokens)
+
+
+def start_ids(base: BaseModel, text: str, settings: TrainSettings, seed: int) -> list[int]:
+    """`p` token ids whose KV is the start: a closed system turn."""
+    p = settings.num_tokens
+    if settings.init == "unrelated":
+        return _closed_turn(base, UNRELATED * (p // 20 + 1), p)
+    if settings.init == "sampled_chunks":
+        return _closed_turn(base, _sample_chunks(base, text, p, seed), p)
+    return _closed_turn(base, text, p)
+
+
+def _closed_turn(base: BaseModel, text: str, p: int) -> list[int]:
+    """The system turn around `text`, shortened in its middle to exactly `p` tokens."""
+    full, empty = base.template.system_ids(text), base.template.system_ids("")
+    if len(full) < p:
+        raise UserError(f"the corpus has {len(full)} tokens, fewer than num_tokens={p}; choose a smaller "
+                        "--num-tokens (a tenth of the corpus is a good start)")
+    tail = _common_end(full, empty)
+    if p <= tail + 1:
+        raise UserError(f"num_tokens={p} is too small: the chat template alone takes {len(empty)} tokens")
+    return full[: p - tail] + full[len(full) - tail:]
+
+
+def _common_end(a: list[int], b: list[int]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
+    return n
+
+
+def _sample_chunks(base: BaseModel, text: str, p: int, seed: int) -> str:
+    ids = base.tokenizer.encode(text, add_special_tokens=False)
+    rng = np.random.default_rng(seed)
+    starts = sorted(rng.integers(0, max(1, len(ids) - CHUNK_TOKENS), size=p // CHUNK_TOKENS + 2).tolist())
+    return "\n".join(base.tokenizer.decode(ids[start:start + CHUNK_TOKENS]) for start in starts)
+
+
+def _random_like(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """Normal vectors of each layer's and head's mean and spread."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+    return tensor.mean(dim=2, keepdim=True) + noise * tensor.std(dim=2, keepdim=True)

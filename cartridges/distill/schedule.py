@@ -1,0 +1,51 @@
+"""Learning rate and data order: pure functions of the step."""
+
+import math
+from collections.abc import Sequence
+
+from cartridges.config import OptimizerSettings, TrainSettings
+from cartridges.distill.packing import PackPlan, plan_packs
+from cartridges.records import Conversation
+
+
+def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """Linear warm-up from above zero, then linear decay to `final_lr_share` of the peak."""
+    warmup = max(1, math.ceil(settings.warmup_share * steps))
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return settings.lr * (1 - (1 - settings.final_lr_share) * progress)
+
+
+class Order:
+    """Which packs each step takes. An epoch's packs are a function of (lengths, seed, epoch)."""
+
+    def __init__(self, conversations: Sequence[Conversation], settings: TrainSettings, seed: int):
+        self.conversations, self.settings, self.seed = conversations, settings, seed
+        self.per_epoch = len(self._epoch(0))
+        self._cached: tuple[int, list[PackPlan]] = (0, self._epoch(0))
+
+    @property
+    def steps(self) -> int:
+        """`settings.steps`, or as many as `settings.epochs` need."""
+        if self.settings.steps:
+            return self.settings.steps
+        return max(1, math.ceil(self.settings.epochs * self.per_epoch / self.settings.packs_per_step))
+
+    def plans(self, step: int) -> list[PackPlan]:
+        """The packs of `step`. Epochs follow each other without a gap."""
+        first = step * self.settings.packs_per_step
+        return [self._pack(first + i) for i in range(self.settings.packs_per_step)]
+
+    def _pack(self, index: int) -> PackPlan:
+        # Every epoch draws its rows anew, so their number may differ a little: an index beyond this
+        # epoch's packs wraps around, which repeats a pack rather than shifting all later ones.
+        epoch, within = divmod(index, self.per_epoch)
+        if self._cached[0] != epoch:
+            self._cached = (epoch, self._epoch(epoch))
+        plans = self._cached[1]
+        return plans[within % len(plans)]
+
+    def _epoch(self, epoch: int) -> list[PackPlan]:
+        return plan_packs(self.conversations, self.settings.row_tokens, self.settings.pack_tokens,
+                          self.seed * 1_000_003 + epoch)

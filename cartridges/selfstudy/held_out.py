@@ -1,0 +1,44 @@
+"""Self-study questions kept from training, for where the user has none of their own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cartridges.records import Conversation, Question
+
+MAX_ANSWER_WORDS = 12
+"""Longer answers are not facts to be matched: containment would be 0 for every arm."""
+
+
+def split(conversations: Sequence[Conversation], count: int,
+          seed: int) -> tuple[list[Conversation], list[Question]]:
+    """`(for training, held-out questions)`: at most `count`, and at most a tenth of the conversations.
+
+    Drawn by `seed` among the questions with a short answer. A conversation that ends in the same
+    question as a held-out one is in neither.
+    """
+    eligible = [i for i, conversation in enumerate(conversations) if _is_question(conversation)]
+    wanted = min(count, len(conversations) // 10, len(eligible))
+    if wanted == 0:
+        return list(conversations), []
+    drawn = np.random.default_rng([seed, 2]).choice(len(eligible), wanted, replace=False)
+    chosen: dict[str, Conversation] = {}
+    for index in sorted(drawn.tolist()):
+        conversation = conversations[eligible[index]]
+        chosen.setdefault(_asked(conversation), conversation)
+    rest = [conversation for conversation in conversations if _asked(conversation) not in chosen]
+    return rest, [_as_question(conversation) for conversation in chosen.values()]
+
+
+def _is_question(conversation: Conversation) -> bool:
+    question, answer = (message["content"] for message in conversation.messages[-2:])
+    return question.rstrip().endswith("?") and 0 < len(answer.split()) <= MAX_ANSWER_WORDS
+
+
+def _as_question(conversation: Conversation) -> Question:
+    question, answer = (message["content"].strip() for message in conversation.messages[-2:])
+    return Question(conversation.conversation_id, question, (answer,))
+
+
+def _asked(conversation: Conversation) -> str:
+    return " ".join(conversation.messages[-2]["content"].lower().split())

@@ -1,0 +1,53 @@
+"""What is to be generated: a deterministic list of tasks, before any model is loaded."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cartridges.config import SynthesizeSettings
+from cartridges.errors import UserError
+from cartridges.records import Chunk
+from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES
+
+
+@dataclass(frozen=True)
+class Task:
+    """One conversation to make. `seed` is its private source of chance."""
+
+    conversation_id: str
+    chunk_id: str
+    seed_family: str
+    seed: int
+
+
+def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int) -> list[Task]:
+    """`settings.num_conversations` tasks; a function of its arguments and of nothing else.
+
+    Every chunk gets conversations in proportion to its length (systematic sampling: edges as often
+    as the middle), every family its share. Tasks of a chunk stand together, so that those in flight
+    share its prefill. Raises `UserError` for a family that does not exist.
+    """
+    shares = settings.families or DEFAULT_MIXTURE
+    unknown = sorted(set(shares) - set(FAMILIES))
+    if unknown:
+        raise UserError(f"seed family {unknown[0]!r} does not exist; there are {', '.join(sorted(FAMILIES))}")
+    if not chunks or not sum(shares.values()):
+        return []
+    rng = np.random.default_rng(seed)
+    total = settings.num_conversations
+    ends = np.cumsum([len(chunk.text) for chunk in chunks]) / sum(len(chunk.text) for chunk in chunks)
+    points = (np.arange(total) + rng.random()) / max(total, 1)
+    owners = np.minimum(np.searchsorted(ends, points, side="right"), len(chunks) - 1)
+    names = sorted(shares)
+    weights = np.array([shares[name] for name in names], float)
+    families = rng.choice(len(names), size=total, p=weights / weights.sum())
+    seeds = rng.integers(0, 2**62, size=total)
+    return [Task(_task_id(seed, i, chunks[owner].chunk_id, names[family]), chunks[owner].chunk_id,
+                 names[family], int(task_seed))
+            for i, (owner, family, task_seed) in enumerate(zip(owners, families, seeds, strict=True))]
+
+
+def _task_id(seed: int, index: int, chunk_id: str, family: str) -> str:
+    return hashlib.sha256(f"{seed}:{index}:{chunk_id}:{family}".encode()).hexdigest()[:20]
