@@ -8,6 +8,10 @@ constraints=requirements/constraints.txt
 venv=.venv
 stamp="$venv/.installed-$(cat pyproject.toml "$constraints" requirements/install.sh | cksum | cut -d' ' -f1)"
 
+# On a terminal pip shows its own progress; in a log it would only be noise.
+quiet=--quiet
+if [ -t 2 ]; then quiet=--progress-bar=on; fi
+
 say() { printf '[setup] %s\n' "$*" >&2; }
 
 find_python() {
@@ -23,7 +27,7 @@ find_python() {
 }
 
 install_torch() {
-    local pip=("$venv/bin/python" -m pip install --quiet -c "$constraints")
+    local pip=("$venv/bin/python" -m pip install "$quiet" -c "$constraints")
     # With a GPU, and off Linux, the package index's own build is the right one.
     if [ "$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then
         "${pip[@]}" torch==2.13.0
@@ -55,7 +59,7 @@ say "installing torch (1 of 3)"
 install_torch
 say "installing cartridges and its dependencies (2 of 3; a few minutes the first time)"
 # DeepSpeed's CPU parts are compiled on first use where they are wanted, never at installation.
-DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --quiet -c "$constraints" -e '.[dev]'
+DS_BUILD_OPS=0 "$venv/bin/python" -m pip install "$quiet" -c "$constraints" -e '.[dev]'
 say "fetching the default model (3 of 3)"
 "$venv/bin/python" -m cartridges.models >/dev/null
 rm -f "$venv"/.installed-*
