@@ -24,18 +24,15 @@ LINES: dict[str, dict[str, tuple[str, ...]]] = {
     "Training": {
         "Loss and its floor (nats per loss token)": ("train/loss", "train/teacher_entropy"),
         "KL to the teacher": ("train/kl",),
-        "Held-out containment": ("train/held_out_contains",),
         "Learning rate": ("train/lr",),
         "Gradient norm": ("train/grad_norm",),
         "Conversation tokens per second": ("train/tokens_per_s",),
         "Top-k mass of the targets": ("train/topk_mass",),
-        "Share of the matmul ceiling": ("train/matmul_share",),
-        "Memory (bytes)": ("train/memory_bytes",),
     },
 }
 """Section -> panel -> keys drawn over the step. Every key is in `workflows.tracking.METRICS`."""
 
-SECONDS = ("synthesize/seconds", "train/seconds", "evaluate/seconds", "build/seconds")
+SECONDS = ("synthesize/seconds", "train/seconds", "evaluate/seconds")
 
 
 def bars() -> dict[str, tuple[str, ...]]:

@@ -27,7 +27,9 @@ ONLINE_TIMEOUT_SECONDS = 20
 """A server that does not answer within this time costs the run nothing more: it goes on offline."""
 
 ARMS: tuple[str, ...] = get_args(Arm)
-ARM_METRICS = ("contains", "exact_match", "f1", "nll_per_token", "choice_accuracy", "chrf")
+ARM_METRICS = ("contains", "exact_match", "f1", "nll_per_token", "choice_accuracy",
+               "choice_accuracy_per_token", "chrf")
+"""Those of `cartridges.evaluation.report_card`, which is slow to import."""
 
 METRICS: dict[str, str] = {
     "synthesize/conversations": "conversations finished so far, kept or dropped",
@@ -48,19 +50,12 @@ METRICS: dict[str, str] = {
     "train/grad_norm": "gradient norm before clipping",
     "train/tokens_per_s": "conversation tokens (no padding) per second",
     "train/step_seconds": "wall-clock of one optimiser step",
-    "train/epoch": "passes over the conversations so far",
+    "train/tokens": "conversation tokens of the step, over all workers",
     "train/loss_tokens": "loss tokens of the step, over all workers",
-    "train/padding_share": "share of pack positions that are padding",
-    "train/matmul_share": "share of the measured matmul ceiling of the machine",
-    "train/memory_bytes": "peak resident bytes of the training process",
-    "train/eta_seconds": "estimated seconds to the last step",
-    "train/held_out_contains": "containment on held-out self-study questions",
     "train/seconds": "wall-clock of the stage",
-    "evaluate/questions": "questions asked of every arm",
     "evaluate/seconds": "wall-clock of the stage",
     "evaluate/compression_ratio": "corpus tokens / p",
     "evaluate/cartridge_bytes": "bytes of the published cartridge",
-    "build/seconds": "wall-clock of the whole build",
     **{f"evaluate/{arm}/{metric}": f"mean {metric} of the arm {arm}"
        for arm in ARMS for metric in ARM_METRICS},
     **{f"evaluate/{arm}/kv_bytes": f"KV cache bytes of the arm {arm}" for arm in ARMS},
@@ -138,6 +133,14 @@ def track(stage: str, name: str, settings: dict[str, Any], workdir: Path,
             exit_code = 0
         finally:
             run.finish(exit_code=exit_code)
+
+
+def step_values(step: dict[str, float]) -> dict[str, float]:
+    """A training step's `StepMetrics` (as a dict) under the keys of `METRICS`, with its rate."""
+    renamed = {"seconds": "train/step_seconds"}
+    values = {renamed.get(name, f"train/{name}"): value for name, value in step.items()}
+    values["train/tokens_per_s"] = step["tokens"] / step["seconds"]
+    return {key: value for key, value in values.items() if key in METRICS}
 
 
 def card_rows(card: dict[str, Any]) -> list[list[Any]]:
