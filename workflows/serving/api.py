@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 INERT = frozenset({
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
@@ -14,7 +14,19 @@ RESERVED = frozenset({"kv_transfer_params", "cache_salt", "prompt_logprobs", "pr
 """Engine parameters that only the service may set: through them one client could read another's cache."""
 
 MAX_CHOICES = 16
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _check_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a character pair; no tokenizer reads it.
+        raise ValueError("the text holds half of a surrogate pair, which is not a character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Name = Annotated[Text, Field(min_length=1, max_length=512)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -41,8 +53,8 @@ class StreamOptions(Body):
 class Generation(Body):
     """What chat and completions share."""
 
-    model: str = Field(max_length=512)
-    cartridges: list[str] = Field([], max_length=16)
+    model: Name
+    cartridges: list[Name] = Field([], max_length=16)
     full_context: bool = False
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -79,13 +91,13 @@ class Generation(Body):
 
 class TextPart(BaseModel):
     type: Literal["text", "input_text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
     model_config = ConfigDict(frozen=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     @property
     def text(self) -> str:
@@ -117,7 +129,7 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+    prompt: Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
     best_of: Literal[1] = 1
@@ -136,7 +148,7 @@ class CompletionRequest(Generation):
 class LoadRequest(Body):
     """POST /v1/cartridges: make a registry name resident; `ttl_s` idle seconds put it out again."""
 
-    name: str = Field(max_length=512)
+    name: Name
     pin: bool = False
     ttl_s: float | None = Field(None, gt=0)
 
