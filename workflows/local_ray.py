@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Enough for the batches in flight; Ray's default takes a third of a laptop's memory."""
+START_ATTEMPTS = 3
 
 
 @contextmanager
@@ -41,13 +42,21 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
 
 
 def _start(num_cpus: int | None) -> None:
+    """`ray.init`, again where the machine was too busy: it gives its processes 30 s, not adjustable."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=num_cpus or max(4, os.cpu_count() or 1),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus or max(4, os.cpu_count() or 1),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception for this
+            if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS:
+                raise
+            ray.shutdown()

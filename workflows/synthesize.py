@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Chunk, Corpus
+from workflows.budget import with_counts
 from workflows.stage import fingerprint, read_manifest, require_match, write_manifest
 
 MANIFEST = "dataset.json"
@@ -39,12 +41,10 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
     Raises `UserError` where `output_dir` holds another corpus' or other settings' conversations, and
     `RuntimeError` where more than `synthesize.max_failed_share` of the conversations raised.
     """
-    from cartridges.models import load_identity, resolve_model_dir
-
     output = Path(output_dir)
     loaded = load_corpus(corpus, settings.corpus.corpus_id)
-    identity = load_identity(resolve_model_dir(settings.model))
-    expected = dataset_fingerprint(loaded, settings, identity)
+    settings = with_counts(settings, corpus_tokens(loaded, settings))
+    expected = dataset_fingerprint(loaded, settings)
     done = read_manifest(output / MANIFEST)
     require_match(done, expected, output)
     if done is not None:
@@ -60,12 +60,25 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
     return manifest
 
 
-def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, identity) -> str:
+def corpus_tokens(corpus: Corpus, settings: BuildSettings) -> int:
+    """Length of the corpus in the model's tokens."""
+    from cartridges.models import load_tokenizer, resolve_model_dir
+
+    tokenizer = load_tokenizer(resolve_model_dir(settings.model))
+    return len(tokenizer.encode(corpus.text, add_special_tokens=False, verbose=False))
+
+
+def dataset_fingerprint(corpus: Corpus, settings: BuildSettings) -> str:
     """Changes with whatever changes the conversations, and with nothing else."""
+    from cartridges.models import load_identity, resolve_model_dir
+    from cartridges.selfstudy.families import DEFAULT_MIXTURE
+
+    identity = load_identity(resolve_model_dir(settings.model))
     how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share"}
     return fingerprint({
         "corpus": corpus.fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
         "synthesize": settings.synthesize.model_dump(mode="json", exclude=how),
+        "families": settings.synthesize.families or DEFAULT_MIXTURE,
         "model": [identity.weights_digest, identity.tokenizer_hash, identity.template_hash],
     })
 
@@ -84,14 +97,15 @@ def _plan(corpus: Corpus, output: Path, settings: BuildSettings, expected: str) 
     chunks = chunk_corpus(corpus, tokenizer, settings.synthesize.chunk)
     tasks = plan(chunks, settings.synthesize, settings.seed)
     if not tasks:
-        raise UserError("no conversations are planned; set synthesize.num_conversations above 0")
+        raise UserError("no conversations are planned: the corpus has no text, or every share in "
+                        "synthesize.families is 0")
     (output / "work").mkdir(exist_ok=True)
     _write_rows(output / "chunks.parquet", chunks)
     _write_rows(output / "work" / "tasks.parquet", tasks)
     planned = {
         "fingerprint": expected, "chunks": len(chunks), "conversations": len(tasks), "seed": settings.seed,
         "corpus": {"id": corpus.corpus_id, "fingerprint": corpus.fingerprint,
-                   "tokens": len(tokenizer.encode(corpus.text, add_special_tokens=False))},
+                   "tokens": corpus_tokens(corpus, settings)},
         "settings": settings.synthesize.model_dump(mode="json"), "model": settings.model.name,
     }
     write_manifest(output / "plan.json", planned)
@@ -113,9 +127,12 @@ def _generate(output: Path, settings: BuildSettings, total: int, progress: Progr
     from workflows.local_ray import local_ray
 
     start = time.monotonic()
-    with local_ray(), Progress(total, "synthesize", "conversations") as bar:
-        with _reporting(output / "work" / "checkpoint", total, progress or bar.callback):
-            _run_pipeline(output.resolve(), settings)
+    with ExitStack() as stack:
+        if progress is None:
+            progress = stack.enter_context(Progress(total, "synthesize", "conversations")).callback
+        stack.enter_context(local_ray())
+        stack.enter_context(_Reporting(output / "work" / "checkpoint", total, progress))
+        _run_pipeline(output.resolve(), settings)
     return time.monotonic() - start
 
 
@@ -131,7 +148,8 @@ def _run_pipeline(output: Path, settings: BuildSettings) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.checkpoint_config = CheckpointConfig(
-        id_column="conversation_id", checkpoint_path=str(work / "checkpoint"), delete_checkpoint_on_success=False)
+        id_column="conversation_id", checkpoint_path=str(work / "checkpoint"),
+        delete_checkpoint_on_success=False)
     try:
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         threads = wanted.threads_per_actor or max(1, (os.cpu_count() or 1) // wanted.num_actors)
@@ -195,7 +213,7 @@ def _run_alone(synthesizer, task) -> Any:
         return Dropped(task.conversation_id, task.seed_family, f"{ERROR}{type(error).__name__}: {line}")
 
 
-class _reporting:
+class _Reporting:
     """Calls `progress` every second with the rows committed so far, until the block ends."""
 
     def __init__(self, checkpoint: Path, total: int, progress: ProgressCallback):
@@ -280,7 +298,8 @@ def _metrics(manifest: dict[str, Any]) -> dict[str, float]:
     return {
         "synthesize/conversations": manifest["planned"], "synthesize/kept": kept,
         "synthesize/dropped": sum(dropped.values()), "synthesize/tokens": manifest["tokens"]["input"],
-        "synthesize/topk_mass": manifest["topk_mass"], "synthesize/teacher_entropy": manifest["teacher_entropy"],
+        "synthesize/topk_mass": manifest["topk_mass"],
+        "synthesize/teacher_entropy": manifest["teacher_entropy"],
         "synthesize/duplicate_share": dropped.get("duplicate", 0) / manifest["planned"],
         "synthesize/conversations_per_s": manifest["planned"] / manifest["seconds"],
         "synthesize/tokens_per_s": manifest["tokens"]["input"] / manifest["seconds"],

@@ -1,0 +1,181 @@
+"""Synthesis on Ray Data: killed and resumed it ends with the planned ids; failures and duplicates count."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cartridges.config import BuildSettings
+from cartridges.errors import UserError
+from cartridges.records import Conversation
+from cartridges.selfstudy.finish import finish
+from cartridges.selfstudy.held_out import split
+from cartridges.selfstudy.plan import Task
+from cartridges.selfstudy.storage import load_conversations, schema, to_row
+from cartridges.selfstudy.synthesizer import Dropped
+from workflows.budget import Rates, estimate, fit, parse_time
+from workflows.synthesize import forget_failed, run_with_retry, synthesize
+
+CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by keeper {name}son. It has {i + 20} steps."
+                     for i, name in enumerate(("Arl", "Bem", "Cod", "Dun", "Eck", "Fen", "Gos", "Hul")))
+
+
+@pytest.fixture
+def corpus_file(tmp_path):
+    file = tmp_path / "corpus.txt"
+    file.write_text(CORPUS)
+    return file
+
+
+def tiny_settings(model_dir, **synthesize) -> BuildSettings:
+    """Families that a random model passes: known answers, no filter by likelihood."""
+    wanted = {"num_conversations": 48, "batch_size": 4, "topk": 3, "chunk": {"max_tokens": 48},
+              "families": {"cloze": 0.7, "recall": 0.3}, "max_teacher_nll": 1e9,
+              "min_information_gain": None, **synthesize}
+    return BuildSettings.model_validate({
+        "model": {"name": str(model_dir), "dtype": "float32"}, "synthesize": wanted, "seed": 3})
+
+
+def conversation(number: int, question: str = "Who?", answer: str = "Ann", k: int = 2) -> Conversation:
+    mask = np.array([False, True, True, False])
+    return Conversation(f"c{number:03d}", "chunk", "cloze",
+                        ({"role": "user", "content": question}, {"role": "assistant", "content": answer}),
+                        np.arange(4, dtype=np.int32), mask, np.ones((2, k), np.int32),
+                        np.log(np.full((2, k), 0.4, np.float32)))
+
+
+def write_part(directory, name, results):
+    directory.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([to_row(result) for result in results], schema=schema()), directory / name)
+
+
+def test_finish_marks_duplicates_counts_reasons_and_orders_rows(tmp_path):
+    write_part(tmp_path / "parts", "b.parquet", [conversation(3, "Who?"), conversation(1, "Who?")])
+    write_part(tmp_path / "parts", "a.parquet", [
+        conversation(2, "When?"), Dropped("c000", "cloze", "empty"), Dropped("c004", "recall", "error: KeyError: x")])
+    summary = finish(tmp_path / "parts", tmp_path / "shards", rows_per_shard=2)
+    rows = [row for file in sorted((tmp_path / "shards").glob("*")) for row in pq.read_table(file).to_pylist()]
+    assert [(row["conversation_id"], row["dropped"]) for row in rows] == [
+        ("c000", "empty"), ("c001", ""), ("c002", ""), ("c003", "duplicate"), ("c004", "error: KeyError: x")]
+    counted = summary.as_dict()
+    assert counted["conversations"] == {"kept": 2, "dropped": {"duplicate": 1, "empty": 1, "error": 1}}
+    assert counted["tokens"] == {"input": 8, "loss": 4}
+    assert counted["topk_mass"] == pytest.approx(0.8, abs=1e-6)
+    assert counted["teacher_entropy"] == pytest.approx(-0.8 * np.log(0.4) - 0.2 * np.log(0.2), abs=1e-6)
+
+
+class Fragile:
+    """Raises on a batch that holds the task `bad`, and on that task alone."""
+
+    def run(self, tasks):
+        if any(task.conversation_id == "bad" for task in tasks):
+            raise ZeroDivisionError("by\nzero")
+        return [conversation(int(task.conversation_id)) for task in tasks]
+
+
+def test_a_row_that_raises_is_tried_alone_and_costs_nothing_else():
+    tasks = [Task("1", "chunk", "cloze", 0), Task("bad", "chunk", "cloze", 0), Task("2", "chunk", "cloze", 0)]
+    first, failed, last = run_with_retry(Fragile(), tasks)
+    assert (first.conversation_id, last.conversation_id) == ("c001", "c002")
+    assert failed == Dropped("bad", "cloze", "error: ZeroDivisionError: by zero")
+
+
+def test_batches_with_failures_are_taken_back(tmp_path):
+    write_part(tmp_path / "parts", "x_1-0.parquet", [Dropped("c1", "cloze", "error: E: x")])
+    write_part(tmp_path / "parts", "x_2-0.parquet", [conversation(2)])
+    for name in ("x_1", "x_2"):
+        write_part(tmp_path / "checkpoint", f"{name}.parquet", [])
+    assert forget_failed(tmp_path) == "error: E: x"
+    assert sorted(file.name for file in (tmp_path / "checkpoint").iterdir()) == ["x_1.pending.parquet", "x_2.parquet"]
+
+
+def test_held_out_questions_are_not_trained_on():
+    conversations = [conversation(i, f"Who is {i // 2}?") for i in range(40)]
+    rest, questions = split(conversations, 3, seed=0)
+    asked = {question.question for question in questions}
+    assert 1 <= len(asked) <= 3
+    assert not asked & {one.messages[0]["content"] for one in rest}
+    assert split(conversations, 3, seed=0)[1] == questions
+    assert split(conversations, 0, seed=0) == (conversations, [])
+
+
+def test_budget_fits_what_it_plans():
+    settings = BuildSettings()
+    rates = Rates(conversation_seconds=0.1, pack_seconds=3.0, kept=0.5, tokens=60)
+    assert parse_time("1.5h") == 5400
+    with pytest.raises(UserError, match="10m"):
+        parse_time("10")
+    planned = fit(settings, rates, 600)
+    steps, seconds = estimate(planned, rates)
+    assert steps == planned.train.steps > 10
+    assert 570 < seconds <= 600
+    with pytest.raises(UserError, match="too short"):
+        fit(settings, rates, 40)
+
+
+def _synthesize_in_a_process(corpus, output, settings):
+    code = ("import json, sys; from cartridges.config import BuildSettings; from workflows.synthesize import synthesize;"
+            "synthesize(sys.argv[1], sys.argv[2], BuildSettings.model_validate(json.loads(sys.argv[3])))")
+    return subprocess.Popen([sys.executable, "-c", code, str(corpus), str(output), settings.model_dump_json()],
+                            start_new_session=True, env={**os.environ, "WANDB_MODE": "disabled"})
+
+
+def _kill_after_batches(process, checkpoint, batches, patience_s=300):
+    deadline = time.monotonic() + patience_s
+    while len(list(checkpoint.glob("*.parquet"))) < batches:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "no batch was committed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_killed_driver_resumes_with_the_planned_ids(tiny_model_dir, corpus_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    settings = tiny_settings(tiny_model_dir, num_conversations=160, batch_size=2)
+    output = tmp_path / "dataset"
+    process = _synthesize_in_a_process(corpus_file, output, settings)
+    _kill_after_batches(process, output / "work" / "checkpoint", 3)
+    assert not (output / "dataset.json").exists()
+    planned = {row["conversation_id"] for row in pq.read_table(output / "work" / "tasks.parquet").to_pylist()}
+
+    manifest = synthesize(str(corpus_file), str(output), settings)
+
+    rows = [row for file in (output / "shards").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    ids = [row["conversation_id"] for row in rows]
+    assert len(ids) == len(set(ids)) == manifest["planned"] == 160
+    assert set(ids) == planned
+    kept = load_conversations(output / "shards")
+    assert len(kept) == manifest["conversations"]["kept"] > 0
+    assert not (output / "work").exists()
+    _check_alignment(rows)
+    _check_datasets_reads(output, len(rows))
+    again = synthesize(str(corpus_file), str(output), settings)
+    assert again == manifest
+    with pytest.raises(UserError, match="other settings"):
+        synthesize(str(corpus_file), str(output), settings.model_copy(update={"seed": 4}))
+
+
+def _check_alignment(rows):
+    for row in rows:
+        if not row["dropped"]:
+            assert len(row["topk_ids"]) == len(row["input_ids"]) == len(row["loss_mask"])
+            assert [bool(ids) for ids in row["topk_ids"]] == row["loss_mask"]
+            assert not row["loss_mask"][-1]
+
+
+def _check_datasets_reads(output, count):
+    import datasets
+
+    files = sorted(str(file) for file in (output / "shards").glob("*.parquet"))
+    loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(output.parent / "hf"))["train"]
+    assert loaded.num_rows == count
+    assert json.loads(loaded[0]["info"]) is not None

@@ -1,0 +1,179 @@
+"""Training under Ray Train and DeepSpeed: as torch alone, as one worker, as if never killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from cartridges import artifact
+from cartridges.chunking import chunk_corpus
+from cartridges.config import BuildSettings
+from cartridges.corpus import load_corpus
+from cartridges.distill.student import Student
+from cartridges.distill.trainer import Trainer, TorchStepper
+from cartridges.engines.transformers import TransformersEngine
+from cartridges.errors import UserError
+from cartridges.selfstudy.finish import finish
+from cartridges.selfstudy.plan import plan
+from cartridges.selfstudy.storage import load_conversations
+from cartridges.selfstudy.synthesizer import Synthesizer
+from tests.test_synthesize import CORPUS, tiny_settings, write_part
+from workflows.stage import write_manifest
+from workflows.synthesize import corpus_tokens, dataset_fingerprint
+from workflows.train import _start, train
+
+TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "packs_per_step": 2, "steps": 12,
+         "checkpoint_every": 2, "held_out": 4}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model_dir):
+    base = tiny_settings(tiny_model_dir, num_conversations=96)
+    return BuildSettings.model_validate({**base.model_dump(), "train": TRAIN})
+
+
+@pytest.fixture(scope="module")
+def corpus_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    file.write_text(CORPUS)
+    return file
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_base_model, settings, corpus_file, tmp_path_factory):
+    """A finished data set, made without Ray."""
+    directory = tmp_path_factory.mktemp("dataset")
+    corpus = load_corpus(str(corpus_file))
+    chunks = chunk_corpus(corpus, tiny_base_model.tokenizer, settings.synthesize.chunk)
+    synthesizer = Synthesizer(TransformersEngine(tiny_base_model), tiny_base_model.template,
+                              {chunk.chunk_id: chunk for chunk in chunks}, settings.synthesize)
+    write_part(directory / "parts", "a.parquet", synthesizer.run(plan(chunks, settings.synthesize, settings.seed)))
+    summary = finish(directory / "parts", directory / "shards").as_dict()
+    write_manifest(directory / "dataset.json", {
+        **summary, "fingerprint": dataset_fingerprint(corpus, settings), "settings": {},
+        "corpus": {"id": corpus.corpus_id, "fingerprint": corpus.fingerprint,
+                   "tokens": corpus_tokens(corpus, settings)}})
+    assert summary["conversations"]["kept"] >= 20
+    return directory
+
+
+@pytest.fixture
+def process_group():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port)}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    torch.distributed.init_process_group("gloo")
+    yield
+    torch.distributed.destroy_process_group()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_model, settings, dataset,
+                                                    corpus_file, tmp_path, stage):
+    from workflows.deepspeed_stepper import DeepSpeedStepper
+
+    corpus = load_corpus(str(corpus_file))
+    wanted = settings.train.model_copy(update={"zero_stage": stage})
+    conversations = load_conversations(dataset / "shards")
+    curves, cartridges = [], []
+    for stepper_class in (TorchStepper, DeepSpeedStepper):
+        cartridge = _start(tiny_base_model, corpus, settings)
+        stepper = stepper_class(Student(tiny_base_model.model, cartridge), wanted)
+        trainer, curve = Trainer(stepper, conversations, wanted, seed=0), []
+        trainer.run(curve.append, until=3)
+        directory = tmp_path / stepper_class.__name__
+        directory.mkdir()
+        stepper.save(directory)
+        trainer.run(curve.append, until=5)
+        stepper.load(directory)
+        trainer.next_step = 3
+        trainer.run(curve.append, until=5)
+        curves.append([(step.loss, step.grad_norm) for step in curve])
+        cartridges.append(cartridge.trainable_keys.detach().clone())
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
+    np.testing.assert_allclose(curves[1][3:5], curves[1][5:7], rtol=1e-6)
+    torch.testing.assert_close(cartridges[0], cartridges[1], rtol=1e-4, atol=1e-4)
+
+
+def rows(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(output):
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows(output)]
+
+
+@pytest.mark.slow
+def test_workers_and_kills_do_not_change_the_result(dataset, corpus_file, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    two = settings.model_copy(update={"train": settings.train.model_copy(update={"num_workers": 2})})
+    killed = _train_in_a_process(dataset, corpus_file, tmp_path / "killed", settings)
+    _kill_after_a_checkpoint(killed, tmp_path / "killed")
+
+    from workflows.local_ray import local_ray
+
+    with local_ray():
+        done = train(str(dataset), str(corpus_file), str(tmp_path / "killed"), settings)
+        train(str(dataset), str(corpus_file), str(tmp_path / "one"), settings)
+        train(str(dataset), str(corpus_file), str(tmp_path / "two"), two)
+
+    assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(12))
+    np.testing.assert_allclose(curve(tmp_path / "killed"), curve(tmp_path / "one"), rtol=1e-4)
+    one, other, shared = (artifact.load(tmp_path / name / "cartridge") for name in ("one", "killed", "two"))
+    torch.testing.assert_close(one.cartridge.trainable_keys, other.cartridge.trainable_keys)
+    torch.testing.assert_close(one.cartridge.trainable_keys, shared.cartridge.trainable_keys, rtol=2e-2, atol=2e-2)
+    assert rows(tmp_path / "one")[-1]["loss"] < rows(tmp_path / "one")[0]["loss"]
+    assert done["steps"] == 12 and done["truncated"] == 0
+    assert len(json.loads((tmp_path / "one" / "held_out.json").read_text())["questions"]) > 0
+    assert not (tmp_path / "one" / "work").exists()
+
+
+def _train_in_a_process(dataset, corpus, output, settings):
+    code = ("import json, sys; from cartridges.config import BuildSettings; from workflows.train import train;"
+            "train(*sys.argv[1:4], BuildSettings.model_validate(json.loads(sys.argv[4])))")
+    arguments = [str(dataset), str(corpus), str(output), settings.model_dump_json()]
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], start_new_session=True,
+                            env={**os.environ, "WANDB_MODE": "disabled"})
+
+
+def _kill_after_a_checkpoint(process, output, patience_s=300):
+    deadline = time.monotonic() + patience_s
+    while not list(output.glob("work/run/checkpoint_*")):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "there was no checkpoint"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "train.json").exists()
+
+
+def test_mistakes_are_named_before_ray_starts(dataset, corpus_file, settings, tmp_path):
+    def attempt(**update):
+        changed = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
+        train(str(dataset), str(corpus_file), str(tmp_path / "out"), changed)
+
+    with pytest.raises(UserError, match="not a multiple"):
+        attempt(num_workers=3)
+    with pytest.raises(UserError, match="shorter than num_tokens"):
+        attempt(num_tokens=4096)
+    with pytest.raises(UserError, match="init_cartridge"):
+        attempt(init="cartridge")
+    with pytest.raises(UserError, match="no finished conversations"):
+        train(str(tmp_path), str(corpus_file), str(tmp_path / "out"), settings)
+    other = tmp_path / "other.txt"
+    other.write_text("Another corpus.")
+    with pytest.raises(UserError, match="another corpus"):
+        train(str(dataset), str(other), str(tmp_path / "out"), settings)

@@ -1,0 +1,91 @@
+"""How much to do: from a time to conversations and steps, by rates measured on this machine."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from cartridges.config import BuildSettings
+from cartridges.errors import UserError
+
+CONVERSATIONS_PER_TOKEN = 1.0
+"""Planned conversations for each corpus token where neither a number nor a budget is given."""
+FEWEST_CONVERSATIONS = 256
+START_SECONDS = 45.0
+"""Of a budget: Ray, and the model loaded by an actor and by a training worker."""
+SAMPLE = 2
+"""Batches of conversations, and steps, that a calibration runs; the first of each only warms up."""
+
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds on this machine, measured: for a planned conversation and for a pack of a training step.
+
+    `kept` is the share of planned conversations that pass the filters, `tokens` the mean length of
+    those.
+    """
+
+    conversation_seconds: float
+    pack_seconds: float
+    kept: float
+    tokens: float
+
+
+def parse_time(text: str) -> float:
+    """`90s`, `10m`, `1.5h` in seconds. Raises `UserError` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"budget {text!r} is not a time; write it as 90s, 10m or 2h")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def default_conversations(corpus_tokens: int) -> int:
+    """How many conversations to plan for a corpus of that length."""
+    return max(FEWEST_CONVERSATIONS, round(corpus_tokens * CONVERSATIONS_PER_TOKEN))
+
+
+def with_counts(settings: BuildSettings, corpus_tokens: int) -> BuildSettings:
+    """`settings` with the number of conversations put in where it was left to be derived."""
+    if settings.synthesize.num_conversations:
+        return settings
+    return _replace(settings, num_conversations=default_conversations(corpus_tokens))
+
+
+def fit(settings: BuildSettings, rates: Rates, seconds: float) -> BuildSettings:
+    """`settings` with conversations and steps so that synthesis and training take about `seconds`.
+
+    A number that the user gave stays, and the other takes what is left. Raises `UserError` when not
+    even a step fits.
+    """
+    left = seconds - START_SECONDS
+    packs_a_conversation = settings.train.epochs * rates.kept * rates.tokens / settings.train.pack_tokens
+    count = settings.synthesize.num_conversations
+    if not count:
+        for_steps = settings.train.steps * settings.train.packs_per_step * rates.pack_seconds
+        share = 0 if settings.train.steps else packs_a_conversation * rates.pack_seconds
+        count = int((left - for_steps) / (rates.conversation_seconds + share))
+    steps = settings.train.steps or int(
+        (left - count * rates.conversation_seconds) / rates.pack_seconds / settings.train.packs_per_step)
+    if count < 1 or steps < 1:
+        needed = START_SECONDS + FEWEST_CONVERSATIONS * (
+            rates.conversation_seconds + packs_a_conversation * rates.pack_seconds)
+        raise UserError(f"the budget is too short for this machine and these settings; {needed / 60:.0f}m would do")
+    return _replace(settings, num_conversations=count, steps=steps)
+
+
+def estimate(settings: BuildSettings, rates: Rates) -> tuple[int, float]:
+    """`(steps, seconds)` of synthesis and training under `settings`."""
+    count = settings.synthesize.num_conversations
+    packs = settings.train.epochs * count * rates.kept * rates.tokens / settings.train.pack_tokens
+    steps = settings.train.steps or max(1, round(packs / settings.train.packs_per_step))
+    seconds = count * rates.conversation_seconds + steps * settings.train.packs_per_step * rates.pack_seconds
+    return steps, START_SECONDS + seconds
+
+
+def _replace(settings: BuildSettings, num_conversations: int, steps: int | None = None) -> BuildSettings:
+    update: dict[str, Any] = {
+        "synthesize": settings.synthesize.model_copy(update={"num_conversations": num_conversations})}
+    if steps is not None:
+        update["train"] = settings.train.model_copy(update={"steps": steps})
+    return settings.model_copy(update=update)
