@@ -9,7 +9,7 @@ venv=.venv
 stamp="$venv/.installed-$(cat pyproject.toml "$constraints" requirements/install.sh | cksum | cut -d' ' -f1)"
 
 # On a terminal pip shows its own progress; in a log it would only be noise.
-quiet=--quiet
+quiet=-qq
 if [ -t 2 ]; then quiet=--progress-bar=on; fi
 
 say() { printf '[setup] %s\n' "$*" >&2; }

@@ -16,7 +16,7 @@ if [ "$(uname -s)-$(uname -m)" != Linux-x86_64 ]; then
     exit 2
 fi
 echo "[setup] installing $wheel" >&2
-pip=(.venv/bin/python -m pip install --quiet -c requirements/constraints.txt)
+pip=(.venv/bin/python -m pip install -qq -c requirements/constraints.txt)
 "${pip[@]}" -r "$list"
 "${pip[@]}" --no-deps "$wheel"
 rm -f .venv/.vllm-*
