@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from cartridges.errors import UserError
 from cartridges.evaluation import report_card
 from workflows import tracking
-from workflows.tracking import METRICS, card_summary, logged_in, step_values, track
+from workflows.tracking import METRICS, card_summary, logged_in, track
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
 CARD = {
@@ -162,13 +161,3 @@ def test_every_number_of_a_report_card_has_its_key():
     assert card_summary(CARD).keys() <= METRICS.keys()
     assert card_summary(CARD)["train/seconds"] == 9.0
     assert tracking.ARM_METRICS == report_card.METRICS
-
-
-def test_every_number_of_a_step_has_its_key():
-    from cartridges.distill.trainer import StepMetrics
-
-    step = {field.name: 2.0 for field in fields(StepMetrics)}
-    values = step_values(step)
-    assert values.keys() <= METRICS.keys()
-    assert len(values) == len(step) - 2 + 1, "all but step and steps, and the rate"
-    assert values["train/tokens_per_s"] == 1.0 and "train/seconds" not in values

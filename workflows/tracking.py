@@ -50,8 +50,8 @@ METRICS: dict[str, str] = {
     "train/grad_norm": "gradient norm before clipping",
     "train/tokens_per_s": "conversation tokens (no padding) per second",
     "train/step_seconds": "wall-clock of one optimiser step",
-    "train/tokens": "conversation tokens of the step, over all workers",
     "train/loss_tokens": "loss tokens of the step, over all workers",
+    "train/eta_seconds": "estimated seconds to the last step",
     "train/seconds": "wall-clock of the stage",
     "evaluate/seconds": "wall-clock of the stage",
     "evaluate/compression_ratio": "corpus tokens / p",
@@ -133,14 +133,6 @@ def track(stage: str, name: str, settings: dict[str, Any], workdir: Path,
             exit_code = 0
         finally:
             run.finish(exit_code=exit_code)
-
-
-def step_values(step: dict[str, float]) -> dict[str, float]:
-    """A training step's `StepMetrics` (as a dict) under the keys of `METRICS`, with its rate."""
-    renamed = {"seconds": "train/step_seconds"}
-    values = {renamed.get(name, f"train/{name}"): value for name, value in step.items()}
-    values["train/tokens_per_s"] = step["tokens"] / step["seconds"]
-    return {key: value for key, value in values.items() if key in METRICS}
 
 
 def card_rows(card: dict[str, Any]) -> list[list[Any]]:
