@@ -11,7 +11,7 @@ from cartridges.config import EvaluateSettings
 from cartridges.errors import UserError
 from cartridges.evaluation import metrics
 from cartridges.evaluation.bootstrap import interval, paired_interval
-from cartridges.evaluation.prompts import question_messages
+from cartridges.prompts import question_messages
 from cartridges.records import Question
 
 # ---------------------------------------------------------------- metrics
