@@ -54,7 +54,7 @@ class SynthesizeSettings(Settings):
     max_teacher_nll: float = Field(2.5, gt=0)
     """Known answers that the teacher, with the chunk, finds less likely than this (nats a token) are
     dropped: the question does not ask for them."""
-    min_information_gain: float | None = 0.3
+    min_information_gain: float | None = None
     """Known answers that the chunk makes likelier by less than this (nats a token) are dropped; null
     switches the filter off and saves the closed-book pass."""
     drop_ungrounded: bool = True
@@ -92,6 +92,9 @@ class TrainSettings(Settings):
     """Directory of the cartridge that `init=cartridge` continues from."""
     loss: Literal["distillation", "next_token", "none"] = "distillation"
     """`next_token` is the baseline; `none` publishes the start as an instant draft."""
+    label_share: float = Field(0.0, ge=0, le=1)
+    """Share of the target given to the known next token where the answer is known from the text; the
+    rest is the teacher's distribution."""
     optimizer: OptimizerSettings = OptimizerSettings()
     row_tokens: int = Field(64, ge=16)
     """Length of a row: conversations are packed into rows of this many tokens (longer ones into

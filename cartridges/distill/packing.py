@@ -74,6 +74,22 @@ def plan_packs(conversations: Sequence[Conversation], row_tokens: int, pack_toke
     return [plans[i] for i in np.random.default_rng([seed, 1]).permutation(len(plans))]
 
 
+def with_label(topk_ids: np.ndarray, topk_logprobs: np.ndarray, targets: np.ndarray,
+               share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Top-k rows `[m, k]` with `share` of their mass moved to the known next token.
+
+    An answer known from the text is right even where a small teacher hesitates to give it. A token
+    outside the top-k takes the place of the last entry, whose mass joins the tail.
+    """
+    if share == 0 or not len(targets):
+        return topk_ids, topk_logprobs
+    ids, probabilities = topk_ids.copy(), (1 - share) * np.exp(topk_logprobs)
+    missing = ~(ids == targets[:, None]).any(axis=1)
+    ids[missing, -1], probabilities[missing, -1] = targets[missing], 0.0
+    probabilities += share * (ids == targets[:, None])
+    return ids, np.log(np.maximum(probabilities, 1e-12)).astype(np.float32)
+
+
 def own_lengths(conversations: Sequence[Conversation]) -> list[int]:
     """Tokens of each conversation beyond those that it shares."""
     return [len(conversation.input_ids) - conversation.shared_tokens for conversation in conversations]
@@ -107,8 +123,9 @@ def _fill_rows(lengths: Sequence[int], capacity: int, window: int = 32) -> list[
     return rows
 
 
-def collate(conversations: Sequence[Conversation], plan: PackPlan, pack_tokens: int) -> Pack:
-    """The tensors of `plan`; idle rows and row ends are padding."""
+def collate(conversations: Sequence[Conversation], plan: PackPlan, pack_tokens: int,
+            label_share: float = 0.0) -> Pack:
+    """The tensors of `plan`; idle rows and row ends are padding. `label_share`: see `with_label`."""
     shape = (max(1, pack_tokens // plan.row_tokens), plan.row_tokens)
     input_ids, position_ids, segment_ids = (np.zeros(shape, np.int64) for _ in range(3))
     positions, targets, ids, logprobs = [], [], [], []
@@ -130,9 +147,12 @@ def collate(conversations: Sequence[Conversation], plan: PackPlan, pack_tokens: 
             predicting = np.flatnonzero(conversation.loss_mask) - shared
             kept = predicting < n - 1
             positions.append(r * plan.row_tokens + start + predicting[kept])
-            targets.append(own[predicting[kept] + 1])
-            ids.append(conversation.topk_ids[kept])
-            logprobs.append(conversation.topk_logprobs[kept])
+            target = own[predicting[kept] + 1]
+            share = label_share if conversation.info.get("known") else 0.0
+            rows = with_label(conversation.topk_ids[kept], conversation.topk_logprobs[kept], target, share)
+            targets.append(target)
+            ids.append(rows[0])
+            logprobs.append(rows[1])
             start += n
     return Pack(*map(torch.from_numpy, (
         shared_ids, input_ids, position_ids, segment_ids, np.concatenate(positions).astype(np.int64),

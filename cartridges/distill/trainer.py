@@ -118,7 +118,8 @@ class Trainer:
     def train_step(self) -> StepMetrics:
         start, step = time.perf_counter(), self.next_step
         plans = self.order.plans(step)
-        packs = [collate(self.conversations, plan, self.settings.pack_tokens) for plan in plans]
+        packs = [collate(self.conversations, plan, self.settings.pack_tokens, self.settings.label_share)
+                 for plan in plans]
         # Every worker knows every pack, so the global count of loss tokens needs no communication.
         loss_tokens = sum(pack.num_loss_tokens for pack in packs)
         mine = packs[self.rank::self.world]

@@ -7,11 +7,12 @@ cloze families are for models too small to ask well, and know the answer from th
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from cartridges.records import Chunk
-from cartridges.selfstudy import seed_prompts
+from cartridges.selfstudy import questions, seed_prompts
 from cartridges.selfstudy.spans import Statement, answer_spans, statements
 
 
@@ -53,29 +54,33 @@ class SeedPrompts:
 
 @dataclass(frozen=True)
 class Anchored:
-    """A question whose answer is a span of the text; the teacher scores that answer.
+    """A question by rule whose answer is a span of the text; the teacher scores that answer.
 
-    One prefill instead of decoding: several times as many conversations a second.
+    No decoding at all, one prefill: many times as many conversations a second. With `written` the
+    teacher answers in its own words instead, and must say the span.
     """
 
+    written: bool = False
+
     def propose(self, chunk: Chunk, rng: random.Random) -> Proposal | None:
-        drawn = draw_span(chunk, rng)
-        if drawn is None:
-            return None
-        statement, span = drawn
-        return Proposal(completion=asking_text(statement, span), answer=span, short=True)
+        for statement, span in draw_spans(chunk, rng, attempts=6):
+            question = questions.ask(statement, span, rng)
+            if question and self.written:
+                return Proposal(user=question, must_contain=span)
+            if question:
+                return Proposal(user=question, answer=span, short=True)
+        return None
 
 
 @dataclass(frozen=True)
-class AnchoredWritten:
-    """The same question without examples; the teacher writes, and must say the span."""
+class AnchoredAsked:
+    """The question for a span is asked by the model, which continues few-shot examples."""
 
     def propose(self, chunk: Chunk, rng: random.Random) -> Proposal | None:
-        drawn = draw_span(chunk, rng)
-        if drawn is None:
-            return None
-        statement, span = drawn
-        return Proposal(completion=asking_text(statement, span), must_contain=span)
+        for statement, span in draw_spans(chunk, rng, attempts=1):
+            return Proposal(completion=f"Text: {statement.text}\nAnswer: {span}\nQuestion:", answer=span,
+                            short=True)
+        return None
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,10 @@ class Cloze:
     """A statement with a span left out; the teacher scores the span."""
 
     def propose(self, chunk: Chunk, rng: random.Random) -> Proposal | None:
-        drawn = draw_span(chunk, rng)
-        if drawn is None:
-            return None
-        statement, span = drawn
-        if span not in statement.text:
-            return None
-        gap = statement.text.replace(span, "____", 1)
-        return Proposal(user=f"Fill in the gap: {gap}", answer=span, short=True)
+        for statement, span in draw_spans(chunk, rng, attempts=1):
+            gap = statement.text.replace(span, "____", 1)
+            return Proposal(user=f"Fill in the gap: {gap}", answer=span, short=True)
+        return None
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,14 @@ FAMILIES: dict[str, SeedFamily] = {
     "creative": SeedPrompts(seed_prompts.CREATIVE),
     "generic": SeedPrompts(seed_prompts.GENERIC),
     "anchored": Anchored(),
-    "anchored_written": AnchoredWritten(),
+    "anchored_written": Anchored(written=True),
+    "anchored_asked": AnchoredAsked(),
     "cloze": Cloze(),
     "recall": Recall(),
 }
 
 DEFAULT_MIXTURE = {
-    "anchored": 0.72, "anchored_written": 0.08, "cloze": 0.10, "recall": 0.05,
+    "anchored": 0.72, "anchored_written": 0.04, "anchored_asked": 0.04, "cloze": 0.10, "recall": 0.05,
     "structuring": 0.01, "summarization": 0.01, "question": 0.01, "use_case": 0.01, "creative": 0.01,
 }
 """Shares of the planned conversations, for a small asking model; see docs/log.md."""
@@ -131,14 +133,9 @@ def register(name: str, family: SeedFamily) -> None:
     FAMILIES[name] = family
 
 
-def draw_span(chunk: Chunk, rng: random.Random) -> tuple[Statement, str] | None:
-    """A statement of the chunk and a span of it; early spans (numbers, names) are likelier."""
+def draw_spans(chunk: Chunk, rng: random.Random, attempts: int) -> Iterator[tuple[Statement, str]]:
+    """`attempts` draws of a statement and a span of it; early spans (numbers, names) are likelier."""
     told = [(s, spans) for s in statements(chunk.text) if (spans := answer_spans(s))]
-    if not told:
-        return None
-    statement, spans = rng.choices(told, weights=[len(spans) ** 0.5 for _, spans in told])[0]
-    return statement, spans[int(len(spans) * rng.random() ** 1.5)]
-
-
-def asking_text(statement: Statement, span: str) -> str:
-    return f"Text: {statement.text}\nAnswer: {span}\nQuestion:"
+    for _ in range(attempts if told else 0):
+        statement, spans = rng.choices(told, weights=[len(spans) ** 0.5 for _, spans in told])[0]
+        yield statement, spans[int(len(spans) * rng.random() ** 1.5)]

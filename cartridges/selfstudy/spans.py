@@ -22,10 +22,12 @@ _TABLE_RULE = re.compile(r"^\|?[\s:|-]+\|?$")
 
 @dataclass(frozen=True)
 class Statement:
-    """A sentence, list item or table row. `text` says it by itself; `verbatim` is how the chunk has it."""
+    """A sentence, list item or table row. `text` says it by itself; `verbatim` is how the chunk has it;
+    `cells` are a row's (column, cell) pairs."""
 
     text: str
     verbatim: str
+    cells: tuple[tuple[str, str], ...] = ()
 
 
 def statements(text: str) -> list[Statement]:
@@ -33,17 +35,18 @@ def statements(text: str) -> list[Statement]:
     found: list[Statement] = []
     header: list[str] | None = None
     title = ""
-    for line in text.splitlines():
-        line = line.strip()
+    lines = [line.strip() for line in text.splitlines()]
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if line.startswith("|"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             if _TABLE_RULE.match(line):
                 continue
-            if header is None:
+            if _TABLE_RULE.match(following) and following:
                 header = cells
-            else:
-                told = "; ".join(f"{name}: {cell}" for name, cell in zip(header, cells, strict=False))
-                found.append(Statement(f"{title} {told}".strip(), line))
+            elif header:  # rows whose header was cut off cannot be asked about by column
+                pairs = tuple(zip(header, cells, strict=False))
+                told = "; ".join(f"{name}: {cell}" for name, cell in pairs)
+                found.append(Statement(f"{title} {told}".strip(), line, pairs))
             continue
         header = None
         if line.startswith("#"):
@@ -57,14 +60,16 @@ def statements(text: str) -> list[Statement]:
 
 def answer_spans(statement: Statement) -> list[str]:
     """Numbers, names and short phrases of `statement`; numbers and names come first."""
+    if statement.cells:
+        return [cell for _, cell in statement.cells if cell]
     text = statement.text
-    strong = [m.group().strip() for m in _NUMBER.finditer(text)]
-    strong += [span.split()[0] for span in strong if " " in span]
+    strong = []
+    for match in _NUMBER.finditer(text):
+        number, _, unit = match.group().partition(" ")
+        strong += [number] if not unit or unit in STOP_WORDS else [match.group(), number]
     strong += [m.group() for m in _NAME.finditer(text) if m.start() > 0 and m.group().lower() not in STOP_WORDS]
     spans = dict.fromkeys(strong)
     spans.update(dict.fromkeys(_phrases(text)))
-    cells = [part.split(": ", 1)[-1] for part in text.split("; ")] if "; " in text else []
-    spans.update(dict.fromkeys(cells))
     return [span for span in spans if 1 <= len(span) <= 60 and span.lower() not in STOP_WORDS]
 
 
@@ -82,4 +87,6 @@ def _phrases(text: str) -> list[str]:
             current = [*current, match.group()]
         end = match.end()
     runs.append(current)
-    return [" ".join(run[-4:]) for run in runs if run and len(run[-1]) > 2]
+    # Capitalised and numeric runs are pieces of the names and numbers found already.
+    return [" ".join(run[-4:]) for run in runs
+            if run and len(" ".join(run)) > 4 and not any(word[0].isupper() or word[0].isdigit() for word in run)]

@@ -105,7 +105,7 @@ class Synthesizer:
         return Request(tuple(ids), TextPrefix(draft.chunk.text), **how)
 
     def _question_fault(self, proposal: Proposal, question: str) -> str | None:
-        if proposal.user is not None:
+        if proposal.user is not None and not proposal.user.endswith("?"):
             return None
         fault = filters.malformed_question(question, short=proposal.completion is not None)
         answer = proposal.answer or proposal.must_contain
@@ -123,7 +123,7 @@ class Synthesizer:
             reason = self._likelihood_fault(score, blind)
             results[draft.task.conversation_id] = _drop(draft.task, reason) if reason else self._conversation(
                 draft, draft.proposal.answer, ids, mask, score.topk_ids, score.topk_logprobs,
-                {"teacher_nll": float(-score.logprobs.mean())})
+                {"teacher_nll": float(-score.logprobs[:-1].mean()), "known": 1.0})
 
     def _known_ids(self, draft: _Draft) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         prompt = self.template.conversation_ids(draft.turns())
