@@ -8,6 +8,7 @@ build and prints its JSON on one marked line of the job's log.
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -64,7 +65,12 @@ def submit(args: list[str], address: str | None = None, wait: bool = True,
     result = _follow(client, job_id) if wait else None
     info = client.get_job_info(job_id)
     return {"job_id": job_id, "address": client.get_address(), "status": info.status.value,
-            "message": (info.message or "").partition("\n")[0], "build": result}
+            "message": _first_line(info.message or ""), "build": result}
+
+
+def _first_line(message: str) -> str:
+    """What happened, without the end of the log that Ray appends."""
+    return message.partition("\n")[0].partition(", last available logs")[0]
 
 
 def stage_inputs(args: list[str], staging: Path, shared: tuple[str, ...] = ()) -> list[str]:
@@ -188,6 +194,7 @@ def connect(address: str | None = None) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)  # it tells of each request
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
     address = address if "://" in address else f"http://{address}"
     if not address.startswith(("http://", "https://")):
