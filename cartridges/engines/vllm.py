@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from cartridges.cartridge import KVShape
 from cartridges.config import Settings
 from cartridges.engines.base import CartridgePrefix, Completion, Request, Score, ScoreRequest, TokenEvent
 from cartridges.engines.detokenize import TextStream
@@ -74,7 +75,7 @@ class VllmEngine:
         settings = settings or VllmSettings()
         self.translator = Translator(model_dir, settings.max_model_len, settings.max_topk)
         self.spool = Spool(settings.spool_dir, settings.spool_bytes)
-        self._llm = LLM(**engine_arguments(model_dir, settings, self.spool))
+        self._llm = LLM(**engine_arguments(model_dir, settings, self.translator.shape, self.spool.root))
         VllmEngine._open = self
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -150,7 +151,7 @@ class AsyncVllmEngine:
         self.translator = Translator(model_dir, settings.max_model_len, settings.max_topk)
         self.spool = Spool(settings.spool_dir, settings.spool_bytes)
         self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(**engine_arguments(model_dir, settings, self.spool)))
+            AsyncEngineArgs(**engine_arguments(model_dir, settings, self.translator.shape, self.spool.root)))
         self._active = 0
 
     @property
@@ -219,11 +220,22 @@ class AsyncVllmEngine:
         self.spool.close()
 
 
-def engine_arguments(model_dir: str | Path, settings: VllmSettings, spool: Spool) -> dict[str, Any]:
-    """vLLM's own arguments, with what cartridges need: the connector, the cache, T=1 logprobs."""
+def engine_arguments(model_dir: str | Path, settings: VllmSettings, shape: KVShape,
+                     spool: str | Path) -> dict[str, Any]:
+    """vLLM's own arguments, with what cartridges need: the connector, the cache, T=1 logprobs.
+
+    Raises `UserError` for a model that vLLM's CPU attention cannot run (it would fail at the first token).
+    """
     from vllm.platforms import current_platform
 
     cpu = current_platform.is_cpu()
+    if cpu:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if shape.head_dim not in sizes:
+            raise UserError(f"vLLM has no attention on a CPU for head_dim {shape.head_dim} (it has "
+                            f"{', '.join(map(str, sizes))}); use the transformers engine")
     dtype = choose_dtype(settings.dtype, "cpu" if cpu else "cuda")
     arguments = {
         "model": str(model_dir), "dtype": str(dtype).removeprefix("torch."), "trust_remote_code": False,
@@ -237,7 +249,7 @@ def engine_arguments(model_dir: str | Path, settings: VllmSettings, spool: Spool
         "kv_transfer_config": {
             "kv_connector": "CartridgeConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail",
             "kv_connector_module_path": "cartridges.engines.vllm_connector",
-            "kv_connector_extra_config": {"spool": str(spool.root)}},
+            "kv_connector_extra_config": {"spool": str(spool)}},
     }
     block_size = settings.block_size or (32 if cpu else 0)
     return arguments | ({"block_size": block_size} if block_size else {})

@@ -17,6 +17,7 @@ from cartridges.engines.base import (
     CartridgePrefix,
     Completion,
     Prefix,
+    RawPrefix,
     Request,
     Score,
     ScoreRequest,
@@ -87,6 +88,8 @@ class Translator:
             return [self._placeholder] * prefix.cartridge.num_tokens
         if isinstance(prefix, TextPrefix):
             return self.template.system_ids(prefix.text)
+        if isinstance(prefix, RawPrefix):
+            return self.tokenizer.encode(prefix.text, add_special_tokens=False)
         return self.template.default_ids()
 
     def check_limits(self, prompt: Prompt, answer_tokens: int, topk: int) -> None:
