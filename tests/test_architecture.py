@@ -13,7 +13,7 @@ FLOW = (
     "errors",
     "records config",
     "template cartridge readers",
-    "download models corpus chunking",
+    "download models corpus chunking prompts",
     "attention forward engines.base",
     "selfstudy",
     "distill",
