@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ from cartridges.selfstudy.synthesizer import Dropped
 from workflows.budget import Rates, estimate, fit, parse_time
 from workflows.synthesize import forget_failed, run_with_retry, synthesize
 
-CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by keeper {name}son. It has {i + 20} steps."
+CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by {name}son. It has {i + 20} steps."
                      for i, name in enumerate(("Arl", "Bem", "Cod", "Dun", "Eck", "Fen", "Gos", "Hul")))
 
 
@@ -53,15 +54,22 @@ def conversation(number: int, question: str = "Who?", answer: str = "Ann", k: in
 
 def write_part(directory, name, results):
     directory.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist([to_row(result) for result in results], schema=schema()), directory / name)
+    table = pa.Table.from_pylist([to_row(result) for result in results], schema=schema())
+    pq.write_table(table, directory / name)
+
+
+def shard_rows(directory):
+    files = sorted((directory / "shards").glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def test_finish_marks_duplicates_counts_reasons_and_orders_rows(tmp_path):
     write_part(tmp_path / "parts", "b.parquet", [conversation(3, "Who?"), conversation(1, "Who?")])
     write_part(tmp_path / "parts", "a.parquet", [
-        conversation(2, "When?"), Dropped("c000", "cloze", "empty"), Dropped("c004", "recall", "error: KeyError: x")])
+        conversation(2, "When?"), Dropped("c000", "cloze", "empty"),
+        Dropped("c004", "recall", "error: KeyError: x")])
     summary = finish(tmp_path / "parts", tmp_path / "shards", rows_per_shard=2)
-    rows = [row for file in sorted((tmp_path / "shards").glob("*")) for row in pq.read_table(file).to_pylist()]
+    rows = shard_rows(tmp_path)
     assert [(row["conversation_id"], row["dropped"]) for row in rows] == [
         ("c000", "empty"), ("c001", ""), ("c002", ""), ("c003", "duplicate"), ("c004", "error: KeyError: x")]
     counted = summary.as_dict()
@@ -93,7 +101,8 @@ def test_batches_with_failures_are_taken_back(tmp_path):
     for name in ("x_1", "x_2"):
         write_part(tmp_path / "checkpoint", f"{name}.parquet", [])
     assert forget_failed(tmp_path) == "error: E: x"
-    assert sorted(file.name for file in (tmp_path / "checkpoint").iterdir()) == ["x_1.pending.parquet", "x_2.parquet"]
+    left = sorted(file.name for file in (tmp_path / "checkpoint").iterdir())
+    assert left == ["x_1.pending.parquet", "x_2.parquet"]
 
 
 def test_held_out_questions_are_not_trained_on():
@@ -120,21 +129,33 @@ def test_budget_fits_what_it_plans():
         fit(settings, rates, 40)
 
 
-def _synthesize_in_a_process(corpus, output, settings):
-    code = ("import json, sys; from cartridges.config import BuildSettings; from workflows.synthesize import synthesize;"
-            "synthesize(sys.argv[1], sys.argv[2], BuildSettings.model_validate(json.loads(sys.argv[3])))")
-    return subprocess.Popen([sys.executable, "-c", code, str(corpus), str(output), settings.model_dump_json()],
-                            start_new_session=True, env={**os.environ, "WANDB_MODE": "disabled"})
+_SYNTHESIZE = """
+import json, sys
+from cartridges.config import BuildSettings
+from workflows.synthesize import synthesize
+synthesize(sys.argv[1], sys.argv[2], BuildSettings.model_validate(json.loads(sys.argv[3])))
+"""
 
 
-def _kill_after_batches(process, checkpoint, batches, patience_s=300):
+@contextmanager
+def in_a_process(code, *arguments):
+    """A driver of its own session, gone at the end."""
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], start_new_session=True,
+                               env={**os.environ, "WANDB_MODE": "disabled"})
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(condition, process, patience_s=900):
+    """Until `condition()`; the machine may be busy."""
     deadline = time.monotonic() + patience_s
-    while len(list(checkpoint.glob("*.parquet"))) < batches:
+    while not condition():
         assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline, "no batch was committed"
+        assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 @pytest.mark.slow
@@ -142,14 +163,14 @@ def test_killed_driver_resumes_with_the_planned_ids(tiny_model_dir, corpus_file,
     monkeypatch.setenv("WANDB_MODE", "disabled")
     settings = tiny_settings(tiny_model_dir, num_conversations=160, batch_size=2)
     output = tmp_path / "dataset"
-    process = _synthesize_in_a_process(corpus_file, output, settings)
-    _kill_after_batches(process, output / "work" / "checkpoint", 3)
+    with in_a_process(_SYNTHESIZE, corpus_file, output, settings.model_dump_json()) as process:
+        wait_for(lambda: len(list((output / "work" / "checkpoint").glob("*.parquet"))) > 3, process)
     assert not (output / "dataset.json").exists()
     planned = {row["conversation_id"] for row in pq.read_table(output / "work" / "tasks.parquet").to_pylist()}
 
     manifest = synthesize(str(corpus_file), str(output), settings)
 
-    rows = [row for file in (output / "shards").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    rows = shard_rows(output)
     ids = [row["conversation_id"] for row in rows]
     assert len(ids) == len(set(ids)) == manifest["planned"] == 160
     assert set(ids) == planned

@@ -2,11 +2,7 @@
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -24,10 +20,10 @@ from cartridges.selfstudy.finish import finish
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.storage import load_conversations
 from cartridges.selfstudy.synthesizer import Synthesizer
-from tests.test_synthesize import CORPUS, tiny_settings, write_part
+from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for, write_part
 from workflows.stage import write_manifest
 from workflows.synthesize import corpus_tokens, dataset_fingerprint
-from workflows.train import _start, train
+from workflows.train import start_cartridge, train
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "packs_per_step": 2, "steps": 12,
          "checkpoint_every": 2, "held_out": 4}
@@ -54,7 +50,8 @@ def dataset(tiny_base_model, settings, corpus_file, tmp_path_factory):
     chunks = chunk_corpus(corpus, tiny_base_model.tokenizer, settings.synthesize.chunk)
     synthesizer = Synthesizer(TransformersEngine(tiny_base_model), tiny_base_model.template,
                               {chunk.chunk_id: chunk for chunk in chunks}, settings.synthesize)
-    write_part(directory / "parts", "a.parquet", synthesizer.run(plan(chunks, settings.synthesize, settings.seed)))
+    tasks = plan(chunks, settings.synthesize, settings.seed)
+    write_part(directory / "parts", "a.parquet", synthesizer.run(tasks))
     summary = finish(directory / "parts", directory / "shards").as_dict()
     write_manifest(directory / "dataset.json", {
         **summary, "fingerprint": dataset_fingerprint(corpus, settings), "settings": {},
@@ -64,7 +61,7 @@ def dataset(tiny_base_model, settings, corpus_file, tmp_path_factory):
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def process_group():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -90,7 +87,7 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
     conversations = load_conversations(dataset / "shards")
     curves, cartridges = [], []
     for stepper_class in (TorchStepper, DeepSpeedStepper):
-        cartridge = _start(tiny_base_model, corpus, settings)
+        cartridge = start_cartridge(tiny_base_model, corpus, settings)
         stepper = stepper_class(Student(tiny_base_model.model, cartridge), wanted)
         trainer, curve = Trainer(stepper, conversations, wanted, seed=0), []
         trainer.run(curve.append, until=3)
@@ -120,8 +117,10 @@ def curve(output):
 def test_workers_and_kills_do_not_change_the_result(dataset, corpus_file, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     two = settings.model_copy(update={"train": settings.train.model_copy(update={"num_workers": 2})})
-    killed = _train_in_a_process(dataset, corpus_file, tmp_path / "killed", settings)
-    _kill_after_a_checkpoint(killed, tmp_path / "killed")
+    output = tmp_path / "killed"
+    with in_a_process(_TRAIN, dataset, corpus_file, output, settings.model_dump_json()) as process:
+        wait_for(lambda: list(output.glob("work/run/checkpoint_*")), process)
+    assert not (output / "train.json").exists()
 
     from workflows.local_ray import local_ray
 
@@ -134,30 +133,20 @@ def test_workers_and_kills_do_not_change_the_result(dataset, corpus_file, settin
     np.testing.assert_allclose(curve(tmp_path / "killed"), curve(tmp_path / "one"), rtol=1e-4)
     one, other, shared = (artifact.load(tmp_path / name / "cartridge") for name in ("one", "killed", "two"))
     torch.testing.assert_close(one.cartridge.trainable_keys, other.cartridge.trainable_keys)
-    torch.testing.assert_close(one.cartridge.trainable_keys, shared.cartridge.trainable_keys, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(one.cartridge.trainable_keys, shared.cartridge.trainable_keys,
+                               rtol=2e-2, atol=2e-2)
     assert rows(tmp_path / "one")[-1]["loss"] < rows(tmp_path / "one")[0]["loss"]
     assert done["steps"] == 12 and done["truncated"] == 0
     assert len(json.loads((tmp_path / "one" / "held_out.json").read_text())["questions"]) > 0
     assert not (tmp_path / "one" / "work").exists()
 
 
-def _train_in_a_process(dataset, corpus, output, settings):
-    code = ("import json, sys; from cartridges.config import BuildSettings; from workflows.train import train;"
-            "train(*sys.argv[1:4], BuildSettings.model_validate(json.loads(sys.argv[4])))")
-    arguments = [str(dataset), str(corpus), str(output), settings.model_dump_json()]
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], start_new_session=True,
-                            env={**os.environ, "WANDB_MODE": "disabled"})
-
-
-def _kill_after_a_checkpoint(process, output, patience_s=300):
-    deadline = time.monotonic() + patience_s
-    while not list(output.glob("work/run/checkpoint_*")):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline, "there was no checkpoint"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (output / "train.json").exists()
+_TRAIN = """
+import json, sys
+from cartridges.config import BuildSettings
+from workflows.train import train
+train(*sys.argv[1:4], BuildSettings.model_validate(json.loads(sys.argv[4])))
+"""
 
 
 def test_mistakes_are_named_before_ray_starts(dataset, corpus_file, settings, tmp_path):

@@ -1,5 +1,6 @@
 """How much to do: from a time to conversations and steps, by rates measured on this machine."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,6 @@ CONVERSATIONS_PER_TOKEN = 1.0
 FEWEST_CONVERSATIONS = 256
 START_SECONDS = 45.0
 """Of a budget: Ray, and the model loaded by an actor and by a training worker."""
-SAMPLE = 2
-"""Batches of conversations, and steps, that a calibration runs; the first of each only warms up."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -49,7 +48,7 @@ def with_counts(settings: BuildSettings, corpus_tokens: int) -> BuildSettings:
     """`settings` with the number of conversations put in where it was left to be derived."""
     if settings.synthesize.num_conversations:
         return settings
-    return _replace(settings, num_conversations=default_conversations(corpus_tokens))
+    return with_plan(settings, num_conversations=default_conversations(corpus_tokens))
 
 
 def fit(settings: BuildSettings, rates: Rates, seconds: float) -> BuildSettings:
@@ -70,8 +69,9 @@ def fit(settings: BuildSettings, rates: Rates, seconds: float) -> BuildSettings:
     if count < 1 or steps < 1:
         needed = START_SECONDS + FEWEST_CONVERSATIONS * (
             rates.conversation_seconds + packs_a_conversation * rates.pack_seconds)
-        raise UserError(f"the budget is too short for this machine and these settings; {needed / 60:.0f}m would do")
-    return _replace(settings, num_conversations=count, steps=steps)
+        raise UserError("the budget is too short for this machine and these settings; "
+                        f"{math.ceil(needed / 60)}m would do")
+    return with_plan(settings, num_conversations=count, steps=steps)
 
 
 def estimate(settings: BuildSettings, rates: Rates) -> tuple[int, float]:
@@ -83,7 +83,8 @@ def estimate(settings: BuildSettings, rates: Rates) -> tuple[int, float]:
     return steps, START_SECONDS + seconds
 
 
-def _replace(settings: BuildSettings, num_conversations: int, steps: int | None = None) -> BuildSettings:
+def with_plan(settings: BuildSettings, num_conversations: int, steps: int | None = None) -> BuildSettings:
+    """`settings` with these numbers; None leaves the steps as they are."""
     update: dict[str, Any] = {
         "synthesize": settings.synthesize.model_copy(update={"num_conversations": num_conversations})}
     if steps is not None:

@@ -54,8 +54,8 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
     output.mkdir(parents=True, exist_ok=True)
     planned = _plan(loaded, output, settings, expected)
     with track("synthesize", loaded.corpus_id, settings.model_dump(mode="json"), output) as run:
-        seconds = _generate(output, settings, planned["conversations"], progress)
-        manifest = _finish(output, settings, planned, seconds)
+        speed = _generate(output, settings, planned["conversations"], progress)
+        manifest = _finish(output, settings, planned, speed)
         run.log(_metrics(manifest))
     return manifest
 
@@ -121,8 +121,9 @@ def _write_rows(path: Path, rows: Sequence[Any]) -> None:
     temporary.rename(path)
 
 
-def _generate(output: Path, settings: BuildSettings, total: int, progress: ProgressCallback | None) -> float:
-    """Run Ray Data until every task is committed; seconds it took."""
+def _generate(output: Path, settings: BuildSettings, total: int,
+              progress: ProgressCallback | None) -> dict[str, float]:
+    """Run Ray Data until every task is committed; how fast it went."""
     from workflows.console import Progress
     from workflows.local_ray import local_ray
 
@@ -131,9 +132,9 @@ def _generate(output: Path, settings: BuildSettings, total: int, progress: Progr
         if progress is None:
             progress = stack.enter_context(Progress(total, "synthesize", "conversations")).callback
         stack.enter_context(local_ray())
-        stack.enter_context(_Reporting(output / "work" / "checkpoint", total, progress))
+        reporting = stack.enter_context(_Reporting(output / "work" / "checkpoint", total, progress))
         _run_pipeline(output.resolve(), settings)
-    return time.monotonic() - start
+    return {"seconds": time.monotonic() - start, "conversations_per_s": reporting.rate()}
 
 
 def _run_pipeline(output: Path, settings: BuildSettings) -> None:
@@ -219,6 +220,7 @@ class _Reporting:
     def __init__(self, checkpoint: Path, total: int, progress: ProgressCallback):
         self.checkpoint, self.total, self.progress = checkpoint, total, progress
         self.rows: dict[Path, int] = {}
+        self.seen: list[tuple[float, int]] = []
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._loop, daemon=True)
 
@@ -227,7 +229,16 @@ class _Reporting:
             self._report()
 
     def _report(self) -> None:
-        self.progress(self.committed(), self.total, "")
+        done = self.committed()
+        if not self.seen or done > self.seen[-1][1]:
+            self.seen.append((time.monotonic(), done))
+        self.progress(done, self.total, "")
+
+    def rate(self) -> float:
+        """Conversations a second between the first commit that was seen and the last: no start-up."""
+        committed = [seen for seen in self.seen if seen[1]] or [(0.0, 0)]
+        (first, before), (last, after) = committed[0], committed[-1]
+        return (after - before) / (last - first) if last > first else 0.0
 
     def committed(self) -> int:
         import pyarrow.parquet as pq
@@ -237,8 +248,9 @@ class _Reporting:
                 self.rows[file] = pq.read_metadata(file).num_rows
         return sum(self.rows.values())
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_Reporting":
         self.thread.start()
+        return self
 
     def __exit__(self, *exception: object) -> None:
         self.stop.set()
@@ -246,7 +258,8 @@ class _Reporting:
         self._report()
 
 
-def _finish(output: Path, settings: BuildSettings, planned: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _finish(output: Path, settings: BuildSettings, planned: dict[str, Any],
+            speed: dict[str, float]) -> dict[str, Any]:
     """Deduplicate into `shards/`, check the failures, write the manifest, drop the work files."""
     from cartridges.selfstudy.finish import finish
 
@@ -257,7 +270,7 @@ def _finish(output: Path, settings: BuildSettings, planned: dict[str, Any], seco
     summary = finish(work / "parts", temporary)
     _require_few_failures(summary.dropped["error"], planned["conversations"], settings, work)
     temporary.rename(output / "shards")
-    manifest = {**planned, **summary.as_dict(), "planned": planned["conversations"], "seconds": seconds}
+    manifest = {**planned, **summary.as_dict(), "planned": planned["conversations"], **speed}
     write_manifest(output / MANIFEST, manifest)
     shutil.rmtree(work)
     return manifest
@@ -301,7 +314,7 @@ def _metrics(manifest: dict[str, Any]) -> dict[str, float]:
         "synthesize/topk_mass": manifest["topk_mass"],
         "synthesize/teacher_entropy": manifest["teacher_entropy"],
         "synthesize/duplicate_share": dropped.get("duplicate", 0) / manifest["planned"],
-        "synthesize/conversations_per_s": manifest["planned"] / manifest["seconds"],
+        "synthesize/conversations_per_s": manifest["conversations_per_s"],
         "synthesize/tokens_per_s": manifest["tokens"]["input"] / manifest["seconds"],
         "synthesize/seconds": manifest["seconds"],
     }

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -50,7 +51,7 @@ def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSetting
     require_match(done, expected, output)
     if done is not None:
         return done
-    _check(loaded, settings)
+    check_training(loaded, settings)
     output.mkdir(parents=True, exist_ok=True)
     require_match(read_manifest(output / "started.json"), expected, output)
     write_manifest(output / "started.json", {"fingerprint": expected})
@@ -91,15 +92,15 @@ def train_fingerprint(dataset_fingerprint: str, settings: BuildSettings) -> str:
 
 
 
-def _check(corpus: Corpus, settings: BuildSettings) -> None:
+def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     """A user's mistakes, found before Ray starts."""
     from cartridges.artifact import check_compatible
     from cartridges.models import load_identity, resolve_model_dir
 
     wanted = settings.train
     if wanted.packs_per_step % wanted.num_workers:
-        raise UserError(f"train.packs_per_step={wanted.packs_per_step} is not a multiple of train.num_workers="
-                        f"{wanted.num_workers}; each worker takes its share of a step's packs")
+        raise UserError(f"train.packs_per_step={wanted.packs_per_step} is not a multiple of "
+                        f"train.num_workers={wanted.num_workers}; workers share a step's packs evenly")
     if wanted.init == "cartridge":
         if wanted.init_cartridge is None:
             raise UserError("train.init=cartridge needs train.init_cartridge, the directory of a cartridge")
@@ -177,7 +178,8 @@ def train_worker(config: dict[str, Any]) -> None:
     trainer = Trainer(stepper, conversations, settings.train, settings.seed, stepper.device, rank, world)
     _resume(trainer)
     log = _MetricsLog(output / "metrics.jsonl", trainer.next_step).write if rank == 0 else lambda _: None
-    trainer.run(log, lambda step: _checkpoint(trainer, step))
+    if settings.train.loss != "none":
+        trainer.run(log, lambda step: _checkpoint(trainer, step))
     with stepper.gathered():
         if rank == 0:
             _save(config, settings, base, cartridge, trainer)
@@ -195,10 +197,12 @@ def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
     if rank == 0:
         questions = [asdict(question) for question in held_out]
         write_manifest(Path(config["output"]) / "held_out.json", {"questions": questions})
-    return base, _start(base, load_corpus(config["corpus"], settings.corpus.corpus_id), settings), conversations
+    corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
+    return base, start_cartridge(base, corpus, settings), conversations
 
 
-def _start(base, corpus: Corpus, settings: BuildSettings):
+def start_cartridge(base, corpus: Corpus, settings: BuildSettings):
+    """The cartridge before its first step, by `train.init`."""
     from cartridges import artifact
     from cartridges.distill.initialize import initialize
 
@@ -306,7 +310,11 @@ def _figures(row: dict[str, Any]) -> dict[str, float]:
 def _finish(output: Path, expected: str, seconds: float) -> dict[str, Any]:
     trained = read_manifest(output / "trained.json")
     rows = [json.loads(line) for line in _lines(output / "metrics.jsonl")]
-    manifest = {"fingerprint": expected, "seconds": seconds, **trained, "first": rows[0], "last": rows[-1]}
+    manifest = {"fingerprint": expected, "seconds": seconds, **trained}
+    if rows:
+        # The first step warms up; the median does not see what else the machine did.
+        manifest |= {"first": rows[0], "last": rows[-1],
+                     "step_seconds": statistics.median(row["seconds"] for row in rows[1:] or rows)}
     write_manifest(output / MANIFEST, manifest)
     shutil.rmtree(output / "work")
     return manifest

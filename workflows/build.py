@@ -1,0 +1,196 @@
+"""The whole chain: corpus -> conversations -> cartridge -> report card -> registry.
+
+    WORKDIR/synthesize-<fingerprint>/   see workflows.synthesize
+    WORKDIR/train-<fingerprint>/        see workflows.train
+    WORKDIR/evaluate-<fingerprint>/     rows.jsonl and, last, report_card.json
+    WORKDIR/build.json                  the result of the last finished build
+
+A stage whose finished output is there with the fingerprint of what it would do now is skipped, so
+the same command goes on where it stopped, and a changed setting repeats only what depends on it.
+"""
+
+import shutil
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from cartridges.config import BuildSettings
+from cartridges.corpus import load_corpus, load_questions
+from cartridges.errors import UserError
+from cartridges.records import Corpus, Question
+from workflows.stage import fingerprint, read_manifest, write_manifest
+
+HELD_OUT_QUESTIONS = 64
+"""Self-study conversations kept from training to be the report card's questions where the user has none."""
+
+
+def build(corpus: str, name: str, settings: BuildSettings, registry: str, questions: str | None = None,
+          workdir: str | None = None) -> dict[str, Any]:
+    """Build `name` from `corpus` and publish it: `{report_card, name, version, seconds, workdir}`.
+
+    `questions` is a file of questions; None takes the corpus' own, or else held-out self-study ones.
+    Raises `UserError` for whatever is wrong with the corpus, the questions or the settings, before
+    anything expensive begins.
+    """
+    from cartridges.registry import Registry, check_name
+    from workflows.train import check_training
+
+    start = time.monotonic()
+    check_name(name)
+    store = Registry(registry)
+    loaded = load_corpus(corpus, settings.corpus.corpus_id)
+    asked = load_questions(questions, settings.corpus.corpus_id) if questions else loaded.questions
+    if not asked:
+        train = settings.train.model_copy(update={"held_out": HELD_OUT_QUESTIONS})
+        settings = settings.model_copy(update={"train": train})
+    work = Path(workdir or f"runs/{name}")
+    check_training(loaded, settings)
+    settings = _settle(loaded, settings, work)
+    dataset, trained, cartridge = _make_cartridge(corpus, loaded, settings, work)
+    card = _evaluate(loaded, asked, name, settings, work, store, dataset, trained, cartridge)
+    version = _publish(store, name, cartridge, card, work)
+    result = {"name": name, "version": version, "registry": registry, "workdir": str(work),
+              "seconds": time.monotonic() - start, "report_card": card}
+    write_manifest(work / "build.json", result)
+    return result
+
+
+def _settle(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSettings:
+    """Derive what was left open (conversations; with a budget, steps), and print the plan on stderr."""
+    from workflows import budget, rates
+    from workflows.console import human_seconds
+    from workflows.synthesize import corpus_tokens
+
+    tokens, p = corpus_tokens(corpus, settings), settings.train.num_tokens
+    if settings.budget is not None:
+        settings = _fit_budget(corpus, settings, work)
+    settings = budget.with_counts(settings, tokens)
+    known = rates.remembered(settings)
+    say(f"corpus {corpus.corpus_id}: {len(corpus.documents)} documents, {tokens} tokens; "
+        f"cartridge: {p} tokens, {tokens / p:.1f}x smaller")
+    count = settings.synthesize.num_conversations
+    if known is None:
+        say(f"plan: {count} conversations, {_steps_in_words(settings)}")
+    else:
+        steps, seconds = budget.estimate(settings, known)
+        say(f"plan: {count} conversations, {steps} steps; about {human_seconds(seconds)} for both at this "
+            "machine's rates")
+    return settings
+
+
+def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSettings:
+    """Conversations and steps for `settings.budget`. Decided once: a resumed build keeps its plan."""
+    from workflows import budget, rates
+
+    seconds = budget.parse_time(settings.budget)
+    file = work / f"budget-{fingerprint([corpus.fingerprint, settings.model_dump(mode='json')])}.json"
+    decided = read_manifest(file)
+    if decided is None:
+        known = rates.remembered(settings)
+        if known is None:
+            say("measuring this machine's rates for the budget")
+            known = rates.calibrate(corpus, settings)
+            rates.keep(settings, known)
+        fitted = budget.fit(settings, known, seconds)
+        decided = {"num_conversations": fitted.synthesize.num_conversations, "steps": fitted.train.steps}
+        write_manifest(file, decided)
+    return budget.with_plan(settings, decided["num_conversations"], decided["steps"])
+
+
+def _steps_in_words(settings: BuildSettings) -> str:
+    return f"{settings.train.steps} steps" if settings.train.steps else f"{settings.train.epochs:g} epochs"
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _make_cartridge(corpus: str, loaded: Corpus, settings: BuildSettings,
+                    work: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """Synthesis and training: `(data set manifest, training manifest, artifact directory)`."""
+    from workflows import rates
+    from workflows.local_ray import local_ray
+    from workflows.synthesize import MANIFEST as DATASET
+    from workflows.synthesize import dataset_fingerprint, synthesize
+    from workflows.train import MANIFEST as TRAINING
+    from workflows.train import train, train_fingerprint
+
+    of_dataset = dataset_fingerprint(loaded, settings)
+    dataset_dir = work / f"synthesize-{of_dataset}"
+    train_dir = work / f"train-{train_fingerprint(of_dataset, settings)}"
+    with ExitStack() as stack:
+        if not ((dataset_dir / DATASET).is_file() and (train_dir / TRAINING).is_file()):
+            stack.enter_context(local_ray())  # one Ray for both stages
+        dataset = synthesize(corpus, str(dataset_dir), settings)
+        trained = train(str(dataset_dir), corpus, str(train_dir), settings)
+    rates.remember(settings, dataset, trained)
+    return dataset, trained, train_dir / "cartridge"
+
+
+def _evaluate(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: BuildSettings, work: Path,
+              store, dataset: dict, trained: dict, cartridge: Path) -> dict[str, Any]:
+    """The report card; held-out self-study questions where `asked` is empty."""
+    from workflows.tracking import track
+
+    source = "user" if asked else "held_out_self_study"
+    asked = asked or _held_out_questions(cartridge.parent)
+    expected = fingerprint([trained["fingerprint"], settings.evaluate.model_dump(mode="json"), source,
+                            [[one.question_id, one.question, *one.answers, *one.options] for one in asked]])
+    output = work / f"evaluate-{expected}"
+    done = read_manifest(output / "report_card.json")
+    if done is not None:
+        return done
+    made = {"seconds": {"synthesize": dataset["seconds"], "train": trained["seconds"]},
+            "conversations": dataset["conversations"], "tokens": dataset["tokens"]}
+    start = time.monotonic()
+    with track("evaluate", name, settings.model_dump(mode="json"), work) as run:
+        report = _report(corpus, asked, name, settings, store, cartridge, source, made)
+        made["seconds"]["evaluate"] = report.card["build"]["seconds"]["evaluate"] = time.monotonic() - start
+        run.report_card(report.card)
+        run.artifact(cartridge, name, "cartridge")
+    report.save(output)
+    return report.card
+
+
+def _report(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: BuildSettings, store,
+            cartridge: Path, source: str, made: dict[str, Any]):
+    from cartridges import artifact
+    from cartridges.engines.base import CartridgePrefix
+    from cartridges.engines.transformers import TransformersEngine
+    from cartridges.evaluation.report_card import Subject, report_card
+    from cartridges.models import load_base_model
+    from workflows.console import Progress
+    from workflows.evaluate import wrong_cartridge
+
+    loaded, base = artifact.load(cartridge), load_base_model(settings.model)
+    subject = Subject(name, CartridgePrefix(loaded.cartridge, loaded.digest), corpus.corpus_id,
+                      corpus.fingerprint, loaded.manifest.corpus.tokens, corpus.text, loaded.manifest.version)
+    with Progress(None, "evaluate", "requests") as bar:
+        return report_card(
+            TransformersEngine(base), base, subject, asked, settings.evaluate, settings.seed,
+            wrong=wrong_cartridge(store, loaded, base, settings), questions_source=source, build=made,
+            progress=bar.callback)
+
+
+def _held_out_questions(train_dir: Path) -> tuple[Question, ...]:
+    """What training kept back; it wrote them beside its manifest."""
+    rows = read_manifest(train_dir / "held_out.json")["questions"]
+    if not rows:
+        raise UserError("there are no questions: the corpus has none, and no self-study question was short "
+                        "enough to be held out; give some with --questions")
+    return tuple(Question(row["question_id"], row["question"], tuple(row["answers"])) for row in rows)
+
+
+def _publish(store, name: str, cartridge: Path, card: dict[str, Any], work: Path) -> str:
+    """Publish a copy of the artifact that holds the report card; the version does not depend on the card."""
+    from cartridges.artifact import set_report_card
+
+    copy = work / "publish"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(cartridge, copy)
+    set_report_card(copy, card)
+    version = store.publish(name, copy)
+    shutil.rmtree(copy)
+    return version

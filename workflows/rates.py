@@ -1,0 +1,97 @@
+"""Rates of this machine: remembered from finished stages, or measured by a short calibration."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cartridges.config import BuildSettings
+from cartridges.download import home, write_atomically
+from cartridges.records import Chunk, Conversation, Corpus
+from workflows.budget import Rates
+from workflows.stage import fingerprint
+
+BATCHES = 3
+"""Of conversations, and steps, in a calibration; the first of each only warms up."""
+
+
+def remembered(settings: BuildSettings) -> Rates | None:
+    """The rates of the last finished build with the like of these settings, on this machine."""
+    file = _file(settings)
+    return Rates(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def remember(settings: BuildSettings, dataset: dict[str, Any], trained: dict[str, Any]) -> None:
+    """Keep what a build's manifests say, where they say it: a tiny or untrained build has no rates."""
+    kept = dataset["conversations"]["kept"]
+    if not (kept and dataset["conversations_per_s"] and "step_seconds" in trained):
+        return
+    rates = Rates(1 / dataset["conversations_per_s"], trained["step_seconds"] / settings.train.packs_per_step,
+                  kept / dataset["planned"], dataset["tokens"]["input"] / kept)
+    keep(settings, rates)
+
+
+def keep(settings: BuildSettings, rates: Rates) -> None:
+    """Remember `rates` for the next build."""
+    file = _file(settings)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(asdict(rates)) + "\n")
+
+
+def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
+    """Measure the rates on a few batches of the corpus' conversations and a few steps on them."""
+    from cartridges.chunking import chunk_corpus
+    from cartridges.models import load_base_model
+
+    base = load_base_model(settings.model)
+    chunks = chunk_corpus(corpus, base.tokenizer, settings.synthesize.chunk)
+    conversations, conversation_seconds, kept = _time_synthesis(base, chunks, settings)
+    tokens = sum(len(conversation.input_ids) for conversation in conversations) / len(conversations)
+    return Rates(conversation_seconds, _time_steps(base, corpus, conversations, settings), kept, tokens)
+
+
+def _time_synthesis(base, chunks: Sequence[Chunk],
+                    settings: BuildSettings) -> tuple[list[Conversation], float, float]:
+    """`(kept conversations, seconds for a planned one, share kept)`."""
+    from cartridges.engines.transformers import TransformersEngine
+    from cartridges.selfstudy.plan import plan
+    from cartridges.selfstudy.synthesizer import Synthesizer
+
+    size = settings.synthesize.batch_size
+    wanted = settings.synthesize.model_copy(update={"num_conversations": BATCHES * size})
+    tasks = plan(chunks, wanted, settings.seed)
+    synthesizer = Synthesizer(TransformersEngine(base), base.template,
+                              {chunk.chunk_id: chunk for chunk in chunks}, wanted)
+    results = synthesizer.run(tasks[:size])
+    start = time.monotonic()
+    for first in range(size, len(tasks), size):
+        results += synthesizer.run(tasks[first:first + size])
+    seconds = (time.monotonic() - start) / max(1, len(tasks) - size)
+    kept = [result for result in results if isinstance(result, Conversation)]
+    return kept, seconds, len(kept) / len(results)
+
+
+def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
+                settings: BuildSettings) -> float:
+    """Seconds for a pack of a training step."""
+    from cartridges.distill.student import Student
+    from cartridges.distill.trainer import TorchStepper, Trainer
+    from workflows.train import start_cartridge
+
+    wanted = settings.train.model_copy(update={"steps": BATCHES})
+    student = Student(base.model, start_cartridge(base, corpus, settings), wanted.loss)
+    trainer = Trainer(TorchStepper(student, wanted), conversations, wanted, settings.seed, base.device)
+    seconds: list[float] = []
+    trainer.run(lambda metrics: seconds.append(metrics.seconds))
+    return sum(seconds[1:]) / (len(seconds) - 1) / wanted.packs_per_step
+
+
+def _file(settings: BuildSettings) -> Path:
+    shape = ("num_tokens", "row_tokens", "pack_tokens", "loss", "init", "num_workers", "zero_stage")
+    synthesis = settings.synthesize.model_dump(mode="json", exclude={"num_conversations"})
+    key = fingerprint([settings.model.model_dump(mode="json"), synthesis, os.uname().nodename, os.cpu_count(),
+                       [getattr(settings.train, name) for name in shape]])
+    return home() / "rates" / f"{key}.json"
