@@ -234,9 +234,9 @@ class Registry:
         data = self._store.read(name, version, MANIFEST)
         if data is None or self._store.size(name, version, TENSORS) != manifest.file_bytes:
             return False
-        if parse_manifest(data, f"{name}@{version}").report_card != manifest.report_card:
-            log.warning("%s@%s is published already and keeps the report card it has", name, version)
-        return True
+        # The version is the cartridge's; of two report cards on it the newer one counts.
+        kept = parse_manifest(data, f"{name}@{version}").report_card
+        return manifest.report_card is None or kept == manifest.report_card
 
     def _delete_version(self, entry: Entry, force: bool) -> str:
         aliases = self.aliases(entry.name)

@@ -175,12 +175,15 @@ def test_remote_download_is_verified_and_kept(tmp_path):
     artifact.load(directory)
 
 
-def test_a_published_version_keeps_its_report_card(local, tmp_path, caplog):
+def test_the_newer_report_card_of_a_version_counts(local, tmp_path):
     publish(local, tmp_path)
+    version = local.resolve("sample").version
     artifact.set_report_card(tmp_path / "artifact-0", {"arms": {}})
+    assert local.publish("sample", tmp_path / "artifact-0") == version
+    assert local.resolve("sample").manifest.report_card == {"arms": {}}
+    artifact.set_report_card(tmp_path / "artifact-0", None)
     local.publish("sample", tmp_path / "artifact-0")
-    assert local.resolve("sample").manifest.report_card is None
-    assert "keeps the report card" in caplog.text
+    assert local.resolve("sample").manifest.report_card == {"arms": {}}
 
 
 def test_concurrent_publishes(registry, tmp_path):
