@@ -72,6 +72,8 @@ class SynthesizeSettings(Settings):
 class OptimizerSettings(Settings):
     lr: float = Field(0.02, gt=0)
     """Adam's peak learning rate (the paper's, for p <= 2048)."""
+    key_lr_scale: float = Field(1.0, gt=0)
+    """Keys learn at `lr` times this: after RoPE they are larger than values, and Adam's steps are not."""
     warmup_share: float = Field(0.05, ge=0, le=1)
     final_lr_share: float = Field(0.02, ge=0, le=1)
     """Linear decay ends at this share of the peak."""

@@ -19,7 +19,7 @@ from cartridges.config import TrainSettings
 from cartridges.distill.losses import LossSums
 from cartridges.distill.packing import Pack
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import make_optimizer
+from cartridges.distill.trainer import make_optimizer, set_learning_rate
 
 TAG = "state"
 
@@ -48,7 +48,7 @@ class DeepSpeedStepper:
         self.max_grad_norm = settings.optimizer.max_grad_norm
         self.world_size = torch.distributed.get_world_size()
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        adam = make_optimizer(trainable, settings)
+        adam = make_optimizer(student, settings)
         self._norm = 0.0
         if self.stage == 0:
             adam.register_step_pre_hook(self._clip)
@@ -94,8 +94,7 @@ class DeepSpeedStepper:
 
     def step(self, lr: float) -> float:
         """Reduce, clip, update, clear; the gradient norm before clipping."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.engine.optimizer, lr)
         self.engine.step()
         return self._norm if self.stage == 0 else float(self.engine.get_global_grad_norm())
 

@@ -61,7 +61,7 @@ class TorchStepper:
         self.student = student
         self.max_grad_norm = settings.optimizer.max_grad_norm
         self.parameters = [p for p in student.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, settings)
+        self.optimizer = make_optimizer(student, settings)
 
     def forward_backward(self, pack: Pack, num_loss_tokens: int) -> LossSums:
         sums = self.student(pack)
@@ -70,8 +70,7 @@ class TorchStepper:
 
     def step(self, lr: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
@@ -86,9 +85,17 @@ class TorchStepper:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def make_optimizer(parameters, settings: TrainSettings) -> torch.optim.Adam:
-    """Adam as the paper trains with; the learning rate is set at every step."""
-    return torch.optim.Adam(parameters, lr=settings.optimizer.lr, betas=settings.optimizer.betas)
+def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Adam:
+    """Adam as the paper trains with, over keys and values apart: `key_lr_scale` is the keys'."""
+    cartridge, wanted = student.cartridge, settings.optimizer
+    groups = [{"params": [cartridge.trainable_keys], "lr_scale": wanted.key_lr_scale},
+              {"params": [cartridge.trainable_values], "lr_scale": 1.0}]
+    return torch.optim.Adam(groups, lr=wanted.lr, betas=wanted.betas)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 class Trainer:
