@@ -24,6 +24,7 @@ from workflows.serving.app import create_app
 from workflows.serving.metrics import TABLE
 
 ASK = [{"role": "user", "content": "What is known?"}]
+HTTP = httpx.Client(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def client(url):
 
 def post(url: str, body, path: str = "/v1/chat/completions", **options) -> httpx.Response:
     content = {"content": body} if isinstance(body, str | bytes) else {"json": body}
-    return httpx.post(url + path, timeout=60, **content, **options)
+    return HTTP.post(url + path, **content, **options)
 
 
 def test_models_are_the_base_and_the_registry(client, base):
@@ -94,8 +95,9 @@ def test_streamed_text_is_the_whole_text(client):
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(
         **asked, stream=True, stream_options={"include_usage": True}))
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
-    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+    told = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(choice.delta.content or "" for choice in told) == whole.choices[0].message.content
+    assert told[-1].finish_reason == whole.choices[0].finish_reason
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert len({c.id for c in chunks}) == 1
@@ -126,8 +128,8 @@ def test_logprobs(client):
 
 def test_a_seed_repeats_and_choices_differ(client):
     asked = {"model": "harbour", "messages": ASK, "max_tokens": 8, "temperature": 1.5, "n": 3}
-    answers = [[choice.message.content for choice in client.chat.completions.create(**asked, seed=seed).choices]
-               for seed in (5, 5, 6)]
+    answers = [[choice.message.content for choice in made.choices]
+               for made in (client.chat.completions.create(**asked, seed=seed) for seed in (5, 5, 6))]
     assert answers[0] == answers[1] != answers[2]
     assert len(set(answers[0])) > 1
     streamed = ["", "", ""]
@@ -201,28 +203,35 @@ def test_a_client_that_leaves_frees_its_slot(url, engine, service, stream):
     assert value_of(service.metrics, "cartridges_disconnects_total", model="harbour") == before + 1
 
 
+GOOD = {"model": "harbour", "messages": ASK}
+
+
+def saying(content) -> dict:
+    return GOOD | {"messages": [{"role": "user", "content": content}]}
+
+
 MISTAKES = [
-    ({"model": "harbor", "messages": ASK}, 404, "near it: harbour", "model"),
-    ({"model": "../../etc/passwd", "messages": ASK}, 404, "there is no model", "model"),
-    ({"model": "harbour@nope", "messages": ASK}, 404, "there is no model", "model"),
+    (GOOD | {"model": "harbor"}, 404, "near it: harbour", "model"),
+    (GOOD | {"model": "../../etc/passwd"}, 404, "there is no model", "model"),
+    (GOOD | {"model": "harbour@nope"}, 404, "there is no model", "model"),
     ({"messages": ASK}, 400, "model", "model"),
     ({"model": "harbour"}, 400, "messages", "messages"),
-    ({"model": "harbour", "messages": []}, 400, "messages", "messages"),
-    ({"model": "harbour", "messages": ASK, "temperature": 9}, 400, "temperature", "temperature"),
-    ({"model": "harbour", "messages": ASK, "max_tokens": 0}, 400, "max_tokens", "max_tokens"),
-    ({"model": "harbour", "messages": ASK, "max_tokens": 3000}, 400, "limit of 2048", "max_tokens"),
-    ({"model": "harbour", "messages": [{"role": "user", "content": "a b c d " * 1200}]}, 400, "window is 4096", None),
-    ({"model": "harbour", "messages": ASK, "kv_transfer_params": {"path": "/"}}, 400, "by the service only", None),
-    ({"model": "harbour", "messages": ASK, "cache_salt": "x"}, 400, "by the service only", None),
-    ({"model": "harbour", "messages": ASK, "no_such": 1}, 400, "not known here", "no_such"),
-    ({"model": "harbour", "messages": ASK, "tools": [{"type": "function"}]}, 400, "tools", "tools"),
-    ({"model": "harbour", "messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "messages"),
-    ({"model": "harbour", "messages": [{"role": "user", "content": None}]}, 400, "messages", "messages"),
+    (GOOD | {"messages": []}, 400, "messages", "messages"),
+    (GOOD | {"temperature": 9}, 400, "temperature", "temperature"),
+    (GOOD | {"max_tokens": 0}, 400, "max_tokens", "max_tokens"),
+    (GOOD | {"max_tokens": 3000}, 400, "limit of 2048", "max_tokens"),
+    (saying("a b c d " * 1200), 400, "window is 4096", None),
+    (GOOD | {"kv_transfer_params": {"path": "/"}}, 400, "by the service only", None),
+    (GOOD | {"cache_salt": "x"}, 400, "by the service only", None),
+    (GOOD | {"no_such": 1}, 400, "not known here", "no_such"),
+    (GOOD | {"tools": [{"type": "function"}]}, 400, "tools", "tools"),
+    (saying("\ud800"), 400, "messages", "messages"),
+    (saying(None), 400, "messages", "messages"),
     ("{not json", 400, "not JSON", None),
     ("[1, 2]", 400, "", None),
     (b"\xff\xfe\x00", 400, "", None),
     ("[" * 9000, 400, "", None),
-    ({"model": "harbour", "messages": [{"role": "user", "content": "x" * 30_000}]}, 413, "above 20000 bytes", None),
+    (saying("x" * 30_000), 413, "above 20000 bytes", None),
 ]
 
 
@@ -239,15 +248,15 @@ def test_mistakes_have_openais_shape(url, body, status, message, param):
 
 
 def test_unknown_routes_and_methods_too(url):
-    assert httpx.get(f"{url}/v1/nothing").json()["error"]["message"] == "Not Found"
-    assert httpx.get(f"{url}/v1/chat/completions").status_code == 405
+    assert HTTP.get(f"{url}/v1/nothing").json()["error"]["message"] == "Not Found"
+    assert HTTP.get(f"{url}/v1/chat/completions").status_code == 405
 
 
 def test_random_bodies_never_break_it(url):
     draw = random.Random(0)
     values = [None, True, -1, 0, 3, 1e308, "", "harbour", "x" * 99, [], [ASK[0]], {}, {"a": 1}, [[1]], ASK]
-    fields = ["model", "messages", "n", "stop", "seed", "stream", "logprobs", "top_logprobs", "top_p", "prompt",
-              "stream_options", "temperature", "cartridges", "full_context", "response_format"]
+    fields = ["model", "messages", "n", "stop", "seed", "stream", "logprobs", "top_logprobs", "top_p",
+              "prompt", "stream_options", "temperature", "cartridges", "full_context", "response_format"]
     for _ in range(120):
         body = {"model": "harbour", "messages": ASK, "max_tokens": 1}
         body |= {draw.choice(fields): draw.choice(values) for _ in range(draw.randint(1, 3))}
@@ -284,7 +293,7 @@ def test_a_request_that_takes_too_long_is_ended(base, engine, registry):
 
 def test_metrics_are_those_of_the_table(url, client):
     client.chat.completions.create(model="harbour", messages=ASK, max_tokens=3)
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    lines = HTTP.get(f"{url}/metrics").text.splitlines()
     told = {line.split()[2] for line in lines if line.startswith("# TYPE") and "_created" not in line}
     assert told == set(TABLE)
     values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
@@ -296,10 +305,10 @@ def test_metrics_are_those_of_the_table(url, client):
 
 
 def test_health(url, service):
-    assert httpx.get(f"{url}/healthz").json()["status"] == "ok"
+    assert HTTP.get(f"{url}/healthz").json()["status"] == "ok"
     service.draining = True
     try:
-        assert httpx.get(f"{url}/healthz").status_code == 503
+        assert HTTP.get(f"{url}/healthz").status_code == 503
         response = post(url, {"model": "base", "messages": ASK})
         assert response.status_code == 503 and "retry-after" in response.headers
     finally:

@@ -9,7 +9,7 @@ from cartridges.artifact import Artifact, check_compatible, load
 from cartridges.engines.base import Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
 from cartridges.models import ModelIdentity
 from cartridges.registry import Registry
-from workflows.serving.metrics import Metrics
+from workflows.serving.metrics import Family, Metrics
 from workflows.serving.residency import Residency
 
 
@@ -37,7 +37,10 @@ class EngineCall:
 
 
 class Backend(Protocol):
-    """Engine and residency. Closing a stream frees its slot. Errors: `ApiError`, `UserError`."""
+    """Engine and residency. Closing a stream frees its slot. Errors: `ApiError`, `UserError`.
+
+    `residents` maps `name@version` to what `Resident.describe` says (of one of the replicas).
+    """
 
     def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]: ...
 
@@ -47,7 +50,7 @@ class Backend(Protocol):
 
     async def residents(self) -> dict[str, dict[str, Any]]: ...
 
-    async def exposition(self) -> bytes: ...
+    async def families(self) -> list[Family]: ...
 
 
 class LocalBackend:
@@ -64,6 +67,8 @@ class LocalBackend:
 
     async def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]:
         async with AsyncExitStack() as stack:
+            self.metrics.add("cartridges_engine_active")
+            stack.callback(self.metrics.add, "cartridges_engine_active", -1)
             prefix = await self._prefix(call, stack)
             events = await stack.enter_async_context(aclosing(self.engine.stream(call.request(prefix))))
             async for event in events:
@@ -85,9 +90,9 @@ class LocalBackend:
     async def residents(self) -> dict[str, dict[str, Any]]:
         return self.residency.list()
 
-    async def exposition(self) -> bytes:
-        self.residency.list()
-        return self.metrics.exposition()
+    async def families(self) -> list[Family]:
+        self.residency.list()  # So that what is past its idle limit is not shown.
+        return self.metrics.families()
 
     def _load(self, ref: str) -> Artifact:
         artifact = load(self.registry.get(ref))

@@ -4,10 +4,12 @@ The service exposes them at `/metrics`. Dashboards and alert rules read `TABLE`;
 in it cannot be recorded.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric as Family
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Bucket bounds of every histogram, in seconds."""
@@ -48,6 +50,7 @@ TABLE: dict[str, Metric] = {
     "cartridges_cached_tokens_total": Metric(
         "counter", "Prompt tokens taken from a cartridge instead of a prefill", MODEL),
     "cartridges_generation_tokens_total": Metric("counter", "Tokens generated", MODEL),
+    "cartridges_engine_active": _engine("gauge", "Answers that an engine is generating or has queued"),
     "cartridges_cache_hits_total": _engine("counter", "Requests whose cartridge was resident", "model"),
     "cartridges_cache_misses_total": _engine(
         "counter", "Requests whose cartridge had to be loaded", "model"),
@@ -92,10 +95,40 @@ class Metrics:
         """Drop one labelled series: a cartridge that is gone is not shown as 0 for ever."""
         self._metrics[name].remove(*[labels[label] for label in TABLE[name].labels])
 
-    def exposition(self) -> bytes:
-        """Prometheus text format."""
-        return generate_latest(self.registry)
+    def families(self) -> list[Family]:
+        """What was recorded so far, in a form that can be sent to another process."""
+        return list(self.registry.collect())
 
     def _child(self, name: str, labels: dict[str, str]):
         metric = self._metrics[name]
         return metric.labels(**labels) if TABLE[name].labels else metric
+
+
+def add_up(replicas: Iterable[list[Family]]) -> list[Family]:
+    """The families of several replicas as one: values with equal labels are added."""
+    merged: dict[str, Family] = {}
+    for family in (family for families in replicas for family in families):
+        total = merged.setdefault(family.name, Family(family.name, family.documentation, family.type))
+        values = {(sample.name, tuple(sample.labels.items())): sample.value for sample in total.samples}
+        for sample in family.samples:
+            if not sample.name.endswith("_created"):  # A time, which does not add up.
+                key = (sample.name, tuple(sample.labels.items()))
+                values[key] = values.get(key, 0.0) + sample.value
+        total.samples = []
+        for (name, labels), value in values.items():
+            total.add_sample(name, dict(labels), value)
+    return list(merged.values())
+
+
+def exposition(families: Iterable[Family]) -> bytes:
+    """Prometheus text format."""
+    return generate_latest(_Collected(add_up([list(families)])))
+
+
+class _Collected(CollectorRegistry):
+    def __init__(self, families: list[Family]):
+        super().__init__()
+        self._families = families
+
+    def collect(self) -> Iterable[Family]:
+        return self._families

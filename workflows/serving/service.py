@@ -16,7 +16,7 @@ from workflows.serving.api import MAX_CHOICES, ChatRequest, CompletionRequest, G
 from workflows.serving.backend import Backend, EngineCall
 from workflows.serving.catalog import Catalog, Target
 from workflows.serving.errors import ApiError
-from workflows.serving.metrics import Metrics
+from workflows.serving.metrics import Metrics, exposition
 from workflows.serving.prompts import chat_ids, raw_ids
 
 
@@ -142,7 +142,7 @@ class CartridgeService:
 
     async def exposition(self) -> bytes:
         """Prometheus text of this process and of the engine behind it."""
-        return self.metrics.exposition() + await self.backend.exposition()
+        return exposition([*self.metrics.families(), *await self.backend.families()])
 
     async def describe(self) -> list[dict[str, Any]]:
         """Every cartridge on offer, and where it is loaded, how."""
