@@ -13,7 +13,7 @@ from cartridges.chunking import chunk_corpus
 from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import Trainer, TorchStepper
+from cartridges.distill.trainer import TorchStepper, Trainer
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
 from cartridges.selfstudy.finish import finish
