@@ -147,4 +147,4 @@ class Trainer:
 
 def _add(sums: Sequence[LossSums]) -> dict[str, float]:
     names = ("loss", "kl", "entropy", "mass", "count")
-    return {name: float(sum(float(getattr(s, name)) for s in sums)) for name in names}
+    return {name: sum(float(getattr(s, name).detach()) for s in sums) for name in names}

@@ -1,0 +1,197 @@
+"""Context distillation: the loss, packing, the trainer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from cartridges.cartridge import Cartridge
+from cartridges.config import OptimizerSettings, TrainSettings
+from cartridges.distill.losses import distillation, next_token
+from cartridges.distill.packing import collate, count_truncated, own_lengths, plan_packs, with_label
+from cartridges.distill.schedule import Order, learning_rate
+from cartridges.distill.student import Student
+from cartridges.distill.trainer import NonFiniteLoss, TorchStepper, Trainer
+from cartridges.records import Conversation
+
+V, K = 320, 20
+
+
+def conversation(index: int, shared: int = 0, own: int | None = None) -> Conversation:
+    """Random tokens (the first `shared` the same in all) and a random teacher."""
+    rng = np.random.default_rng(index)
+    own = own or int(rng.integers(6, 30))
+    start = np.random.default_rng(10_000).integers(3, V, shared)
+    ids = np.concatenate([start, rng.integers(3, V, own)]).astype(np.int32)
+    mask = np.zeros(len(ids), bool)
+    mask[-5:-1] = True
+    logprobs = np.sort(rng.dirichlet(np.ones(K + 1), 4)[:, :K], axis=1)[:, ::-1]
+    topk_ids = np.stack([rng.permutation(np.arange(3, V))[:K] for _ in range(4)]).astype(np.int32)
+    return Conversation(f"c{index}", "chunk", "family", (), ids, mask, topk_ids,
+                        np.log(logprobs).astype(np.float32), shared)
+
+
+def cartridge(p: int = 8, seed: int = 0) -> Cartridge:
+    generator = torch.Generator().manual_seed(seed)
+    return Cartridge(*(torch.randn(2, 2, p, 16, generator=generator) for _ in range(2)))
+
+
+def gradients(student: Student, packs) -> tuple[float, list[torch.Tensor]]:
+    student.zero_grad()
+    total = sum(float(pack.num_loss_tokens) for pack in packs)
+    loss = 0.0
+    for pack in packs:
+        sums = student(pack)
+        (sums.loss / total).backward()
+        loss += float(sums.loss.detach()) / total
+    return loss, [student.cartridge.trainable_keys.grad.clone(), student.cartridge.trainable_values.grad.clone()]
+
+
+def test_loss_against_itself_is_the_teachers_entropy():
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(7, 16, generator=generator), torch.randn(V, 16, generator=generator)
+    top = (hidden @ head.t()).log_softmax(-1).topk(K)
+    sums = distillation(hidden, head, top.indices, top.values)
+    assert float(sums.kl) == pytest.approx(0, abs=1e-3)
+    assert float(sums.loss) == pytest.approx(float(sums.entropy), rel=1e-4)
+
+
+@pytest.mark.parametrize("positions", [1, 127, 128, 300])
+def test_sliced_loss_and_gradient_equal_the_plain_ones(positions):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(positions, 16, generator=generator, requires_grad=True)
+    head = torch.randn(V, 16, generator=generator)
+    top = torch.randn(positions, V, generator=generator).log_softmax(-1).topk(K)
+    distillation(hidden, head, top.indices, top.values).loss.backward()
+    sliced, hidden.grad = hidden.grad, None
+    logprobs = (hidden @ head.t()).log_softmax(-1)
+    chosen, teacher = logprobs.gather(1, top.indices), top.values.exp()
+    tail = (1 - chosen.exp().sum(-1)).log()
+    plain = -(teacher * chosen).sum() - ((1 - teacher.sum(-1)) * tail).sum()
+    plain.backward()
+    torch.testing.assert_close(sliced, hidden.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_next_token_is_cross_entropy():
+    hidden, head = torch.randn(9, 16), torch.randn(V, 16)
+    targets = torch.arange(9) + 5
+    expected = torch.nn.functional.cross_entropy(hidden @ head.t(), targets, reduction="sum")
+    assert float(next_token(hidden, head, targets).loss) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("shared", [0, 11])
+def test_packed_equals_one_by_one(any_tiny_model, shared):
+    made = [conversation(i, shared) for i in range(12)]
+    student = Student(any_tiny_model, cartridge())
+    packed = [collate(made, plan, 128) for plan in plan_packs(made, 32, 128, seed=0)]
+    alone = [collate([one], plan_packs([one], 32, 32, 0)[0], 32) for one in made]
+    loss, grads = gradients(student, packed)
+    loss_alone, grads_alone = gradients(student, alone)
+    assert loss == pytest.approx(loss_alone, rel=1e-4)
+    for a, b in zip(grads, grads_alone, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_sharing_the_first_turns_changes_nothing(tiny_model):
+    made = [conversation(i, shared=11, own=15) for i in range(6)]
+    whole = [dataclasses.replace(one, shared_tokens=0) for one in made]
+    student = Student(tiny_model, cartridge())
+    shared = gradients(student, [collate(made, plan, 128) for plan in plan_packs(made, 32, 128, 0)])
+    plain = gradients(student, [collate(whole, plan, 128) for plan in plan_packs(whole, 32, 128, 0)])
+    assert shared[0] == pytest.approx(plain[0], rel=1e-4)
+    torch.testing.assert_close(shared[1][0], plain[1][0], atol=1e-5, rtol=1e-3)
+
+
+def test_only_trainable_slots_get_gradient_and_the_sink_stays(tiny_model):
+    made = [conversation(i) for i in range(8)]
+    before = cartridge()
+    student = Student(tiny_model, cartridge())
+    Trainer(TorchStepper(student, SETTINGS), made, SETTINGS, seed=0).run()
+    keys, values = student.cartridge.keys_values()
+    expected_keys, expected_values = before.keys_values()
+    assert torch.equal(keys[:, :, 0], expected_keys[:, :, 0])
+    assert torch.equal(values[:, :, 0], expected_values[:, :, 0])
+    assert not torch.equal(keys[:, :, 1:], expected_keys[:, :, 1:])
+    assert {name for name, p in student.named_parameters() if p.requires_grad} == {
+        "cartridge.trainable_keys", "cartridge.trainable_values"}
+
+
+SETTINGS = TrainSettings(num_tokens=8, row_tokens=32, pack_tokens=64, steps=12, packs_per_step=2,
+                         checkpoint_every=4, optimizer=OptimizerSettings(lr=0.05))
+
+
+def test_training_lowers_the_loss_and_resumes_to_the_same_curve(tiny_model, tmp_path):
+    made = [conversation(i) for i in range(10)]
+
+    def fresh():
+        return Trainer(TorchStepper(Student(tiny_model, cartridge()), SETTINGS), made, SETTINGS, seed=0)
+
+    losses: list[float] = []
+    fresh().run(lambda m: losses.append(m.kl))
+    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.1
+    first = fresh()
+    resumed: list[float] = []
+    first.run(lambda m: resumed.append(m.kl), until=5)
+    first.stepper.save(tmp_path)
+    second = fresh()
+    second.stepper.load(tmp_path)
+    second.next_step = 5
+    second.run(lambda m: resumed.append(m.kl))
+    assert resumed == pytest.approx(losses, rel=1e-4)
+
+
+def test_non_finite_loss_stops_before_the_update(tiny_model):
+    bad = dataclasses.replace(conversation(0), topk_logprobs=np.full((4, K), np.nan, np.float32))
+    student = Student(tiny_model, cartridge())
+    before = student.cartridge.trainable_keys.clone()
+    with pytest.raises(NonFiniteLoss, match="lower train.optimizer.lr"):
+        Trainer(TorchStepper(student, SETTINGS), [bad], SETTINGS, seed=0).run()
+    assert torch.equal(before, student.cartridge.trainable_keys)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packs_hold_every_conversation_once(seed):
+    made = [conversation(i, shared=(i % 2) * 7, own=3 + (i * 37 + seed) % 150) for i in range(90)]
+    plans = plan_packs(made, 32, 128, seed)
+    assert sorted(i for plan in plans for row in plan.rows for i in row) == list(range(90))
+    lengths = own_lengths(made)
+    for plan in plans:
+        assert len(plan.rows) <= 128 // plan.row_tokens
+        assert all(sum(min(lengths[i], plan.row_tokens) for i in row) <= plan.row_tokens for row in plan.rows)
+    assert plans == plan_packs(made, 32, 128, seed) != plan_packs(made, 32, 128, seed + 1)
+    assert count_truncated(made, 128) == sum(length > 128 for length in lengths)
+
+
+def test_targets_are_the_tokens_that_the_rows_predict():
+    made = [conversation(i, shared=4) for i in range(9)]
+    for plan in plan_packs(made, 32, 64, 0):
+        pack = collate(made, plan, 64)
+        assert torch.equal(pack.input_ids.flatten()[pack.loss_positions + 1], pack.targets)
+        assert (pack.segment_ids.flatten()[pack.loss_positions] > 0).all()
+
+
+def test_label_share_moves_mass_to_the_known_token():
+    one = conversation(0)
+    targets = np.array([one.topk_ids[0, 3], 1, one.topk_ids[2, 0], 2])
+    ids, logprobs = with_label(one.topk_ids, one.topk_logprobs, targets, 0.5)
+    probabilities = np.exp(logprobs) * (ids == targets[:, None])
+    assert (probabilities.sum(1) >= 0.5 - 1e-6).all() and (np.exp(logprobs).sum(1) <= 1 + 1e-5).all()
+    assert probabilities[0].sum() == pytest.approx(0.5 + 0.5 * np.exp(one.topk_logprobs[0, 3]), rel=1e-4)
+    assert with_label(one.topk_ids, one.topk_logprobs, targets, 0)[0] is one.topk_ids
+
+
+def test_learning_rate_warms_up_and_decays():
+    settings = OptimizerSettings(lr=1.0, warmup_share=0.1, final_lr_share=0.02)
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == 1.0 and rates[-1] < 0.04
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_order_derives_steps_from_epochs():
+    made = [conversation(i) for i in range(40)]
+    settings = TrainSettings(num_tokens=8, row_tokens=32, pack_tokens=64, epochs=3, packs_per_step=1)
+    order = Order(made, settings, seed=0)
+    assert order.steps == pytest.approx(3 * order.per_epoch, abs=1)
+    seen = [i for step in range(order.per_epoch) for plan in order.plans(step) for row in plan.rows for i in row]
+    assert sorted(seen) == list(range(40))

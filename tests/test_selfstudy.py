@@ -1,0 +1,178 @@
+"""Self-study: what is planned, asked, answered, dropped and stored."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from cartridges.config import SynthesizeSettings
+from cartridges.engines.transformers import TransformersEngine
+from cartridges.errors import UserError
+from cartridges.prompts import example_messages
+from cartridges.records import Chunk, Conversation
+from cartridges.selfstudy import filters, questions
+from cartridges.selfstudy.families import FAMILIES, Proposal, register
+from cartridges.selfstudy.plan import plan
+from cartridges.selfstudy.spans import Statement, answer_spans, statements
+from cartridges.selfstudy.storage import from_row, load_conversations, schema, to_row
+from cartridges.selfstudy.synthesizer import Dropped, Synthesizer
+
+PROSE = ("The Light Service was founded in 1611 by Perrin Voss, a fisherman. The harbour of Marl has 84 berths. "
+         "It was repaired later.")
+TABLE = "The tolls.\n\n| Cargo | Toll |\n|---|---|\n| Wool | 14 dabs |\n| Rope | 9 dabs |\n"
+CHUNKS = [Chunk("a" * 16, "d", 0, len(PROSE), PROSE), Chunk("b" * 16, "d", 200, 200 + len(TABLE), TABLE)]
+
+
+def settings(**kw) -> SynthesizeSettings:
+    return SynthesizeSettings(num_conversations=kw.pop("count", 40), max_answer_tokens=6, max_question_tokens=8,
+                              topk=5, max_teacher_nll=100.0, **kw)
+
+
+def test_plan_is_deterministic_and_proportional():
+    tasks = plan(CHUNKS, settings(count=200), seed=1)
+    assert tasks == plan(CHUNKS, settings(count=200), seed=1)
+    assert tasks != plan(CHUNKS, settings(count=200), seed=2)
+    assert len({task.conversation_id for task in tasks}) == 200
+    owners = Counter(task.chunk_id for task in tasks)
+    share = len(PROSE) / (len(PROSE) + len(TABLE))
+    assert owners["a" * 16] == pytest.approx(200 * share, abs=1.5)
+
+
+def test_unknown_family_is_named():
+    with pytest.raises(UserError, match="'poetry' does not exist"):
+        plan(CHUNKS, settings(families={"poetry": 1}), seed=0)
+
+
+def test_statements_tell_rows_with_their_columns():
+    told = statements(TABLE)
+    assert [s.cells for s in told if s.cells] == [(("Cargo", "Wool"), ("Toll", "14 dabs")),
+                                                  (("Cargo", "Rope"), ("Toll", "9 dabs"))]
+    assert not any(s.cells for s in statements("| Rope | 9 dabs |\n| Salt | 11 dabs |\n"))
+
+
+def test_answer_spans_are_numbers_names_and_phrases():
+    spans = answer_spans(statements(PROSE)[0])
+    assert spans[0] == "1611" and "Perrin Voss" in spans and "fisherman" in spans
+    assert "84 berths" in answer_spans(statements(PROSE)[1])
+
+
+@pytest.mark.parametrize("sentence, span, expected", [
+    ("The port number of ftp is 21.", "21", {"What is the port number of ftp?"}),
+    ("The harbour of Marl has 84 berths.", "84", {"How many berths does the harbour of Marl have?"}),
+    ("Perrin Voss founded the Light Service.", "Perrin Voss",
+     {"Who founded the Light Service?", "What founded the Light Service?"}),
+    ("The Light Service was founded in 1611.", "1611",
+     {"When was the Light Service founded?", "In which year was the Light Service founded?"}),
+    ("It was founded in 1611.", "1611", {None}),
+    ("There were 12 of 120 left.", "20", {None}),
+])
+def test_questions_by_rule(sentence, span, expected):
+    asked = {questions.ask(Statement(sentence, sentence), span, random.Random(seed)) for seed in range(20)}
+    assert asked <= expected and asked
+
+
+def test_filters():
+    assert filters.malformed_question("", short=True) == "empty"
+    assert filters.malformed_question("Tell me about Marl", short=True) == "malformed"
+    assert filters.malformed_question("What does the text say of Marl?", short=True) == "refers_to_text"
+    assert filters.gives_answer_away("Who is Perrin Voss?", "Perrin Voss")
+    assert not filters.gives_answer_away("What is 140?", "40")
+    assert filters.ungrounded_numbers("It has 84 berths and 3 cranes.", PROSE, "How many?") == ["3"]
+
+
+class Silent:
+    """A family that never finds anything to ask."""
+
+    def propose(self, chunk, rng):
+        return None
+
+
+class Fixed:
+    """A family whose answer is known; the teacher scores it."""
+
+    def propose(self, chunk, rng):
+        return Proposal(user="Who founded the Light Service?", answer="Perrin Voss", short=True)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base_model):
+    register("silent", Silent())
+    register("fixed", Fixed())
+    wanted = settings(count=24, families={"fixed": 1, "silent": 1, "cloze": 1, "question": 1, "anchored": 1})
+    synthesizer = Synthesizer(TransformersEngine(tiny_base_model, max_rows=8), tiny_base_model.template,
+                              {chunk.chunk_id: chunk for chunk in CHUNKS}, wanted)
+    tasks = plan(CHUNKS, wanted, seed=0)
+    yield synthesizer, tasks, synthesizer.run(tasks)
+    del FAMILIES["silent"], FAMILIES["fixed"]
+
+
+def test_one_result_a_task_in_order(made):
+    _, tasks, results = made
+    assert [r.conversation_id for r in results] == [t.conversation_id for t in tasks]
+    assert {r.reason for r in results if r.seed_family == "silent"} == {"nothing_to_ask"}
+    assert all(isinstance(r, Conversation) for r in results if r.seed_family == "fixed")
+
+
+def test_rows_are_the_teachers_with_the_chunk(made, tiny_base_model):
+    import torch
+
+    _, _, results = made
+    chunks = {chunk.chunk_id: chunk for chunk in CHUNKS}
+    known = [r for r in results if isinstance(r, Conversation) and r.seed_family == "fixed"]
+    for one in known[:3]:
+        before = tiny_base_model.template.system_ids(chunks[one.chunk_id].text)
+        with torch.no_grad():
+            logits = tiny_base_model.model(torch.tensor([[*before, *one.input_ids.tolist()]])).logits[0]
+        at = len(before) + np.flatnonzero(one.loss_mask)
+        expected = logits[at].log_softmax(-1).topk(5).values
+        torch.testing.assert_close(torch.from_numpy(one.topk_logprobs), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_conversations_are_their_template_and_share_the_examples(made, tiny_base_model):
+    template = tiny_base_model.template
+    shared = template.conversation_ids(example_messages(), generation_prompt=False)
+    for one in made[2]:
+        if isinstance(one, Conversation):
+            prompt = template.conversation_ids(one.messages[:-1])
+            assert one.input_ids[: len(prompt)].tolist() == prompt
+            assert one.input_ids[-1] == template.tokenizer.eos_token_id
+            assert np.flatnonzero(one.loss_mask).tolist() == list(range(len(prompt) - 1, len(one.input_ids) - 1))
+            assert one.input_ids[: one.shared_tokens].tolist() == shared[: one.shared_tokens]
+
+
+def test_same_tasks_same_conversations_however_batched(made):
+    synthesizer, tasks, results = made
+    halves = [*synthesizer.run(tasks[:7]), *synthesizer.run(tasks[7:])]
+    assert [r.conversation_id for r in halves] == [r.conversation_id for r in results]
+    for a, b in zip(halves, results, strict=True):
+        assert type(a) is type(b)
+        if isinstance(a, Conversation):
+            assert a.messages == b.messages
+
+
+def test_parquet_reads_back_and_says_what_it_promises(made, tmp_path):
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [to_row(result) for result in made[2]]
+    pq.write_table(pa.Table.from_pylist(rows, schema()), tmp_path / "part.parquet")
+    read = datasets.load_dataset("parquet", data_files=str(tmp_path / "part.parquet"), split="train",
+                                 cache_dir=str(tmp_path / "cache"))
+    for row, result in zip(read, made[2], strict=True):
+        back = from_row(row)
+        if isinstance(result, Dropped):
+            assert back == result
+            continue
+        assert np.array_equal(back.topk_logprobs, result.topk_logprobs)
+        assert back.messages == result.messages and back.shared_tokens == result.shared_tokens
+        for i, ids in enumerate(row["topk_ids"]):
+            assert len(ids) == (5 if row["loss_mask"][i] else 0)
+    kept = [r.conversation_id for r in made[2] if isinstance(r, Conversation)]
+    assert [c.conversation_id for c in load_conversations(tmp_path)] == sorted(kept)
+
+
+def test_no_conversations_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="holds no conversations"):
+        load_conversations(tmp_path)
