@@ -9,7 +9,7 @@ cloze families are for models too small to ask well, and know the answer from th
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from cartridges.records import Chunk
 from cartridges.selfstudy import questions, seed_prompts
@@ -56,17 +56,20 @@ class SeedPrompts:
 class Anchored:
     """A question by rule whose answer is a span of the text; the teacher scores that answer.
 
-    No decoding at all, one prefill: many times as many conversations a second. With `written` the
-    teacher answers in its own words instead, and must say the span.
+    No decoding at all, one prefill: many times as many conversations a second. `answer` is what the
+    teacher scores: the "span" after short-answer examples, or the "sentence" that holds it, as a
+    model answers when it is simply asked; "written" lets the teacher write, and it must say the span.
     """
 
-    written: bool = False
+    answer: Literal["span", "sentence", "written"] = "span"
 
     def propose(self, chunk: Chunk, rng: random.Random) -> Proposal | None:
         for statement, span in draw_spans(chunk, rng, attempts=6):
             question = questions.ask(statement, span, rng)
-            if question and self.written:
+            if question and self.answer == "written":
                 return Proposal(user=question, must_contain=span)
+            if question and self.answer == "sentence":
+                return Proposal(user=question, answer=questions.sentence(statement, span))
             if question:
                 return Proposal(user=question, answer=span, short=True)
         return None
@@ -115,14 +118,16 @@ FAMILIES: dict[str, SeedFamily] = {
     "creative": SeedPrompts(seed_prompts.CREATIVE),
     "generic": SeedPrompts(seed_prompts.GENERIC),
     "anchored": Anchored(),
-    "anchored_written": Anchored(written=True),
+    "anchored_sentence": Anchored("sentence"),
+    "anchored_written": Anchored("written"),
     "anchored_asked": AnchoredAsked(),
     "cloze": Cloze(),
     "recall": Recall(),
 }
 
 DEFAULT_MIXTURE = {
-    "anchored": 0.72, "anchored_written": 0.04, "anchored_asked": 0.04, "cloze": 0.10, "recall": 0.05,
+    "anchored": 0.35, "anchored_sentence": 0.38, "recall": 0.14, "cloze": 0.04,
+    "anchored_written": 0.02, "anchored_asked": 0.02,
     "structuring": 0.01, "summarization": 0.01, "question": 0.01, "use_case": 0.01, "creative": 0.01,
 }
 """Shares of the planned conversations, for a small asking model; see docs/log.md."""

@@ -38,6 +38,24 @@ def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
     return None
 
 
+MAX_SENTENCE_WORDS = 26
+
+
+def sentence(statement: Statement, span: str) -> str:
+    """`span` in a full sentence: the statement itself where it is not too long."""
+    if statement.cells:
+        (_, subject), *rest = statement.cells
+        columns = [name for name, cell in rest if cell == span] or [name for name, _ in rest[:1]]
+        cell = span if span != subject else dict(rest).get(columns[0], "")
+        return f"The {columns[0].lower()} of {subject} is {cell}."
+    words = statement.text.split()
+    if len(words) <= MAX_SENTENCE_WORDS:
+        return statement.text
+    clauses = re.split(r"(?<=[;,])\s+", statement.text)
+    holding = [clause for clause in clauses if span in clause]
+    return holding[0].rstrip(",;") + "." if holding and len(holding[0].split()) > 3 else span
+
+
 def _ask_row(statement: Statement, span: str, rng: random.Random) -> str | None:
     """A table row: the cell of one column for the subject of another."""
     asked = [(name, cell) for name, cell in statement.cells if cell == span]
