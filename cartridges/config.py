@@ -133,6 +133,16 @@ class EvaluateSettings(Settings):
     the exact KV of an unrelated text, cut to p."""
 
 
+class ReplicaSettings(Settings):
+    min_replicas: int = Field(1, ge=0)
+    """0 lets an idle deployment sleep; its next request waits for a replica to start."""
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing: float = Field(8, gt=0)
+    """Requests in flight per replica that autoscaling aims at."""
+    idle_s: float = Field(60, ge=0)
+    """Seconds of less load before a replica goes."""
+
+
 class ServeSettings(Settings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
@@ -143,6 +153,10 @@ class ServeSettings(Settings):
     max_tokens_limit: int = Field(2048, ge=1)
     max_queue: int = Field(128, ge=1)
     """Requests in flight beyond which the service answers 429."""
+    shared: ReplicaSettings = ReplicaSettings()
+    """Replicas that serve every cartridge without replicas of its own."""
+    dedicated: dict[str, ReplicaSettings] = {}
+    """Cartridges with replicas of their own, by name; can be changed while the service runs."""
     max_active: int = Field(16, ge=1)
     """Requests a transformers replica decodes at once; the others wait their turn."""
     default_temperature: float = Field(0.0, ge=0, le=2)

@@ -1,5 +1,6 @@
 """`cartridges serve`: the HTTP service on Ray Serve, from start to the last process gone."""
 
+import logging
 import os
 import signal
 import socket
@@ -71,17 +72,32 @@ def stop_service() -> None:
 def _deploy(registry: str, settings: BuildSettings, port: int) -> None:
     from ray import serve as ray_serve
 
-    from workflows.serving.deployments import build_app
+    from workflows.serving.deployments import build_app, run_dedicated
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ours = not _serve_is_running()
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": settings.serve.host, "port": port},
                     logging_config={"log_level": "WARNING", "enable_access_log": False})
     if ours:
         _running.callback(ray_serve.shutdown)
     # Before Serve itself, because deleting lets the running requests finish.
-    _running.callback(ray_serve.delete, APP)
+    _running.callback(_delete_apps)
+    for name, replicas in settings.serve.dedicated.items():
+        run_dedicated(name, registry, settings, replicas)
     plain = settings.model_dump(mode="json")
     ray_serve.run(build_app({"registry": registry, "settings": plain}), name=APP, route_prefix="/")
+
+
+def _delete_apps() -> None:
+    from ray import serve as ray_serve
+
+    from workflows.serving.deployments import DEDICATED
+
+    # The ingress first: what it has accepted still finds its replicas.
+    names = sorted(ray_serve.status().applications, key=lambda name: name != APP)
+    for name in names:
+        if name == APP or name.startswith(DEDICATED):
+            ray_serve.delete(name)
 
 
 def _serve_is_running() -> bool:
@@ -97,11 +113,11 @@ def _check(registry: str, settings: BuildSettings) -> None:
     from workflows.serving.catalog import Catalog
 
     catalog = Catalog(Registry(registry), load_identity(resolve_model_dir(settings.model)))
-    for ref in settings.serve.cartridges:
+    for ref in (*settings.serve.cartridges, *settings.serve.dedicated):
         try:
             catalog.resolve(ref)
         except Exception as error:
-            raise UserError(f"serve.cartridges: {error}") from None
+            raise UserError(f"serve settings: {error}") from None
 
 
 def _check_port(host: str, port: int) -> None:

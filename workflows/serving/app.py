@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from cartridges.config import ReplicaSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
 from workflows.serving.api import ChatRequest, CompletionRequest, Generation, LoadRequest, UpdateRequest
@@ -72,6 +73,14 @@ def _add_cartridges(app: FastAPI, service: CartridgeService) -> None:
     @app.delete("/v1/cartridges/{name}")
     async def unload_cartridge(name: str):
         return await service.release(name)
+
+    @app.put("/v1/cartridges/{name}/replicas")
+    async def give_replicas(name: str, body: ReplicaSettings):
+        return await service.dedicate(name, body)
+
+    @app.delete("/v1/cartridges/{name}/replicas")
+    async def take_replicas(name: str):
+        return await service.share(name)
 
 
 def _add_state(app: FastAPI, service: CartridgeService) -> None:

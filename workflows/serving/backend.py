@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cartridges.artifact import Artifact, check_compatible, load
+from cartridges.config import ReplicaSettings
 from cartridges.engines.base import Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
 from cartridges.models import ModelIdentity
 from cartridges.registry import Registry
+from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Family, Metrics
 from workflows.serving.residency import Residency
 
@@ -52,6 +54,10 @@ class Backend(Protocol):
 
     async def families(self) -> list[Family]: ...
 
+    async def dedicate(self, name: str, replicas: ReplicaSettings) -> None: ...
+
+    async def share(self, name: str) -> None: ...
+
 
 class LocalBackend:
     """`Backend` in this process, over any streaming engine.
@@ -93,6 +99,12 @@ class LocalBackend:
     async def families(self) -> list[Family]:
         self.residency.list()  # So that what is past its idle limit is not shown.
         return self.metrics.families()
+
+    async def dedicate(self, name: str, replicas: ReplicaSettings) -> None:
+        raise ApiError(409, "this service runs in one process; replicas need Ray Serve", "not_supported")
+
+    async def share(self, name: str) -> None:
+        raise ApiError(404, f"{name} has no replicas of its own", "not_dedicated")
 
     def _load(self, ref: str) -> Artifact:
         artifact = load(self.registry.get(ref))

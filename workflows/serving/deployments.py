@@ -1,49 +1,78 @@
 """The service on Ray Serve: an ingress that speaks HTTP, and replicas that hold engines.
 
-Shims only: what they do is in `service.py` and `backend.py`, which know nothing of Ray.
+Shims only: what they do is in `service.py` and `backend.py`, which know nothing of Ray. The
+application `cartridges` has the ingress and the shared replicas; a hot cartridge has replicas of its
+own in an application `corpus-<name>`, which can come and go while the others serve.
 """
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from cartridges.config import BuildSettings
+from cartridges.config import BuildSettings, ReplicaSettings
 from cartridges.engines.base import TokenEvent
-from cartridges.errors import UserError
 from workflows.serving.app import create_app
 from workflows.serving.backend import EngineCall
-from workflows.serving.errors import ApiError
+from workflows.serving.metrics import Family
 from workflows.serving.parts import build_backend, build_service
 
-T = TypeVar("T")
+DEDICATED = "corpus-"
+"""Beginning of the names of applications that serve one cartridge."""
 
 HEADROOM = 64
 """Requests a deployment takes beyond `max_queue`, so that ours is the limit that answers (with 429)."""
 
+HINTS = 1024
+"""Cartridges that Ray remembers a replica to hold, for routing; the bytes are `Residency`'s to limit."""
+
 
 def build_app(args: dict[str, Any]) -> serve.Application:
-    """The Serve application: `args` has `registry` (a path or URL) and `settings` (`BuildSettings`).
+    """Ingress and shared replicas: `args` has `registry` (a path or URL) and `settings` (`BuildSettings`).
 
     What `serve deploy` and a RayService import: `workflows.serving.deployments:build_app`.
     """
-    registry, plain = args["registry"], args.get("settings", {})
-    settings = BuildSettings.model_validate(plain)
-    shared = {"max_ongoing_requests": settings.serve.max_queue + HEADROOM,
-              "graceful_shutdown_timeout_s": settings.serve.drain_s + 1,
-              "graceful_shutdown_wait_loop_s": 0.2,
-              "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False)}
-    gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0
-    engine = serve.deployment(EngineReplica).options(
-        name="engine", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **shared)
+    settings = BuildSettings.model_validate(args.get("settings", {}))
     ingress = serve.deployment(Ingress).options(
-        name="ingress", ray_actor_options={"num_cpus": 0}, **shared)
-    return ingress.bind(registry, plain, engine.bind(registry, plain))
+        name="ingress", ray_actor_options={"num_cpus": 0}, **_shared_options(settings))
+    engine = _engine(args["registry"], settings, settings.serve.shared)
+    return ingress.bind(args["registry"], settings.model_dump(mode="json"), engine)
+
+
+def build_dedicated(args: dict[str, Any]) -> serve.Application:
+    """Replicas for one cartridge: `build_app`'s args and `replicas` (`ReplicaSettings`).
+
+    For an application named `corpus-<name>` with no route prefix.
+    """
+    settings = BuildSettings.model_validate(args.get("settings", {}))
+    return _engine(args["registry"], settings, ReplicaSettings.model_validate(args.get("replicas", {})))
+
+
+def run_dedicated(name: str, registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> None:
+    """Give the cartridge `name` replicas of its own; the ingress finds them by the application's name."""
+    args = {"registry": registry, "settings": settings.model_dump(mode="json"),
+            "replicas": replicas.model_dump()}
+    serve.run(build_dedicated(args), name=DEDICATED + name, route_prefix=None)
+
+
+def _engine(registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> serve.Application:
+    gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0
+    scaling = {"min_replicas": replicas.min_replicas, "max_replicas": replicas.max_replicas,
+               "target_ongoing_requests": replicas.target_ongoing, "downscale_delay_s": replicas.idle_s}
+    deployment = serve.deployment(EngineReplica).options(
+        name="engine", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, autoscaling_config=scaling,
+        **_shared_options(settings))
+    return deployment.bind(registry, settings.model_dump(mode="json"))
+
+
+def _shared_options(settings: BuildSettings) -> dict[str, Any]:
+    return {"max_ongoing_requests": settings.serve.max_queue + HEADROOM,
+            "graceful_shutdown_timeout_s": settings.serve.drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2,
+            "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False)}
 
 
 class EngineReplica:
@@ -52,7 +81,14 @@ class EngineReplica:
     def __init__(self, registry: str, settings: dict[str, Any]):
         self.backend = build_backend(registry, BuildSettings.model_validate(settings))
 
+    @serve.multiplexed(max_num_models_per_replica=HINTS)
+    async def _holds(self, ref: str) -> str:
+        """Tells Ray's router that this replica has `ref`, so that it sends requests for it here."""
+        return ref
+
     async def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]:
+        if call.ref:
+            await self._holds(call.ref)
         async with aclosing(self.backend.stream(call)) as events:
             async for event in events:
                 yield event
@@ -66,8 +102,8 @@ class EngineReplica:
     async def residents(self) -> dict[str, dict[str, Any]]:
         return await self.backend.residents()
 
-    async def exposition(self) -> bytes:
-        return await self.backend.exposition()
+    async def families(self) -> list[Family]:
+        return await self.backend.families()
 
 
 @serve.ingress()
@@ -75,54 +111,10 @@ class Ingress:
     """Holds a `CartridgeService`; its app is built in the replica."""
 
     def __init__(self, registry: str, settings: dict[str, Any], engine: DeploymentHandle):
-        self.service = build_service(registry, BuildSettings.model_validate(settings), RayBackend(engine))
+        from workflows.serving.ray_backend import RayBackend
+
+        parsed = BuildSettings.model_validate(settings)
+        self.service = build_service(registry, parsed, RayBackend(engine, registry, parsed))
 
     def __serve_build_asgi_app__(self):
         return create_app(self.service)
-
-
-class RayBackend:
-    """`Backend` over a Serve handle. What the replica raised is raised here again."""
-
-    def __init__(self, handle: DeploymentHandle):
-        self.handle = handle
-
-    async def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]:
-        events = self.handle.options(stream=True).stream.remote(call)
-        finished = False
-        try:
-            async for event in events:
-                finished = event.finish_reason is not None
-                yield event
-        except (RayTaskError, RayActorError) as error:
-            finished = True
-            raise _original(error) from error
-        finally:
-            if not finished:
-                events.cancel()
-
-    async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
-        return await _unwrapped(self.handle.hold.remote(ref, pinned, ttl_s))
-
-    async def release(self, ref: str) -> None:
-        await _unwrapped(self.handle.release.remote(ref))
-
-    async def residents(self) -> dict[str, dict[str, Any]]:
-        return await _unwrapped(self.handle.residents.remote())
-
-    async def exposition(self) -> bytes:
-        return await _unwrapped(self.handle.exposition.remote())
-
-
-async def _unwrapped(response: Awaitable[T]) -> T:
-    try:
-        return await response
-    except (RayTaskError, RayActorError) as error:
-        raise _original(error) from error
-
-
-def _original(error: RayTaskError | RayActorError) -> Exception:
-    """The refusal that a replica raised; a replica that died is a 503; else the error as it is."""
-    if isinstance(error, RayActorError):
-        return ApiError(503, "the replica that answered was lost; try again", "replica_lost", retry_after=1)
-    return error.cause if isinstance(error.cause, ApiError | UserError) else error

@@ -1,16 +1,21 @@
 """Builds the service's parts from settings, for one process or for several."""
 
 import os
-from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cartridges.config import BuildSettings, ModelSettings
-from cartridges.engines.base import StreamingEngine
+from cartridges.config import BuildSettings, ModelSettings, ServeSettings
+from cartridges.errors import UserError
 from cartridges.models import load_base_model, load_identity, load_tokenizer, resolve_model_dir
 from cartridges.registry import Registry
 from cartridges.template import ChatTemplate
 from workflows.serving.backend import Backend, LocalBackend
 from workflows.serving.catalog import Catalog
 from workflows.serving.service import CartridgeService
+
+if TYPE_CHECKING:
+    from cartridges.engines.stream import TransformersStreamingEngine
+    from cartridges.engines.vllm import AsyncVllmEngine
 
 
 def build_service(registry: str, settings: BuildSettings, backend: Backend) -> CartridgeService:
@@ -22,12 +27,28 @@ def build_service(registry: str, settings: BuildSettings, backend: Backend) -> C
 
 def build_backend(registry: str, settings: BuildSettings) -> LocalBackend:
     """The engine and the cartridges it holds, in this process. Loads the model."""
-    engine, forget = _transformers(settings)
-    identity = load_identity(resolve_model_dir(settings.model))
-    return LocalBackend(engine, Registry(registry), identity, settings.serve.resident_bytes, forget)
+    directory = resolve_model_dir(settings.model)
+    engine = _vllm(directory, settings) if _wants_vllm(settings.serve) else _transformers(settings)
+    return LocalBackend(engine, Registry(registry), load_identity(directory), settings.serve.resident_bytes,
+                        engine.forget)
 
 
-def _transformers(settings: BuildSettings) -> tuple[StreamingEngine, Callable[[str], None]]:
+def _wants_vllm(serve: ServeSettings) -> bool:
+    from cartridges.engines.vllm_setup import is_installed
+
+    if serve.engine == "vllm" and not is_installed():
+        raise UserError("serve.engine is vllm, but vLLM is not installed; `make vllm` installs it")
+    return serve.engine == "vllm" or (serve.engine == "auto" and is_installed())
+
+
+def _vllm(directory: Path, settings: BuildSettings) -> "AsyncVllmEngine":
+    from cartridges.engines.vllm import AsyncVllmEngine
+    from cartridges.engines.vllm_setup import VllmSettings
+
+    return AsyncVllmEngine(directory, VllmSettings(dtype=settings.model.dtype))
+
+
+def _transformers(settings: BuildSettings) -> "TransformersStreamingEngine":
     import torch
 
     from cartridges.engines.stream import TransformersStreamingEngine
@@ -35,8 +56,7 @@ def _transformers(settings: BuildSettings) -> tuple[StreamingEngine, Callable[[s
     # Ray gives an actor one thread for each of its logical CPUs; decoding wants all that are there.
     torch.set_num_threads(os.cpu_count() or 1)
     base = load_base_model(decoding_model(settings.model))
-    engine = TransformersStreamingEngine(base, settings.serve.max_active, settings.serve.resident_bytes)
-    return engine, engine.forget
+    return TransformersStreamingEngine(base, settings.serve.max_active, settings.serve.resident_bytes)
 
 
 def decoding_model(model: ModelSettings) -> ModelSettings:

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from cartridges.config import ServeSettings
+from cartridges.config import ReplicaSettings, ServeSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.models import ModelIdentity
 from cartridges.template import ChatTemplate
@@ -163,6 +163,18 @@ class CartridgeService:
         target = await self.cartridge(name)
         await self.backend.release(target.ref)
         return self._describe(target, {})
+
+    async def dedicate(self, name: str, replicas: ReplicaSettings) -> dict[str, Any]:
+        """Give a cartridge replicas of its own; the other cartridges' requests go on."""
+        target = await self.cartridge(name)
+        await self.backend.dedicate(target.label, replicas)
+        return {"id": target.label, "object": "cartridge.replicas", **replicas.model_dump()}
+
+    async def share(self, name: str) -> dict[str, Any]:
+        """Back to the shared replicas."""
+        target = await self.cartridge(name)
+        await self.backend.share(target.label)
+        return {"id": target.label, "object": "cartridge.replicas", "deleted": True}
 
     async def cartridge(self, name: str) -> Target:
         target = await asyncio.to_thread(self.catalog.resolve, name)

@@ -1,0 +1,160 @@
+"""The service as users run it: `cartridges serve` on Ray Serve, from start to the last process gone."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.serve_support import TEXTS, load_stock, make_registry
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+ASK = [{"role": "user", "content": "What is known?"}]
+PATIENCE = 300
+
+
+@pytest.fixture(scope="module")
+def registry(tiny_model_dir, tmp_path_factory):
+    root = tmp_path_factory.mktemp("registry")
+    make_registry(load_stock(tiny_model_dir), root, tmp_path_factory.mktemp("scratch"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def process(registry, tiny_model_dir, tmp_path_factory):
+    told = tmp_path_factory.mktemp("serve") / "stderr"
+    command = [sys.executable, "-m", "workflows.cli", "serve", "--registry", str(registry), "--port", "0",
+               "--model", str(tiny_model_dir), "--engine", "transformers", "--set", "serve.max_queue=16",
+               "--set", "serve.drain_s=30"]
+    with told.open("wb") as stderr:
+        process = subprocess.Popen(command, stderr=stderr, cwd=ROOT,
+                                   env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""})
+    process.told = told
+    yield process
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def url(process):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if found := re.search(r"serving 3 models at (http://127\.0\.0\.1:\d+)/v1", process.told.read_text()):
+            return found[1]
+        assert process.poll() is None, process.told.read_text()
+        time.sleep(0.2)
+    raise AssertionError(process.told.read_text())
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
+        yield client
+
+
+def ask(client, model: str, max_tokens: int = 8) -> str:
+    answer = client.chat.completions.create(model=model, messages=ASK, max_tokens=max_tokens)
+    return answer.choices[0].message.content
+
+
+def metric(url: str, line: str) -> float:
+    text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
+    found = [row.rpartition(" ")[2] for row in text.splitlines() if row.startswith(line + " ")]
+    return float(found[0]) if found else 0.0
+
+
+def test_openais_client_streams_from_two_cartridges(client, url):
+    answers = {name: ask(client, name, 16) for name in ["base", *TEXTS]}
+    assert len(set(answers.values())) == 3
+    for name, answer in answers.items():
+        chunks = client.chat.completions.create(model=name, messages=ASK, max_tokens=16, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer
+    assert metric(url, 'cartridges_loads_total{model="harbour",result="ok"}') == 1
+    with pytest.raises(openai.NotFoundError, match="near it: harbour"):
+        ask(client, "harbor")
+
+
+def test_cartridges_are_managed_over_http(url):
+    with httpx.Client(base_url=f"{url}/v1", timeout=PATIENCE) as http:
+        made = http.post("/cartridges", json={"name": "orchard", "pin": True})
+        assert made.status_code == 201 and made.json()["loaded"]["pinned"]
+        listed = {cartridge["id"]: cartridge for cartridge in http.get("/cartridges").json()["data"]}
+        assert listed["orchard"]["loaded"]["num_tokens"] == listed["orchard"]["num_tokens"]
+        assert http.delete("/cartridges/orchard").json()["loaded"] is None
+        refused = http.delete("/cartridges/orchard")
+        assert refused.status_code == 404 and refused.json()["error"]["code"] == "cartridge_not_loaded"
+
+
+def test_a_client_that_leaves_frees_the_engine(url):
+    asked = {"model": "harbour", "messages": ASK, "max_tokens": 2000, "stream": True}
+
+    async def leave() -> float:
+        async with httpx.AsyncClient(timeout=PATIENCE) as client:
+            async with client.stream("POST", f"{url}/v1/chat/completions", json=asked) as response:
+                await anext(response.aiter_lines())
+            left = time.monotonic()
+        while metric(url, "cartridges_engine_active"):
+            assert time.monotonic() < left + 20
+        return time.monotonic() - left
+
+    # A second on a machine that is not loaded; the way leads over two processes.
+    assert asyncio.run(leave()) < 5
+
+
+def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, url):
+    expected = {name: ask(client, name) for name in TEXTS}
+    answered = []
+
+    async def traffic(stop: asyncio.Event):
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0,
+                                      timeout=PATIENCE) as client:
+            while not stop.is_set():
+                for name in TEXTS:
+                    answer = await client.chat.completions.create(model=name, messages=ASK, max_tokens=8)
+                    answered.append((name, answer.choices[0].message.content))
+
+    async def change():
+        stop = asyncio.Event()
+        running = asyncio.create_task(traffic(stop))
+        async with httpx.AsyncClient(base_url=f"{url}/v1/cartridges", timeout=PATIENCE) as http:
+            given = await http.put("/harbour/replicas", json={"min_replicas": 1, "max_replicas": 1})
+            assert given.status_code == 200, given.text
+            loads = metric(url, 'cartridges_loads_total{model="harbour",result="ok"}')
+            await asyncio.sleep(4)
+            # The new replica has loaded it too, so requests do go there.
+            assert metric(url, 'cartridges_loads_total{model="harbour",result="ok"}') >= loads
+            taken = await http.delete("/harbour/replicas")
+            assert taken.status_code == 200, taken.text
+            assert (await http.delete("/harbour/replicas")).status_code == 404
+        await asyncio.sleep(1)
+        stop.set()
+        await running
+
+    asyncio.run(change())
+    assert len(answered) > 4 and all(answer == expected[name] for name, answer in answered)
+
+
+def test_stopping_finishes_what_runs_and_leaves_no_process(process, url):
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert family
+    asked = {"model": "orchard", "messages": ASK, "max_tokens": 60, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=PATIENCE) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert process.wait(PATIENCE) == 0
+    gone, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, [child.cmdline() for child in alive]
+    assert "Traceback" not in process.told.read_text()

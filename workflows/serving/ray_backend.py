@@ -1,0 +1,116 @@
+"""`Backend` over Ray Serve handles: shared replicas, and those of cartridges that have their own."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.handle import DeploymentHandle
+
+from cartridges.config import BuildSettings, ReplicaSettings
+from cartridges.engines.base import TokenEvent
+from cartridges.errors import UserError
+from workflows.serving.backend import EngineCall
+from workflows.serving.deployments import DEDICATED, run_dedicated
+from workflows.serving.errors import ApiError
+from workflows.serving.metrics import Family, add_up
+
+POLL_S = 2.0
+"""How often the ingress looks which cartridges have replicas of their own."""
+
+BROADCAST_S = 60.0
+"""Longest wait for all replicas to answer a management call (a load may be among them)."""
+
+
+class RayBackend:
+    """What a replica raised is raised here again; a replica that died is an `ApiError` 503."""
+
+    def __init__(self, shared: DeploymentHandle, registry: str, settings: BuildSettings):
+        self.shared, self.registry, self.settings = shared, registry, settings
+        self._dedicated: dict[str, DeploymentHandle] = {}
+        self._looked = 0.0
+
+    async def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]:
+        handle = await self._handle(call.ref)
+        events = handle.stream.remote(call)
+        finished = False
+        try:
+            async for event in events:
+                finished = event.finish_reason is not None
+                yield event
+        except (RayTaskError, RayActorError) as error:
+            finished = True
+            raise _original(error) from error
+        finally:
+            if not finished:
+                events.cancel()
+
+    async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
+        answers = await self._all("hold", ref, pinned, ttl_s, handles=[await self._pool(ref)])
+        if not answers:
+            raise ApiError(503, "no replica is running; send a request first", "no_replica", retry_after=5)
+        return answers[0]
+
+    async def release(self, ref: str) -> None:
+        await self._all("release", ref, handles=[await self._pool(ref)])
+
+    async def residents(self) -> dict[str, dict[str, Any]]:
+        return {ref: told for answer in await self._all("residents") for ref, told in answer.items()}
+
+    async def families(self) -> list[Family]:
+        return add_up(await self._all("families"))
+
+    async def dedicate(self, name: str, replicas: ReplicaSettings) -> None:
+        await asyncio.to_thread(run_dedicated, name, self.registry, self.settings, replicas)
+        self._looked = 0.0
+
+    async def share(self, name: str) -> None:
+        await self._look()
+        if name not in self._dedicated:
+            raise ApiError(404, f"{name} has no replicas of its own", "not_dedicated")
+        # First out of the table, so that new requests go elsewhere while the running ones finish.
+        del self._dedicated[name]
+        self._looked = time.monotonic()
+        await asyncio.to_thread(serve.delete, DEDICATED + name)
+
+    async def _handle(self, ref: str | None) -> DeploymentHandle:
+        """For one streamed request: with several replicas, one that holds the cartridge is preferred."""
+        pool = await self._pool(ref)
+        many = self.settings.serve.shared.max_replicas > 1 and pool is self.shared
+        return pool.options(stream=True, multiplexed_model_id=ref if many and ref else "")
+
+    async def _pool(self, ref: str | None) -> DeploymentHandle:
+        await self._look()
+        return self._dedicated.get(ref.partition("@")[0], self.shared) if ref else self.shared
+
+    async def _look(self) -> None:
+        if time.monotonic() - self._looked > POLL_S:
+            self._looked = time.monotonic()
+            self._dedicated = await asyncio.to_thread(_dedicated_handles, self._dedicated)
+
+    async def _all(self, method: str, *args: Any, handles: list[DeploymentHandle] | None = None) -> list[Any]:
+        """What every running replica of `handles` (None: of all pools) answers."""
+        await self._look()
+        asked = [self.shared, *self._dedicated.values()] if handles is None else handles
+        try:
+            answers = await asyncio.gather(*[
+                handle.broadcast(method, *args).results_async(timeout_s=BROADCAST_S) for handle in asked])
+        except (RayTaskError, RayActorError) as error:
+            raise _original(error) from error
+        return [answer for pool in answers for answer in pool]
+
+
+def _dedicated_handles(known: dict[str, DeploymentHandle]) -> dict[str, DeploymentHandle]:
+    """Handles of the running dedicated applications by cartridge name; known ones are kept."""
+    running = {app.removeprefix(DEDICATED) for app, told in serve.status().applications.items()
+               if app.startswith(DEDICATED) and told.status == "RUNNING"}
+    return {name: known.get(name) or serve.get_app_handle(DEDICATED + name) for name in running}
+
+
+def _original(error: RayTaskError | RayActorError) -> Exception:
+    """The refusal that a replica raised; a replica that died is a 503; else the error as it is."""
+    if isinstance(error, RayActorError):
+        return ApiError(503, "the replica that answered was lost; try again", "replica_lost", retry_after=1)
+    return error.cause if isinstance(error.cause, ApiError | UserError) else error
