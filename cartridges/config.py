@@ -126,7 +126,7 @@ class EvaluateSettings(Settings):
                              "wrong_cartridge", "exact_kv")
     max_questions: int = Field(0, ge=0)
     """Questions drawn by seed when there are more; 0 asks all."""
-    max_answer_tokens: int = Field(24, ge=1)
+    max_answer_tokens: int = Field(32, ge=1)
     bootstrap_samples: int = Field(2000, ge=100)
     wrong_cartridge: str | None = None
     """Registry name for the wrong_cartridge arm; None trains nothing and uses the bundled decoy:

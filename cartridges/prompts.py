@@ -1,4 +1,9 @@
-"""The one form in which short questions are asked, in self-study and in the report card alike."""
+"""The forms in which questions are asked, in self-study and in the report card alike, in every arm.
+
+Free generation is asked plainly, as users ask an endpoint: small models answer in a sentence and are
+right more often than when made to be brief. Likelihoods of short gold answers come after examples of
+short answers, or they would measure style.
+"""
 
 from cartridges.records import Message
 
@@ -22,3 +27,8 @@ def example_messages() -> list[Message]:
 def question_messages(question: str) -> list[Message]:
     """`question` as the last turn of a conversation with short-answer examples before it."""
     return [*example_messages(), {"role": "user", "content": question.strip()}]
+
+
+def plain_messages(question: str) -> list[Message]:
+    """`question` by itself."""
+    return [{"role": "user", "content": question.strip()}]

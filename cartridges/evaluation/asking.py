@@ -8,7 +8,7 @@ import numpy as np
 
 from cartridges.engines.base import Completion, Engine, Prefix, Request, Score, ScoreRequest
 from cartridges.evaluation import metrics
-from cartridges.prompts import question_messages
+from cartridges.prompts import plain_messages, question_messages
 from cartridges.records import Question
 from cartridges.template import ChatTemplate
 
@@ -24,10 +24,13 @@ BLOCK_REQUESTS = 128
 class Item:
     """A question as it is asked: `candidate_ids[gold]` are the gold answer's tokens.
 
-    `input_ids` end where the assistant begins. With one candidate there is no choice to score.
+    `generation_ids` (the plain question, for free generation) and `input_ids` (after short-answer
+    examples, for likelihoods) end where the assistant begins. With one candidate there is no choice to
+    score.
     """
 
     question: Question
+    generation_ids: tuple[int, ...]
     input_ids: tuple[int, ...]
     candidates: tuple[str, ...]
     candidate_ids: tuple[tuple[int, ...], ...]
@@ -68,7 +71,7 @@ def ask(engine: Engine, items: Sequence[Item], prefix: Prefix, max_answer_tokens
         report: Callable[[int], None]) -> list[Answered]:
     """Generate (greedy) and score all `items` after `prefix`. `report` is told of finished requests."""
     generated = [item for item in items if item.is_generated]
-    requests = [Request(item.input_ids, prefix, max_tokens=max_answer_tokens) for item in generated]
+    requests = [Request(item.generation_ids, prefix, max_tokens=max_answer_tokens) for item in generated]
     completions = _in_blocks(engine.generate, requests, report)
     scores = iter(_in_blocks(engine.score, score_requests(items, prefix), report))
     outputs = {item.question.question_id: completion
@@ -101,8 +104,9 @@ def _item(question: Question, questions: Sequence[Question], template: ChatTempl
         candidates, gold = (question.answers[0], *distractors(question, questions, seed)), 0
     ids = tuple(tuple(template.tokenizer.encode(text.strip(), add_special_tokens=False))
                 for text in candidates)
+    plain = tuple(template.conversation_ids(plain_messages(question.question)))
     prompt = tuple(template.conversation_ids(question_messages(question.question)))
-    return Item(question, prompt, tuple(candidates), ids, gold)
+    return Item(question, plain, prompt, tuple(candidates), ids, gold)
 
 
 def distractors(question: Question, questions: Sequence[Question], seed: int) -> tuple[str, ...]:
