@@ -218,41 +218,58 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def head():
     """A Ray head with token authentication on ports of its own: `(dashboard URL, token)`."""
-    token, port = "1f" * 32, free_port()
-    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
-           "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-        env.pop(name, None)
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as scratch:  # short: socket paths
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
-                   "--node-ip-address=127.0.0.1", f"--port={free_port()}", "--num-cpus=4",
-                   "--dashboard-host=127.0.0.1", f"--dashboard-port={port}", "--disable-usage-stats",
-                   f"--dashboard-agent-listen-port={free_port()}",
-                   f"--ray-client-server-port={free_port()}",
-                   f"--temp-dir={scratch}", f"--object-store-memory={256 * 2**20}"]
-        with open(f"{scratch}/start.log", "w") as output:
-            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+    token = "1f" * 32
+    # /tmp: the paths of Ray's sockets must be short.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        process, url = start_head(Path(scratch), token)
         try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_it_answers(url, token, process)
             yield url, token
         finally:
             process.send_signal(signal.SIGTERM)  # `ray start --block` ends what it started
             process.wait(timeout=60)
 
 
-def wait_until_it_answers(url: str, token: str, process: subprocess.Popen, seconds: float = 120) -> None:
+def start_head(scratch: Path, token: str, attempts: int = 3) -> tuple[subprocess.Popen, str]:
+    """Ray gives a head 30 s to come up and ends it after; on a busy machine that is not always enough."""
+    binaries = Path(sys.executable).parent
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
+           "PATH": f"{binaries}:{os.environ['PATH']}"}
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        env.pop(name, None)
+    for attempt in range(attempts):
+        port, client_port = free_port(), free_port()
+        command = [str(binaries / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+                   f"--port={free_port()}", "--num-cpus=4", "--dashboard-host=127.0.0.1",
+                   f"--dashboard-port={port}", "--disable-usage-stats",
+                   f"--dashboard-agent-listen-port={free_port()}",
+                   f"--ray-client-server-port={client_port}", f"--temp-dir={scratch / str(attempt)}",
+                   f"--object-store-memory={256 * 2**20}"]
+        with (scratch / f"start-{attempt}.log").open("w") as output:
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+        if answers(f"http://127.0.0.1:{port}", token, client_port, process):
+            return process, f"http://127.0.0.1:{port}"
+    raise RuntimeError(f"ray start ended {attempts} times: " + (scratch / "start-0.log").read_text()[-2000:])
+
+
+def answers(url: str, token: str, client_port: int, process: subprocess.Popen, seconds: float = 300) -> bool:
+    """Whether all of the head comes up; False if it ends before. Raises after `seconds`."""
     request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"ray start ended with {process.returncode}"
+    while process.poll() is None:
         try:
+            # Ray's client server listens last, and is the one that gives up after 30 s.
+            socket.create_connection(("127.0.0.1", client_port), timeout=5).close()
             with urllib.request.urlopen(request, timeout=5) as answer:
                 if answer.status == 200:
-                    return
+                    return True
         except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise TimeoutError(f"no job server at {url} after {seconds} s")
+            pass
+        if time.monotonic() > deadline:
+            process.terminate()
+            process.wait(timeout=60)
+            raise TimeoutError(f"no job server at {url} after {seconds} s")
+        time.sleep(0.5)
+    return False
 
 
 @pytest.mark.slow
