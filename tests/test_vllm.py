@@ -12,18 +12,12 @@ import pytest
 import torch
 
 from cartridges.cartridge import Cartridge
-from cartridges.engines.base import CartridgePrefix, Request, ScoreRequest, TextPrefix
+from cartridges.engines.base import CartridgePrefix, RawPrefix, Request, ScoreRequest, TextPrefix
 from cartridges.engines.spool import spool_file
 from cartridges.engines.transformers import TransformersEngine
-from cartridges.engines.vllm import (
-    AsyncVllmEngine,
-    CartridgeLoadError,
-    VllmEngine,
-    VllmSettings,
-    engine_arguments,
-    is_installed,
-)
+from cartridges.engines.vllm import AsyncVllmEngine, CartridgeLoadError, VllmEngine
 from cartridges.engines.vllm_requests import Translator
+from cartridges.engines.vllm_setup import VllmSettings, engine_arguments, is_installed
 from cartridges.errors import UserError
 
 pytestmark = [pytest.mark.vllm,
@@ -133,8 +127,8 @@ def loads(monkeypatch):
 
 def test_generate_matches_the_reference(engine, reference, base):
     text = text_of(1)
-    prefixes = [None, text, exact_kv(base, text), exact_kv(base, text, num_tokens=2 * BLOCK),
-                exact_kv(base, text, num_tokens=2)]
+    prefixes = [None, text, RawPrefix(text.text), exact_kv(base, text),
+                exact_kv(base, text, num_tokens=2 * BLOCK), exact_kv(base, text, num_tokens=2)]
     pairs = itertools.product(QUESTIONS, prefixes)
     requests = [ask(base, question, prefix, topk=(0, 20, 5)[number % 3])
                 for number, (question, prefix) in enumerate(pairs)]
@@ -329,7 +323,7 @@ async def _stream_checks(engine, base):
     cartridge = exact_kv(base, text)
     assert cartridge.cartridge.num_tokens % BLOCK != 0
     questions = [f"How many lanterns are kept in place {number}?" for number in range(20)]
-    arms = [await asyncio.gather(*(collect(engine, ask(base, question, prefix, max_tokens=24, topk=2))
+    arms = [await asyncio.gather(*(collect(engine, ask(base, question, prefix, topk=2))
                                    for question in questions)) for prefix in (text, cartridge)]
     for as_text, as_cartridge in zip(*arms, strict=True):
         assert [event.token_id for event in as_text] == [event.token_id for event in as_cartridge]
@@ -347,7 +341,7 @@ async def _stream_checks(engine, base):
 
     bad = exact_kv(base, text_of(8), digest="bad")
     spool_file(engine.spool.root, engine.spool.put(bad)).write_bytes(b"damaged")
-    good, failed = await asyncio.gather(collect(engine, ask(base, questions[0], cartridge, max_tokens=24)),
+    good, failed = await asyncio.gather(collect(engine, ask(base, questions[0], cartridge)),
                                         collect(engine, ask(base, "?", bad)), return_exceptions=True)
     assert isinstance(failed, CartridgeLoadError)
     assert [event.token_id for event in good] == [event.token_id for event in arms[1][0]]

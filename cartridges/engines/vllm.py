@@ -5,55 +5,20 @@ not. The transformers engine is the reference that this one matches.
 """
 
 import asyncio
-import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, aclosing
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import Field
-
-from cartridges.cartridge import KVShape
-from cartridges.config import Settings
 from cartridges.engines.base import CartridgePrefix, Completion, Request, Score, ScoreRequest, TokenEvent
 from cartridges.engines.detokenize import TextStream
 from cartridges.engines.spool import Spool, SpoolError, check_spooled
 from cartridges.engines.vllm_requests import Prompt, Translator, loss_positions, rows
-from cartridges.errors import UserError
-from cartridges.models import choose_dtype
-
-
-class VllmSettings(Settings):
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute and KV cache dtype. auto: as for the transformers engine (`ModelSettings.dtype`)."""
-    max_model_len: int = Field(0, ge=0)
-    """Longest prefix + conversation in tokens; 0 is the model's window."""
-    kv_cache_bytes: int = Field(0, ge=0)
-    """Bytes of the KV cache; 0 is 2 GiB on a CPU and what vLLM finds free on a GPU."""
-    block_size: int = Field(0, ge=0)
-    """Tokens of a KV block; 0 is 32 on a CPU (the smallest that works there), vLLM's own on a GPU.
-    Cartridges of a multiple of it are shared whole."""
-    max_num_seqs: int = Field(64, ge=1)
-    """Requests that decode together."""
-    max_topk: int = Field(20, ge=0)
-    """Most logprobs a request may ask for at a token."""
-    tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs one model is split over; each loads its KV heads of a cartridge."""
-    spool_dir: str | None = None
-    """Where cartridges are written for the workers to read; None is a temporary directory. Workers on
-    several machines need one that they share."""
-    spool_bytes: int = Field(8 << 30, ge=1)
-    """Bytes of spooled cartridges kept; the least recently used go first."""
+from cartridges.engines.vllm_setup import VllmSettings, engine_arguments, prepare
 
 
 class CartridgeLoadError(RuntimeError):
     """vLLM could not load a request's cartridge. The engine lives on, and the next request retries."""
-
-
-def is_installed() -> bool:
-    return find_spec("vllm") is not None
 
 
 class VllmEngine:
@@ -69,7 +34,7 @@ class VllmEngine:
         # vLLM keeps a worker's connector in a global: a second engine would load into the first's cache.
         if VllmEngine._open is not None:
             raise RuntimeError("a VllmEngine is open in this process; close() it first")
-        _prepare(in_process=True)
+        prepare(in_process=True)
         from vllm import LLM
 
         settings = settings or VllmSettings()
@@ -143,7 +108,7 @@ class AsyncVllmEngine:
     """
 
     def __init__(self, model_dir: str | Path, settings: VllmSettings | None = None):
-        _prepare(in_process=False)
+        prepare(in_process=False)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -218,62 +183,6 @@ class AsyncVllmEngine:
         """Stop the engine's process and remove its temporary spool."""
         self._engine.shutdown()
         self.spool.close()
-
-
-def engine_arguments(model_dir: str | Path, settings: VllmSettings, shape: KVShape,
-                     spool: str | Path) -> dict[str, Any]:
-    """vLLM's own arguments, with what cartridges need: the connector, the cache, T=1 logprobs.
-
-    Raises `UserError` for a model that vLLM's CPU attention cannot run (it would fail at the first token).
-    """
-    from vllm.platforms import current_platform
-
-    cpu = current_platform.is_cpu()
-    if cpu:
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-        sizes = CPUAttentionBackend.get_supported_head_sizes()
-        if shape.head_dim not in sizes:
-            raise UserError(f"vLLM has no attention on a CPU for head_dim {shape.head_dim} (it has "
-                            f"{', '.join(map(str, sizes))}); use the transformers engine")
-    dtype = choose_dtype(settings.dtype, "cpu" if cpu else "cuda")
-    arguments = {
-        "model": str(model_dir), "dtype": str(dtype).removeprefix("torch."), "trust_remote_code": False,
-        "max_model_len": settings.max_model_len or None, "max_num_seqs": settings.max_num_seqs,
-        "enable_prefix_caching": True, "logprobs_mode": "raw_logprobs", "max_logprobs": settings.max_topk,
-        "generation_config": "vllm", "disable_log_stats": True,
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        # Compiling takes minutes on a CPU and is not kept for the next start.
-        "enforce_eager": cpu,
-        "kv_cache_memory_bytes": settings.kv_cache_bytes or (2 << 30 if cpu else None),
-        "kv_transfer_config": {
-            "kv_connector": "CartridgeConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail",
-            "kv_connector_module_path": "cartridges.engines.vllm_connector",
-            "kv_connector_extra_config": {"spool": str(spool)}},
-    }
-    block_size = settings.block_size or (32 if cpu else 0)
-    return arguments | ({"block_size": block_size} if block_size else {})
-
-
-def _prepare(in_process: bool) -> None:
-    """Environment variables that vLLM reads; what the user has set stays."""
-    from torch.cuda import is_available as cuda_is_available
-
-    if not is_installed():
-        raise UserError("vLLM is not installed; run `make vllm`, or use the transformers engine")
-    defaults = {
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout belongs to --json
-        "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1",
-        # Threads pinned to cores are several times slower as soon as anything else runs there.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # Forking after torch has used its threads can hang.
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    if in_process and not cuda_is_available():
-        # A start of seconds instead of a minute. (A GPU's engine stays apart from Python's lock.)
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 def _check_finished(spool: Spool, prompt: Prompt, finish_reason: str | None) -> None:
