@@ -2,13 +2,12 @@
 
 What is specific to training a cartridge before a frozen base:
 - only the cartridge's slots are given to the optimiser, so only they are reduced;
-- below stage 3 DeepSpeed never sees the base model: it neither broadcasts nor casts it, and the
-  cartridge, its gradients and moments stay float32 whatever the base computes in;
-- at stage 3 the base is partitioned over the workers, so all is one module.
+- DeepSpeed never sees the base model: it neither broadcasts nor casts it, and the cartridge, its
+  gradients and moments stay float32 whatever the base computes in.
+
+Stages 0 to 2: stage 3 would partition the base, whose head the student reads outside of a module.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +51,15 @@ class DeepSpeedStepper:
         self._norm = 0.0
         if self.stage == 0:
             adam.register_step_pre_hook(self._clip)
-        module = student if self.stage == 3 else _WithoutBase(student)
-        self.engine = _initialize(module, adam, trainable, self._config(student))
+        self.engine = _initialize(_WithoutBase(student), adam, trainable, self._config())
 
     @property
     def device(self) -> torch.device:
         """Where the packs must be."""
         return self.engine.device
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Inside, the cartridge is whole on every worker. Every worker enters it."""
-        if self.stage < 3:
-            yield
-            return
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters(list(self.student.cartridge.parameters())):
-            yield
-
-    def _config(self, student: Student) -> dict[str, Any]:
-        config: dict[str, Any] = {
+    def _config(self) -> dict[str, Any]:
+        return {
             "train_micro_batch_size_per_gpu": 1,
             # step() is the boundary: a step takes as many packs as it is given.
             "managed_gradient_accumulation": False,
@@ -81,9 +68,6 @@ class DeepSpeedStepper:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
-        if self.stage == 3 and student.model.dtype == torch.bfloat16:
-            config["bf16"] = {"enabled": True}
-        return config
 
     def forward_backward(self, pack: Pack, num_loss_tokens: int) -> LossSums:
         """Add the gradient of `pack`'s loss divided by `num_loss_tokens`, the step's global count."""

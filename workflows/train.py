@@ -101,6 +101,9 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     if wanted.packs_per_step % wanted.num_workers:
         raise UserError(f"train.packs_per_step={wanted.packs_per_step} is not a multiple of "
                         f"train.num_workers={wanted.num_workers}; workers share a step's packs evenly")
+    if wanted.zero_stage == 3:
+        raise UserError("train.zero_stage=3 (a base model partitioned over workers) is not supported yet; "
+                        "use 0, 1 or 2")
     if wanted.init == "cartridge":
         if wanted.init_cartridge is None:
             raise UserError("train.init=cartridge needs train.init_cartridge, the directory of a cartridge")
@@ -180,9 +183,8 @@ def train_worker(config: dict[str, Any]) -> None:
     log = _MetricsLog(output / "metrics.jsonl", trainer.next_step).write if rank == 0 else lambda _: None
     if settings.train.loss != "none":
         trainer.run(log, lambda step: _checkpoint(trainer, step))
-    with stepper.gathered():
-        if rank == 0:
-            _save(config, settings, base, cartridge, trainer)
+    if rank == 0:
+        _save(config, settings, base, cartridge, trainer)
 
 
 def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
