@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Enough for the batches in flight; Ray's default takes a third of a laptop's memory."""
-START_ATTEMPTS = 3
+START_ATTEMPTS = 10
 
 
 @contextmanager
