@@ -21,6 +21,8 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
     """
     join = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Data's actors make the driver's C++ side print an error that is none; what matters is raised.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if not join:
         # Read once when ray is imported; off means every server binds to loopback only.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
