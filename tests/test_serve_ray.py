@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 ASK = [{"role": "user", "content": "What is known?"}]
-PATIENCE = 300
+PATIENCE = 800
 
 
 @pytest.fixture(scope="module")

@@ -61,12 +61,18 @@ def run_dedicated(name: str, registry: str, settings: BuildSettings, replicas: R
 
 def _engine(registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> serve.Application:
     gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0
-    scaling = {"min_replicas": replicas.min_replicas, "max_replicas": replicas.max_replicas,
-               "target_ongoing_requests": replicas.target_ongoing, "downscale_delay_s": replicas.idle_s}
     deployment = serve.deployment(EngineReplica).options(
-        name="engine", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, autoscaling_config=scaling,
+        name="engine", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **_scaling(replicas),
         **_shared_options(settings))
     return deployment.bind(registry, settings.model_dump(mode="json"))
+
+
+def _scaling(replicas: ReplicaSettings) -> dict[str, Any]:
+    if replicas.min_replicas == replicas.max_replicas:
+        return {"num_replicas": replicas.max_replicas}
+    return {"autoscaling_config": {
+        "min_replicas": replicas.min_replicas, "max_replicas": replicas.max_replicas,
+        "target_ongoing_requests": replicas.target_ongoing, "downscale_delay_s": replicas.idle_s}}
 
 
 def _shared_options(settings: BuildSettings) -> dict[str, Any]:
