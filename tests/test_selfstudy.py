@@ -84,14 +84,14 @@ def test_filters():
 class Silent:
     """A family that never finds anything to ask."""
 
-    def propose(self, chunk, rng):
+    def propose(self, chunk, rng, ordinal):
         return None
 
 
 class Fixed:
     """A family whose answer is known; the teacher scores it."""
 
-    def propose(self, chunk, rng):
+    def propose(self, chunk, rng, ordinal):
         return Proposal(user="Who founded the Light Service?", answer="Perrin Voss", short=True)
 
 

@@ -33,7 +33,8 @@ def main() -> None:
 
 def _settings() -> BuildSettings:
     parser = argparse.ArgumentParser(prog="python -m workflows.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", metavar="FILE", help="YAML of settings")
+    parser.add_argument("--config", metavar="FILE", help="YAML of settings (default: configs/demo.yaml)",
+                        default=str(files("workflows") / "configs" / "demo.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="one setting, such as train.num_tokens=256; may be repeated")
     args = parser.parse_args()

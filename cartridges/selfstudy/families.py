@@ -36,9 +36,12 @@ class Proposal:
 
 
 class SeedFamily(Protocol):
-    """Proposes a conversation about `chunk`, or None where the chunk has nothing for it."""
+    """Proposes a conversation about `chunk`, or None where the chunk has nothing for it.
 
-    def propose(self, chunk: Chunk, rng: random.Random) -> Proposal | None: ...
+    `ordinal` counts the family's proposals for this chunk.
+    """
+
+    def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None: ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class SeedPrompts:
 
     prompts: tuple[str, ...]
 
-    def propose(self, chunk: Chunk, rng: random.Random) -> Proposal:
+    def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal:
         prompt = rng.choice(self.prompts).replace("{format}", rng.choice(seed_prompts.FORMATS))
         return Proposal(seed_prompt=prompt)
 
@@ -63,8 +66,8 @@ class Anchored:
 
     answer: Literal["span", "sentence", "written"] = "span"
 
-    def propose(self, chunk: Chunk, rng: random.Random) -> Proposal | None:
-        for statement, span in draw_spans(chunk, rng, attempts=6):
+    def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
+        for statement, span in draw_spans(chunk, rng, ordinal, attempts=6):
             question = questions.ask(statement, span, rng)
             if question and self.answer == "written":
                 return Proposal(user=question, must_contain=span)
@@ -79,8 +82,8 @@ class Anchored:
 class AnchoredAsked:
     """The question for a span is asked by the model, which continues few-shot examples."""
 
-    def propose(self, chunk: Chunk, rng: random.Random) -> Proposal | None:
-        for statement, span in draw_spans(chunk, rng, attempts=1):
+    def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
+        for statement, span in draw_spans(chunk, rng, ordinal, attempts=1):
             return Proposal(completion=f"Text: {statement.text}\nAnswer: {span}\nQuestion:", answer=span,
                             short=True)
         return None
@@ -90,8 +93,8 @@ class AnchoredAsked:
 class Cloze:
     """A statement with a span left out; the teacher scores the span."""
 
-    def propose(self, chunk: Chunk, rng: random.Random) -> Proposal | None:
-        for statement, span in draw_spans(chunk, rng, attempts=1):
+    def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
+        for statement, span in draw_spans(chunk, rng, ordinal, attempts=1):
             gap = statement.text.replace(span, "____", 1)
             return Proposal(user=f"Fill in the gap: {gap}", answer=span, short=True)
         return None
@@ -101,11 +104,11 @@ class Cloze:
 class Recall:
     """The start of a statement; the teacher scores how the text goes on."""
 
-    def propose(self, chunk: Chunk, rng: random.Random) -> Proposal | None:
+    def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
         told = [s for s in statements(chunk.text) if len(s.verbatim.split()) >= 6]
         if not told:
             return None
-        words = rng.choice(told).verbatim.split(" ")
+        words = told[ordinal % len(told)].verbatim.split(" ")
         cut = rng.randint(3, max(3, len(words) - 3))
         return Proposal(user="Continue: " + " ".join(words[:cut]), answer=" ".join(words[cut:]))
 
@@ -138,9 +141,16 @@ def register(name: str, family: SeedFamily) -> None:
     FAMILIES[name] = family
 
 
-def draw_spans(chunk: Chunk, rng: random.Random, attempts: int) -> Iterator[tuple[Statement, str]]:
-    """`attempts` draws of a statement and a span of it; early spans (numbers, names) are likelier."""
+def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
+               attempts: int) -> Iterator[tuple[Statement, str]]:
+    """`attempts` draws of a span; early spans (numbers, names) are likelier.
+
+    The first draw is from the statement that is `ordinal`'s turn: going through them in an order of
+    the chunk's own, every statement is asked about as often as any other. Later draws are free.
+    """
     told = [(s, spans) for s in statements(chunk.text) if (spans := answer_spans(s))]
-    for _ in range(attempts if told else 0):
-        statement, spans = rng.choices(told, weights=[len(spans) ** 0.5 for _, spans in told])[0]
+    order = random.Random(chunk.chunk_id).sample(range(len(told)), len(told))
+    for attempt in range(attempts if told else 0):
+        index = order[ordinal % len(told)] if attempt < 2 else rng.randrange(len(told))
+        statement, spans = told[index]
         yield statement, spans[int(len(spans) * rng.random() ** 1.5)]

@@ -1,6 +1,7 @@
 """What is to be generated: a deterministic list of tasks, before any model is loaded."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,14 @@ from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES
 
 @dataclass(frozen=True)
 class Task:
-    """One conversation to make. `seed` is its private source of chance."""
+    """One conversation to make. `seed` is its private source of chance; `ordinal` counts the tasks of
+    the same family for the same chunk, so that a family can go through a chunk statement by statement."""
 
     conversation_id: str
     chunk_id: str
     seed_family: str
     seed: int
+    ordinal: int = 0
 
 
 def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int) -> list[Task]:
@@ -44,9 +47,13 @@ def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int) -> li
     weights = np.array([shares[name] for name in names], float)
     families = rng.choice(len(names), size=total, p=weights / weights.sum())
     seeds = rng.integers(0, 2**62, size=total)
-    return [Task(_task_id(seed, i, chunks[owner].chunk_id, names[family]), chunks[owner].chunk_id,
-                 names[family], int(task_seed))
-            for i, (owner, family, task_seed) in enumerate(zip(owners, families, seeds, strict=True))]
+    tasks: list[Task] = []
+    made: Counter[tuple[str, str]] = Counter()
+    for i, (owner, family, task_seed) in enumerate(zip(owners, families, seeds, strict=True)):
+        of = (chunks[owner].chunk_id, names[family])
+        tasks.append(Task(_task_id(seed, i, *of), *of, int(task_seed), made[of]))
+        made[of] += 1
+    return tasks
 
 
 def _task_id(seed: int, index: int, chunk_id: str, family: str) -> str:

@@ -71,7 +71,7 @@ class Synthesizer:
         drafts = []
         for task in tasks:
             chunk = self.chunks[task.chunk_id]
-            proposal = FAMILIES[task.seed_family].propose(chunk, random.Random(task.seed))
+            proposal = FAMILIES[task.seed_family].propose(chunk, random.Random(task.seed), task.ordinal)
             if proposal is None:
                 results[task.conversation_id] = _drop(task, "nothing_to_ask")
             else:
