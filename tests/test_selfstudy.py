@@ -84,12 +84,16 @@ def test_filters():
 class Silent:
     """A family that never finds anything to ask."""
 
+    decodes = False
+
     def propose(self, chunk, rng, ordinal):
         return None
 
 
 class Fixed:
     """A family whose answer is known; the teacher scores it."""
+
+    decodes = False
 
     def propose(self, chunk, rng, ordinal):
         return Proposal(user="Who founded the Light Service?", answer="Perrin Voss", short=True)

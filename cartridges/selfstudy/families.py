@@ -9,7 +9,7 @@ cloze families are for models too small to ask well, and know the answer from th
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from cartridges.records import Chunk
 from cartridges.selfstudy import questions, seed_prompts
@@ -38,8 +38,12 @@ class Proposal:
 class SeedFamily(Protocol):
     """Proposes a conversation about `chunk`, or None where the chunk has nothing for it.
 
-    `ordinal` counts the family's proposals for this chunk.
+    `ordinal` counts the family's proposals for this chunk. `decodes` says whether a model has to write
+    anything: such tasks are batched with each other, so that the others do not wait for them.
     """
+
+    @property
+    def decodes(self) -> bool: ...
 
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None: ...
 
@@ -49,6 +53,7 @@ class SeedPrompts:
     """The asking side is told what kind of message to write."""
 
     prompts: tuple[str, ...]
+    decodes: ClassVar[bool] = True
 
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal:
         prompt = rng.choice(self.prompts).replace("{format}", rng.choice(seed_prompts.FORMATS))
@@ -66,6 +71,10 @@ class Anchored:
 
     answer: Literal["span", "sentence", "written"] = "span"
 
+    @property
+    def decodes(self) -> bool:
+        return self.answer == "written"
+
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
         for statement, span in draw_spans(chunk, rng, ordinal, attempts=6):
             question = questions.ask(statement, span, rng)
@@ -82,6 +91,8 @@ class Anchored:
 class AnchoredAsked:
     """The question for a span is asked by the model, which continues few-shot examples."""
 
+    decodes: ClassVar[bool] = True
+
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
         for statement, span in draw_spans(chunk, rng, ordinal, attempts=1):
             return Proposal(completion=f"Text: {statement.text}\nAnswer: {span}\nQuestion:", answer=span,
@@ -93,6 +104,8 @@ class AnchoredAsked:
 class Cloze:
     """A statement with a span left out; the teacher scores the span."""
 
+    decodes: ClassVar[bool] = False
+
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
         for statement, span in draw_spans(chunk, rng, ordinal, attempts=1):
             gap = statement.text.replace(span, "____", 1)
@@ -103,6 +116,8 @@ class Cloze:
 @dataclass(frozen=True)
 class Recall:
     """The start of a statement; the teacher scores how the text goes on."""
+
+    decodes: ClassVar[bool] = False
 
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
         told = [s for s in statements(chunk.text) if len(s.verbatim.split()) >= 6]

@@ -30,7 +30,7 @@ def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int) -> li
 
     Every chunk gets conversations in proportion to its length (systematic sampling: edges as often
     as the middle), every family its share. Tasks of a chunk stand together, so that those in flight
-    share its prefill. Raises `UserError` for a family that does not exist.
+    share its prefill; those for which a model has to write come last. Raises `UserError` for a family that does not exist.
     """
     shares = settings.families or DEFAULT_MIXTURE
     unknown = sorted(set(shares) - set(FAMILIES))
@@ -53,7 +53,7 @@ def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int) -> li
         of = (chunks[owner].chunk_id, names[family])
         tasks.append(Task(_task_id(seed, i, *of), *of, int(task_seed), made[of]))
         made[of] += 1
-    return tasks
+    return sorted(tasks, key=lambda task: FAMILIES[task.seed_family].decodes)
 
 
 def _task_id(seed: int, index: int, chunk_id: str, family: str) -> str:
