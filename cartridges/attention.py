@@ -9,7 +9,6 @@ The hook is Hugging Face's attention interface: the model is not forked, and eve
 Qwen3-type model that supports attention backends takes it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -50,7 +49,6 @@ class AttentionContext:
     or None for no prefix. `prefix_bias`: `[N, P]`, 0 or -inf where a shorter prefix is padded.
     `own_bias`: `[N*M, T, S]`, 0 where a token may look, -inf elsewhere; None is plain causal.
     `own`: decoding buffers. `collected`: when not None, receives each layer's own (key, value).
-    `observe(layer, weights)`, when given, sees the attention weights on the prefix `[N, H, M, G, T, P]`.
     """
 
     prefix_keys: list[torch.Tensor] | torch.Tensor | None = None
@@ -59,7 +57,6 @@ class AttentionContext:
     own_bias: torch.Tensor | None = None
     own: OwnKV | None = None
     collected: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None)
-    observe: Callable[[int, torch.Tensor], None] | None = None
 
 
 def cartridge_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, *,
@@ -80,10 +77,8 @@ def cartridge_attention(module, query, key, value, attention_mask, scaling, drop
             query, key, value, attn_mask=bias, is_causal=bias is None, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2), None
     layer = module.layer_idx
-    output, weights = prefix_attention(query * scaling, key, value, context.prefix_keys[layer],
-                                       context.prefix_values[layer], context.prefix_bias, context.own_bias)
-    if context.observe is not None:
-        context.observe(layer, weights)
+    output = prefix_attention(query * scaling, key, value, context.prefix_keys[layer],
+                              context.prefix_values[layer], context.prefix_bias, context.own_bias)
     return output, None
 
 
@@ -91,7 +86,7 @@ def prefix_attention(query, key, value, prefix_key, prefix_value, prefix_bias, o
     """softmax([q Kp^T, q K^T]) [Vp; V] without repeating the prefix.
 
     query `[B, H*G, T, D]` (already scaled), key/value `[B, H, S, D]`, prefix `[N, H, P, D]` with
-    `B = N*M`; biases as in `AttentionContext`. Returns `[B, T, H*G, D]` and the weights on the prefix.
+    `B = N*M`; biases as in `AttentionContext`. Returns `[B, T, H*G, D]`.
     """
     B, HG, T, D = query.shape
     N, H, P, _ = prefix_key.shape
@@ -114,7 +109,7 @@ def prefix_attention(query, key, value, prefix_key, prefix_value, prefix_bias, o
     output = torch.bmm(of_prefix.reshape(N * H, M * G * T, P), prefix_value.reshape(N * H, P, D))
     own = torch.bmm(of_own.reshape(N * H * M, G * T, S), value)
     output = output.view(N, H, M, G, T, D) + own.view(N, H, M, G, T, D)
-    return output.permute(0, 2, 4, 1, 3, 5).reshape(B, T, HG, D), of_prefix
+    return output.permute(0, 2, 4, 1, 3, 5).reshape(B, T, HG, D)
 
 
 def causal_bias(T: int, S: int, dtype: torch.dtype, device) -> torch.Tensor:
@@ -125,5 +120,6 @@ def causal_bias(T: int, S: int, dtype: torch.dtype, device) -> torch.Tensor:
 
 def install(model: PreTrainedModel) -> None:
     """Make `model` use `cartridge_attention`. Without a context it is plain causal attention."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, cartridge_attention)
-    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, cartridge_attention)
+        model.set_attn_implementation(NAME)

@@ -86,10 +86,9 @@ class TrainSettings(Settings):
     """p: slots of the cartridge."""
     num_frozen_tokens: int = Field(1, ge=0)
     """Slots never trained; slot 0 is the attention sink."""
-    init: Literal["prefix", "sampled_chunks", "unrelated", "random", "cartridge",
-                  "attention_matching"] = "prefix"
-    """Start: KV of the corpus prefix, of sampled chunks, of unrelated text, random vectors, an
-    existing cartridge, or the corpus's exact KV compacted by attention matching."""
+    init: Literal["prefix", "sampled_chunks", "unrelated", "random", "cartridge"] = "prefix"
+    """Start: KV of the corpus prefix, of sampled chunks, of unrelated text, random vectors, or an
+    existing cartridge."""
     init_cartridge: str | None = None
     """Directory of the cartridge that `init=cartridge` continues from."""
     loss: Literal["distillation", "next_token", "none"] = "distillation"

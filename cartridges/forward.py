@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from cartridges.attention import AttentionContext
+from cartridges.attention import AttentionContext, install
 
 MULTIPLE = 64
 """Lengths are padded to multiples of this: on a CPU every new bfloat16 shape costs a kernel build."""
@@ -35,6 +35,7 @@ def round_up(length: int, multiple: int = MULTIPLE) -> int:
 def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor,
                   context: AttentionContext) -> torch.Tensor:
     """Last hidden states `[B, T, hidden]` of `input_ids` `[B, T]` at `position_ids` `[B, T]`."""
+    install(model)
     return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
                             context=context).last_hidden_state
 

@@ -175,7 +175,7 @@ def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
     known: dict[str, dict[str, Any]] = {
         "model": {"metavar": "ID", "help": "hub id or directory of the base model"},
         "num_tokens": {"type": int, "metavar": "P", "help": "slots of the cartridge (p)"},
-        "init": {"metavar": "METHOD", "help": "start of training, such as prefix or attention_matching"},
+        "init": {"metavar": "METHOD", "help": "start of training, such as prefix or sampled_chunks"},
         "loss": {"metavar": "LOSS", "help": "distillation, next_token, or none (publish the start)"},
         "budget": {"metavar": "TIME", "help": "wall-clock for synthesis and training, such as 10m"},
         "seed": {"type": int, "metavar": "N", "help": "seed of everything random"},
