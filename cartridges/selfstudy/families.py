@@ -144,9 +144,8 @@ FAMILIES: dict[str, SeedFamily] = {
 }
 
 DEFAULT_MIXTURE = {
-    "anchored": 0.35, "anchored_sentence": 0.38, "recall": 0.14, "cloze": 0.04,
-    "anchored_written": 0.02, "anchored_asked": 0.02,
-    "structuring": 0.01, "summarization": 0.01, "question": 0.01, "use_case": 0.01, "creative": 0.01,
+    "anchored_sentence": 0.58, "anchored": 0.20, "recall": 0.14, "cloze": 0.03, "anchored_written": 0.02,
+    "question": 0.01, "structuring": 0.005, "summarization": 0.005, "use_case": 0.005, "creative": 0.005,
 }
 """Shares of the planned conversations, for a small asking model; see docs/log.md."""
 
