@@ -5,8 +5,8 @@ import torch
 
 from cartridges.attention import AttentionContext, install
 from cartridges.cartridge import Cartridge
-from cartridges.distill.initialize import initialize
 from cartridges.config import ModelSettings, TrainSettings
+from cartridges.distill.initialize import initialize
 from cartridges.engines.base import CartridgePrefix, Request, ScoreRequest, TextPrefix
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError

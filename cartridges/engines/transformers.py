@@ -8,8 +8,16 @@ import numpy as np
 import torch
 
 from cartridges.attention import OwnKV, install
-from cartridges.engines.base import (CartridgePrefix, Completion, Prefix, RawPrefix, Request, Score,
-                                     ScoreRequest, TextPrefix)
+from cartridges.engines.base import (
+    CartridgePrefix,
+    Completion,
+    Prefix,
+    RawPrefix,
+    Request,
+    Score,
+    ScoreRequest,
+    TextPrefix,
+)
 from cartridges.engines.batching import Piece, batches, common_starts, pieces
 from cartridges.engines.sampling import Draws, sample
 from cartridges.forward import PrefixKV, extend, hidden_states, prefill, round_up, row_bias, stack_prefixes

@@ -30,7 +30,8 @@ def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int) -> li
 
     Every chunk gets conversations in proportion to its length (systematic sampling: edges as often
     as the middle), every family its share. Tasks of a chunk stand together, so that those in flight
-    share its prefill; those for which a model has to write come last. Raises `UserError` for a family that does not exist.
+    share its prefill; those for which a model has to write come last.
+    Raises `UserError` for a family that does not exist.
     """
     shares = settings.families or DEFAULT_MIXTURE
     unknown = sorted(set(shares) - set(FAMILIES))

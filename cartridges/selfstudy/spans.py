@@ -11,7 +11,7 @@ neither no nor not now of off often on once only or other our out over own same 
 such than that the their them themselves then there these they this those through thus to too under until
 up upon us very was we were what when where which while who whom whose why will with within without would
 yet you your one two there's it's
-""".split())
+""".split())  # noqa: SIM905
 
 _NUMBER = re.compile(r"(?<![\w.,])\d[\d,.:/]*(?<![,.:/])(?:\s?%)?(?:\s[a-z]{3,})?")
 _NAME = re.compile(r"[A-Z][\w'’\-]*(?:\s(?:of\s|the\s|de\s|and\s)?[A-Z][\w'’\-]*)*")

@@ -5,30 +5,24 @@ application `cartridges` has the ingress and the shared replicas; a hot cartridg
 own in an application `corpus-<name>`, which can come and go while the others serve.
 """
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import LoggingConfig
 
-from cartridges.config import BuildSettings, ReplicaSettings
-from cartridges.engines.base import TokenEvent
+from cartridges.config import BuildSettings
 from workflows.serving.app import create_app
-from workflows.serving.backend import EngineCall
-from workflows.serving.metrics import Family
-from workflows.serving.parts import build_backend, build_service
+from workflows.serving.parts import build_service
+from workflows.serving.ray_backend import RayBackend
+from workflows.serving.replicas import (
+    DEDICATED,
+    build_dedicated,
+    engine_application,
+    run_dedicated,
+    shared_options,
+)
 
-DEDICATED = "corpus-"
-"""Beginning of the names of applications that serve one cartridge."""
-
-HEADROOM = 64
-"""Requests a deployment takes beyond `max_queue`, so that ours is the limit that answers (with 429)."""
-
-HINTS = 1024
-"""Cartridges that Ray remembers a replica to hold, for routing; the bytes are `Residency`'s to limit."""
+__all__ = ["DEDICATED", "Ingress", "build_app", "build_dedicated", "run_dedicated"]
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
@@ -38,78 +32,9 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     """
     settings = BuildSettings.model_validate(args.get("settings", {}))
     ingress = serve.deployment(Ingress).options(
-        name="ingress", ray_actor_options={"num_cpus": 0}, **_shared_options(settings))
-    engine = _engine(args["registry"], settings, settings.serve.shared)
+        name="ingress", ray_actor_options={"num_cpus": 0}, **shared_options(settings))
+    engine = engine_application(args["registry"], settings, settings.serve.shared)
     return ingress.bind(args["registry"], settings.model_dump(mode="json"), engine)
-
-
-def build_dedicated(args: dict[str, Any]) -> serve.Application:
-    """Replicas for one cartridge: `build_app`'s args and `replicas` (`ReplicaSettings`).
-
-    For an application named `corpus-<name>` with no route prefix.
-    """
-    settings = BuildSettings.model_validate(args.get("settings", {}))
-    return _engine(args["registry"], settings, ReplicaSettings.model_validate(args.get("replicas", {})))
-
-
-def run_dedicated(name: str, registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> None:
-    """Give the cartridge `name` replicas of its own; the ingress finds them by the application's name."""
-    args = {"registry": registry, "settings": settings.model_dump(mode="json"),
-            "replicas": replicas.model_dump()}
-    serve.run(build_dedicated(args), name=DEDICATED + name, route_prefix=None)
-
-
-def _engine(registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> serve.Application:
-    gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0
-    deployment = serve.deployment(EngineReplica).options(
-        name="engine", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **_scaling(replicas),
-        **_shared_options(settings))
-    return deployment.bind(registry, settings.model_dump(mode="json"))
-
-
-def _scaling(replicas: ReplicaSettings) -> dict[str, Any]:
-    if replicas.min_replicas == replicas.max_replicas:
-        return {"num_replicas": replicas.max_replicas}
-    return {"autoscaling_config": {
-        "min_replicas": replicas.min_replicas, "max_replicas": replicas.max_replicas,
-        "target_ongoing_requests": replicas.target_ongoing, "downscale_delay_s": replicas.idle_s}}
-
-
-def _shared_options(settings: BuildSettings) -> dict[str, Any]:
-    return {"max_ongoing_requests": settings.serve.max_queue + HEADROOM,
-            "graceful_shutdown_timeout_s": settings.serve.drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2,
-            "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False)}
-
-
-class EngineReplica:
-    """Holds a `LocalBackend`."""
-
-    def __init__(self, registry: str, settings: dict[str, Any]):
-        self.backend = build_backend(registry, BuildSettings.model_validate(settings))
-
-    @serve.multiplexed(max_num_models_per_replica=HINTS)
-    async def _holds(self, ref: str) -> str:
-        """Tells Ray's router that this replica has `ref`, so that it sends requests for it here."""
-        return ref
-
-    async def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]:
-        if call.ref:
-            await self._holds(call.ref)
-        async with aclosing(self.backend.stream(call)) as events:
-            async for event in events:
-                yield event
-
-    async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
-        return await self.backend.hold(ref, pinned, ttl_s)
-
-    async def release(self, ref: str) -> None:
-        await self.backend.release(ref)
-
-    async def residents(self) -> dict[str, dict[str, Any]]:
-        return await self.backend.residents()
-
-    async def families(self) -> list[Family]:
-        return await self.backend.families()
 
 
 @serve.ingress()
@@ -117,8 +42,6 @@ class Ingress:
     """Holds a `CartridgeService`; its app is built in the replica."""
 
     def __init__(self, registry: str, settings: dict[str, Any], engine: DeploymentHandle):
-        from workflows.serving.ray_backend import RayBackend
-
         parsed = BuildSettings.model_validate(settings)
         self.service = build_service(registry, parsed, RayBackend(engine, registry, parsed))
 

@@ -13,9 +13,9 @@ from cartridges.config import BuildSettings, ReplicaSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
 from workflows.serving.backend import EngineCall
-from workflows.serving.deployments import DEDICATED, run_dedicated
 from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Family, add_up
+from workflows.serving.replicas import DEDICATED, run_dedicated
 
 POLL_S = 2.0
 """How often the ingress looks which cartridges have replicas of their own."""

@@ -1,0 +1,93 @@
+"""Replicas that hold engines, on Ray Serve: shared ones, and those of a cartridge that has its own."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from cartridges.config import BuildSettings, ReplicaSettings
+from cartridges.engines.base import TokenEvent
+from workflows.serving.backend import EngineCall
+from workflows.serving.metrics import Family
+from workflows.serving.parts import build_backend
+
+DEDICATED = "corpus-"
+"""Beginning of the names of applications that serve one cartridge."""
+
+HEADROOM = 64
+"""Requests a deployment takes beyond `max_queue`, so that ours is the limit that answers (with 429)."""
+
+HINTS = 1024
+"""Cartridges that Ray remembers a replica to hold, for routing; the bytes are `Residency`'s to limit."""
+
+
+def build_dedicated(args: dict[str, Any]) -> serve.Application:
+    """Replicas for one cartridge: `build_app`'s args and `replicas` (`ReplicaSettings`).
+
+    For an application named `corpus-<name>` with no route prefix.
+    """
+    settings = BuildSettings.model_validate(args.get("settings", {}))
+    return engine_application(args["registry"], settings, ReplicaSettings.model_validate(args.get("replicas", {})))
+
+
+def run_dedicated(name: str, registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> None:
+    """Give the cartridge `name` replicas of its own; the ingress finds them by the application's name."""
+    args = {"registry": registry, "settings": settings.model_dump(mode="json"),
+            "replicas": replicas.model_dump()}
+    serve.run(build_dedicated(args), name=DEDICATED + name, route_prefix=None)
+
+
+def engine_application(registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> serve.Application:
+    gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0
+    deployment = serve.deployment(EngineReplica).options(
+        name="engine", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **_scaling(replicas),
+        **shared_options(settings))
+    return deployment.bind(registry, settings.model_dump(mode="json"))
+
+
+def _scaling(replicas: ReplicaSettings) -> dict[str, Any]:
+    if replicas.min_replicas == replicas.max_replicas:
+        return {"num_replicas": replicas.max_replicas}
+    return {"autoscaling_config": {
+        "min_replicas": replicas.min_replicas, "max_replicas": replicas.max_replicas,
+        "target_ongoing_requests": replicas.target_ongoing, "downscale_delay_s": replicas.idle_s}}
+
+
+def shared_options(settings: BuildSettings) -> dict[str, Any]:
+    return {"max_ongoing_requests": settings.serve.max_queue + HEADROOM,
+            "graceful_shutdown_timeout_s": settings.serve.drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2,
+            "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False)}
+
+
+class EngineReplica:
+    """Holds a `LocalBackend`."""
+
+    def __init__(self, registry: str, settings: dict[str, Any]):
+        self.backend = build_backend(registry, BuildSettings.model_validate(settings))
+
+    @serve.multiplexed(max_num_models_per_replica=HINTS)
+    async def _holds(self, ref: str) -> str:
+        """Tells Ray's router that this replica has `ref`, so that it sends requests for it here."""
+        return ref
+
+    async def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]:
+        if call.ref:
+            await self._holds(call.ref)
+        async with aclosing(self.backend.stream(call)) as events:
+            async for event in events:
+                yield event
+
+    async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
+        return await self.backend.hold(ref, pinned, ttl_s)
+
+    async def release(self, ref: str) -> None:
+        await self.backend.release(ref)
+
+    async def residents(self) -> dict[str, dict[str, Any]]:
+        return await self.backend.residents()
+
+    async def families(self) -> list[Family]:
+        return await self.backend.families()
