@@ -244,10 +244,9 @@ def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trai
         output / "cartridge", cartridge, model=base.identity,
         corpus=artifact.CorpusRecord(**config["corpus_record"]), seed=settings.seed,
         settings={"synthesize": config["synthesize"], "train": settings.train.model_dump(mode="json")})
-    lengths = [len(conversation.input_ids) for conversation in trainer.conversations]
     write_manifest(output / "trained.json", {
-        "steps": trainer.order.steps, "conversations": len(lengths),
-        "truncated": count_truncated(lengths, settings.train.pack_tokens)})
+        "steps": trainer.order.steps, "conversations": len(trainer.conversations),
+        "truncated": count_truncated(trainer.conversations, settings.train.pack_tokens)})
 
 
 class _MetricsLog:
