@@ -43,7 +43,8 @@ CARTRIDGES = (
     Panel("Request duration", "s", _quantiles("cartridges_request_seconds")),
     Panel("In flight and queued", "short", {
         "{{model}} in flight": 'sum by (model) (cartridges_in_flight{model=~"$model"})',
-        "{{model}} queued": 'sum by (model) (cartridges_queued{model=~"$model"})'}),
+        "{{model}} queued": 'sum by (model) (cartridges_queued{model=~"$model"})',
+        "in the engines": "sum(cartridges_engine_active)"}),
     Panel("Refused and left", "reqps", {
         "{{reason}}": _rate("cartridges_rejected_total", "reason", ""),
         "client left": _rate("cartridges_disconnects_total", "")},

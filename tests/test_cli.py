@@ -195,6 +195,8 @@ def test_json_stdout_is_clean(tmp_path):
 def test_interrupt_is_one_line_and_130(tmp_path, signal_name):
     stopped = run_cli("build", "corpus", "--name", "x", cwd=tmp_path, code=(
         "import os, signal, time; from workflows import cli, commands\n"
+        # Children of a shell's background job inherit an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def killed(args):\n"
         f"    os.kill(os.getpid(), signal.{signal_name}); time.sleep(30)\n"
         "commands.run_build = killed; sys.exit(cli.main())"))
