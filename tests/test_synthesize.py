@@ -22,6 +22,7 @@ from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
 from cartridges.selfstudy.synthesizer import Dropped
 from workflows.budget import Rates, estimate, fit, parse_time
+from workflows.stage import Clock, write_manifest
 from workflows.synthesize import forget_failed, run_with_retry, synthesize
 
 CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by {name}son. It has {i + 20} steps."
@@ -113,6 +114,14 @@ def test_held_out_questions_are_not_trained_on():
     assert not asked & {one.messages[0]["content"] for one in rest}
     assert split(conversations, 3, seed=0)[1] == questions
     assert split(conversations, 0, seed=0) == (conversations, [])
+
+
+def test_the_clock_counts_killed_runs(tmp_path):
+    write_manifest(tmp_path / "clock.json", {"seconds": 100.0})
+    clock = Clock(tmp_path / "clock.json")
+    assert 100 <= clock.seconds < 160
+    clock.save()
+    assert 100 <= Clock(tmp_path / "clock.json").seconds < 160
 
 
 def test_budget_fits_what_it_plans():

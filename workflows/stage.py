@@ -6,6 +6,7 @@ A stage is done when its manifest is there and holds the fingerprint of what it 
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,20 @@ def require_match(found: dict[str, Any] | None, expected: str, directory: Path) 
     if found is not None and found["fingerprint"] != expected:
         raise UserError(f"{directory} was made with other settings, another corpus or another model; "
                         "give another directory, or delete this one")
+
+
+class Clock:
+    """Seconds that a stage has run, the runs that were killed included. `save` now and then."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        before = read_manifest(path)
+        self._before = before["seconds"] if before else 0.0
+        self._start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+    def save(self) -> None:
+        write_manifest(self.path, {"seconds": self.seconds})

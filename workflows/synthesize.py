@@ -25,7 +25,7 @@ from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Chunk, Corpus
 from workflows.budget import with_counts
-from workflows.stage import fingerprint, read_manifest, require_match, write_manifest
+from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
 
 MANIFEST = "dataset.json"
 POLL_SECONDS = 1.0
@@ -127,14 +127,14 @@ def _generate(output: Path, settings: BuildSettings, total: int,
     from workflows.console import Progress
     from workflows.local_ray import local_ray
 
-    start = time.monotonic()
+    clock = Clock(output / "work" / "clock.json")
     with ExitStack() as stack:
         if progress is None:
             progress = stack.enter_context(Progress(total, "synthesize", "conversations")).callback
         stack.enter_context(local_ray())
-        reporting = stack.enter_context(_Reporting(output / "work" / "checkpoint", total, progress))
+        reporting = stack.enter_context(_Reporting(output / "work" / "checkpoint", total, progress, clock))
         _run_pipeline(output.resolve(), settings)
-    return {"seconds": time.monotonic() - start, "conversations_per_s": reporting.rate()}
+    return {"seconds": clock.seconds, "conversations_per_s": reporting.rate()}
 
 
 def _run_pipeline(output: Path, settings: BuildSettings) -> None:
@@ -217,8 +217,8 @@ def _run_alone(synthesizer, task) -> Any:
 class _Reporting:
     """Calls `progress` every second with the rows committed so far, until the block ends."""
 
-    def __init__(self, checkpoint: Path, total: int, progress: ProgressCallback):
-        self.checkpoint, self.total, self.progress = checkpoint, total, progress
+    def __init__(self, checkpoint: Path, total: int, progress: ProgressCallback, clock: Clock):
+        self.checkpoint, self.total, self.progress, self.clock = checkpoint, total, progress, clock
         self.rows: dict[Path, int] = {}
         self.seen: list[tuple[float, int]] = []
         self.stop = threading.Event()
@@ -233,6 +233,7 @@ class _Reporting:
         if not self.seen or done > self.seen[-1][1]:
             self.seen.append((time.monotonic(), done))
         self.progress(done, self.total, "")
+        self.clock.save()
 
     def rate(self) -> float:
         """Conversations a second between the first commit that was seen and the last: no start-up."""

@@ -15,7 +15,6 @@ import shutil
 import statistics
 import tempfile
 import threading
-import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,7 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Corpus
-from workflows.stage import fingerprint, read_manifest, require_match, write_manifest
+from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
 from workflows.synthesize import MANIFEST as DATASET_MANIFEST
 from workflows.synthesize import ProgressCallback, corpus_tokens
 
@@ -61,9 +60,9 @@ def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSetting
               "output": str(output.resolve()), "settings": settings.model_dump(mode="json"),
               "corpus_record": made_of["corpus"], "synthesize": made_of["settings"]}
     with track("train", loaded.corpus_id, settings.model_dump(mode="json"), output) as run:
-        start = time.monotonic()
-        _fit(config, settings, run, progress)
-        manifest = _finish(output, expected, time.monotonic() - start)
+        clock = Clock(output / "work" / "clock.json")
+        _fit(config, settings, run, progress, clock)
+        manifest = _finish(output, expected, clock.seconds)
         run.log({"train/seconds": manifest["seconds"]})
     return manifest
 
@@ -117,7 +116,8 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
                         "--num-tokens (a tenth of the corpus is a good start)")
 
 
-def _fit(config: dict[str, Any], settings: BuildSettings, run, progress: ProgressCallback | None) -> None:
+def _fit(config: dict[str, Any], settings: BuildSettings, run, progress: ProgressCallback | None,
+         clock: Clock) -> None:
     from ray.train import TrainingFailedError
 
     from workflows.console import Progress
@@ -127,7 +127,7 @@ def _fit(config: dict[str, Any], settings: BuildSettings, run, progress: Progres
         if progress is None:
             progress = stack.enter_context(Progress(None, "train", "steps")).callback
         stack.enter_context(local_ray())
-        stack.enter_context(_Following(Path(config["output"]) / "metrics.jsonl", run, progress))
+        stack.enter_context(_Following(Path(config["output"]) / "metrics.jsonl", run, progress, clock))
         try:
             _torch_trainer(config, settings).fit()
         except TrainingFailedError as error:
@@ -272,8 +272,8 @@ def _lines(path: Path) -> list[str]:
 class _Following:
     """Follows `metrics.jsonl` while the workers write it: progress, and W&B."""
 
-    def __init__(self, path: Path, run, progress: ProgressCallback):
-        self.path, self.run, self.progress = path, run, progress
+    def __init__(self, path: Path, run, progress: ProgressCallback, clock: Clock):
+        self.path, self.run, self.progress, self.clock = path, run, progress, clock
         self.seen = 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._loop, daemon=True)
@@ -291,6 +291,7 @@ class _Following:
             self.progress(last["step"] + 1, last["steps"], f"loss {last['loss']:.3f}, KL {last['kl']:.3f}")
         # A resumed run's log is cut back to its checkpoint; steps seen before are not logged again.
         self.seen = max(self.seen, len(rows))
+        self.clock.save()
 
     def __enter__(self) -> None:
         self.thread.start()
