@@ -1,11 +1,12 @@
 """The files that deploy the service agree with the code they name."""
 
+from importlib import import_module
 from pathlib import Path
 
 import yaml
 
 from cartridges.config import BuildSettings, ReplicaSettings
-from workflows.serving import deployments
+from workflows.serving import deployments, replicas
 
 FILE = Path(__file__).resolve().parents[1] / "workflows" / "configs" / "serve.yaml"
 
@@ -17,13 +18,13 @@ def test_serve_yaml_names_what_there_is():
     ServeDeploySchema.model_validate(config)
     for application in config["applications"]:
         module, _, function = application["import_path"].partition(":")
-        assert module == deployments.__name__ and callable(vars(deployments)[function])
+        assert callable(vars(import_module(module))[function])
         BuildSettings.model_validate(application["args"]["settings"])
         ReplicaSettings.model_validate(application["args"].get("replicas", {}))
-    assert config["applications"][1]["name"].startswith(deployments.DEDICATED)
+    assert config["applications"][1]["name"].startswith(replicas.DEDICATED)
 
 
 def test_the_applications_bind():
     app = deployments.build_app({"registry": "r", "settings": {"serve": {"drain_s": 3}}})
     assert app._bound_deployment.name == "ingress"
-    assert deployments.build_dedicated({"registry": "r"})._bound_deployment.name == "engine"
+    assert replicas.build_dedicated({"registry": "r"})._bound_deployment.name == "engine"

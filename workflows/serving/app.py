@@ -74,11 +74,11 @@ def _add_cartridges(app: FastAPI, service: CartridgeService) -> None:
     async def unload_cartridge(name: str):
         return await service.release(name)
 
-    @app.put("/v1/cartridges/{name}/replicas")
+    @app.put("/v1/cartridges/{name}/replicas", status_code=202)
     async def give_replicas(name: str, body: ReplicaSettings):
         return await service.dedicate(name, body)
 
-    @app.delete("/v1/cartridges/{name}/replicas")
+    @app.delete("/v1/cartridges/{name}/replicas", status_code=202)
     async def take_replicas(name: str):
         return await service.share(name)
 

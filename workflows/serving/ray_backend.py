@@ -31,6 +31,7 @@ class RayBackend:
         self.shared, self.registry, self.settings = shared, registry, settings
         self._dedicated: dict[str, DeploymentHandle] = {}
         self._looked = 0.0
+        self._changing = asyncio.Lock()
 
     async def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]:
         handle = await self._handle(call.ref)
@@ -63,17 +64,16 @@ class RayBackend:
         return add_up(await self._all("families"))
 
     async def dedicate(self, name: str, replicas: ReplicaSettings) -> None:
-        await asyncio.to_thread(run_dedicated, name, self.registry, self.settings, replicas)
-        self._looked = 0.0
+        # In the background: a replica may take minutes, and the shared ones serve meanwhile.
+        await asyncio.to_thread(run_dedicated, name, self.registry, self.settings, replicas, wait=False)
 
     async def share(self, name: str) -> None:
-        await self._look()
-        if name not in self._dedicated:
+        if not await asyncio.to_thread(_exists, name):
             raise ApiError(404, f"{name} has no replicas of its own", "not_dedicated")
-        # First out of the table, so that new requests go elsewhere while the running ones finish.
-        del self._dedicated[name]
-        self._looked = time.monotonic()
-        await asyncio.to_thread(serve.delete, DEDICATED + name)
+        async with self._changing:
+            # First out of the table, so that new requests go elsewhere while the running ones finish.
+            self._dedicated = {other: handle for other, handle in self._dedicated.items() if other != name}
+            await asyncio.to_thread(serve.delete, DEDICATED + name, _blocking=False)
 
     async def _handle(self, ref: str | None) -> DeploymentHandle:
         """For one streamed request: with several replicas, one that holds the cartridge is preferred."""
@@ -88,7 +88,9 @@ class RayBackend:
     async def _look(self) -> None:
         if time.monotonic() - self._looked > POLL_S:
             self._looked = time.monotonic()
-            self._dedicated = await asyncio.to_thread(_dedicated_handles, self._dedicated)
+            # One at a time: an old answer must not bring back what has just been taken away.
+            async with self._changing:
+                self._dedicated = await asyncio.to_thread(_dedicated_handles, self._dedicated)
 
     async def _all(self, method: str, *args: Any, handles: list[DeploymentHandle] | None = None) -> list[Any]:
         """What every running replica of `handles` (None: of all pools) answers."""
@@ -107,6 +109,12 @@ def _dedicated_handles(known: dict[str, DeploymentHandle]) -> dict[str, Deployme
     running = {app.removeprefix(DEDICATED) for app, told in serve.status().applications.items()
                if app.startswith(DEDICATED) and told.status == "RUNNING"}
     return {name: known.get(name) or serve.get_app_handle(DEDICATED + name) for name in running}
+
+
+def _exists(name: str) -> bool:
+    """Whether `name` has an application, be it still starting."""
+    told = serve.status().applications.get(DEDICATED + name)
+    return told is not None and told.status != "DELETING"
 
 
 def _original(error: RayTaskError | RayActorError) -> Exception:

@@ -33,11 +33,16 @@ def build_dedicated(args: dict[str, Any]) -> serve.Application:
     return engine_application(args["registry"], settings, ReplicaSettings.model_validate(args.get("replicas", {})))
 
 
-def run_dedicated(name: str, registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> None:
-    """Give the cartridge `name` replicas of its own; the ingress finds them by the application's name."""
+def run_dedicated(name: str, registry: str, settings: BuildSettings, replicas: ReplicaSettings,
+                  wait: bool = True) -> None:
+    """Give the cartridge `name` replicas of its own; the ingress finds them by the application's name.
+
+    `wait`: until they run. Otherwise they start in the background, and are used once they run.
+    """
     args = {"registry": registry, "settings": settings.model_dump(mode="json"),
             "replicas": replicas.model_dump()}
-    serve.run(build_dedicated(args), name=DEDICATED + name, route_prefix=None)
+    target = serve.RunTarget(build_dedicated(args), name=DEDICATED + name, route_prefix=None)
+    serve.run_many([target], wait_for_ingress_deployment_creation=wait, wait_for_applications_running=wait)
 
 
 def engine_application(registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> serve.Application:
