@@ -31,7 +31,8 @@ TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "packs_per_step
 
 @pytest.fixture(scope="module")
 def settings(tiny_model_dir):
-    base = tiny_settings(tiny_model_dir, num_conversations=96)
+    base = tiny_settings(tiny_model_dir, num_conversations=96,
+                         families={"anchored": 0.5, "cloze": 0.3, "recall": 0.2})
     return BuildSettings.model_validate({**base.model_dump(), "train": TRAIN})
 
 

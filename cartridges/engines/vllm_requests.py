@@ -164,16 +164,24 @@ def loss_positions(request: ScoreRequest) -> list[int]:
 def rows(flat, at, topk: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Of vLLM's `FlatLogprobs` at positions `at`: chosen `[n]`, top-k ids and logprobs `[n, topk]`.
 
-    Each position holds the chosen token first, then the top k by falling probability.
+    A position holds the chosen token first and then the top k by falling probability; where vLLM has
+    merged outputs that were not fetched in time, a chosen token of the top k is there only once.
     """
     starts = [flat.start_indices[position] for position in at]
     chosen = np.array([flat.logprobs[start] for start in starts], np.float32)
     if not topk:
         return chosen, None, None
-    top_ids = [flat.token_ids[start + 1: start + 1 + topk] for start in starts]
-    top_logprobs = [flat.logprobs[start + 1: start + 1 + topk] for start in starts]
-    return (chosen, np.array(top_ids, np.int32).reshape(-1, topk),
-            np.array(top_logprobs, np.float32).reshape(-1, topk))
+    ranked = [_ranked(flat, start, flat.end_indices[position])[:topk]
+              for start, position in zip(starts, at, strict=True)]
+    ids = np.array([[token for token, _ in row] for row in ranked], np.int32)
+    logprobs = np.array([[logprob for _, logprob in row] for row in ranked], np.float32)
+    return chosen, ids.reshape(-1, topk), logprobs.reshape(-1, topk)
+
+
+def _ranked(flat, start: int, end: int) -> list[tuple[int, float]]:
+    """A position's distinct tokens by falling logprob; ties stay in vLLM's order."""
+    distinct = dict(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))
+    return sorted(distinct.items(), key=lambda item: -item[1])
 
 
 def _tenant_salt(tenant: str) -> str:
