@@ -16,6 +16,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from cartridges.merged_attention import merged_attention, supports
+
 NAME = "cartridge"
 
 # Axis letters: N groups, M rows a group, T query tokens, S own key slots, P prefix slots,
@@ -76,18 +78,21 @@ def cartridge_attention(module, query, key, value, attention_mask, scaling, drop
         output = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, is_causal=bias is None, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2), None
-    layer = module.layer_idx
-    output = prefix_attention(query * scaling, key, value, context.prefix_keys[layer],
-                              context.prefix_values[layer], context.prefix_bias, context.own_bias)
-    return output, None
+    prefix = context.prefix_keys[module.layer_idx], context.prefix_values[module.layer_idx]
+    own_bias = context.own_bias
+    if own_bias is None:
+        own_bias = causal_bias(query.shape[2], key.shape[2], query.dtype, query.device).expand(len(query), -1, -1)
+    attend = merged_attention if supports(query) else prefix_attention
+    return attend(query, key, value, *prefix, context.prefix_bias, own_bias.to(query.dtype), scaling), None
 
 
-def prefix_attention(query, key, value, prefix_key, prefix_value, prefix_bias, own_bias):
-    """softmax([q Kp^T, q K^T]) [Vp; V] without repeating the prefix.
+def prefix_attention(query, key, value, prefix_key, prefix_value, prefix_bias, own_bias, scaling: float):
+    """softmax([q Kp^T, q K^T]) [Vp; V] without repeating the prefix: the definition, on any device.
 
-    query `[B, H*G, T, D]` (already scaled), key/value `[B, H, S, D]`, prefix `[N, H, P, D]` with
-    `B = N*M`; biases as in `AttentionContext`. Returns `[B, T, H*G, D]`.
+    query `[B, H*G, T, D]`, key/value `[B, H, S, D]`, prefix `[N, H, P, D]` with `B = N*M`; `prefix_bias`
+    `[N, P]` or None, `own_bias` `[B, T, S]`. Returns `[B, T, H*G, D]`.
     """
+    query = query * scaling
     B, HG, T, D = query.shape
     N, H, P, _ = prefix_key.shape
     S, M, G = key.shape[2], B // N, HG // H
@@ -98,8 +103,6 @@ def prefix_attention(query, key, value, prefix_key, prefix_value, prefix_bias, o
     to_prefix = torch.bmm(query.view(N * H, M * G * T, D), prefix_key.reshape(N * H, P, D).transpose(1, 2))
     to_own = torch.bmm(query.view(N * H * M, G * T, D), key.transpose(1, 2))
     to_own = to_own.view(N, H, M, G, T, S)
-    if own_bias is None:
-        own_bias = causal_bias(T, S, query.dtype, query.device).expand(B, T, S)
     to_own = to_own + own_bias.to(query.dtype).view(N, 1, M, 1, T, S)
     to_prefix = to_prefix.view(N, H, M, G, T, P)
     if prefix_bias is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cartridges.attention import AttentionContext, install
+from cartridges.attention import AttentionContext, causal_bias, install, prefix_attention
 from cartridges.cartridge import Cartridge
 from cartridges.config import ModelSettings, TrainSettings
 from cartridges.distill.initialize import initialize
@@ -11,6 +11,7 @@ from cartridges.engines.base import CartridgePrefix, Request, ScoreRequest, Text
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
 from cartridges.forward import extend, hidden_states, prefill, stack_prefixes
+from cartridges.merged_attention import merged_attention
 from cartridges.models import load_base_model
 
 TEXT = "The well of Sallow was dug in 1655 by Amalie Roux. It is 31 yards deep. "
@@ -156,3 +157,27 @@ def test_real_model_answers_the_same_from_exact_kv(base_model_dir):
     base.model.set_attn_implementation("sdpa")
     stock = base.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt):]
     assert by_text[0].output_ids == tuple(stock.tolist())
+
+
+@pytest.mark.parametrize(("groups", "rows", "heads", "per_head", "padded"),
+                         [(1, 3, 3, 3, False), (2, 2, 2, 1, True), (1, 1, 1, 2, True)])
+def test_merged_attention_is_prefix_attention_with_its_gradients(groups, rows, heads, per_head, padded):
+    T, S, P, D, B = 5, 9, 13, 16, groups * rows
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    inputs = (tensor(B, heads * per_head, T, D), tensor(B, heads, S, D), tensor(B, heads, S, D),
+              tensor(groups, heads, P, D), tensor(groups, heads, P, D))
+    closed = torch.rand(groups, P, generator=generator) < 0.4
+    bias = torch.zeros(groups, P, dtype=torch.float64).masked_fill(closed, float("-inf")) if padded else None
+    own_bias = causal_bias(T, S, torch.float64, "cpu").expand(B, T, S)
+    upstream = torch.randn(B, T, heads * per_head, D, generator=generator, dtype=torch.float64)
+
+    def run(attend):
+        output = attend(*inputs, bias, own_bias, 0.3)
+        return output, *torch.autograd.grad(output, inputs, upstream)
+
+    for mine, expected in zip(run(merged_attention), run(prefix_attention), strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-9, rtol=1e-7)
