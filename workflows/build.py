@@ -48,7 +48,7 @@ def build(corpus: str, name: str, settings: BuildSettings, registry: str, questi
     work = Path(workdir or f"runs/{name}")
     check_training(loaded, settings)
     settings = _settle(loaded, settings, work)
-    dataset, trained, cartridge = _make_cartridge(corpus, loaded, settings, work)
+    dataset, trained, cartridge = _make_cartridge(corpus, loaded, name, settings, work)
     card = _evaluate(loaded, asked, name, settings, work, store, dataset, trained, cartridge)
     version = _publish(store, name, cartridge, card, work)
     result = {"name": name, "version": version, "registry": registry, "workdir": str(work),
@@ -107,7 +107,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _make_cartridge(corpus: str, loaded: Corpus, settings: BuildSettings,
+def _make_cartridge(corpus: str, loaded: Corpus, name: str, settings: BuildSettings,
                     work: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """Synthesis and training: `(data set manifest, training manifest, artifact directory)`."""
     from workflows import rates
@@ -123,8 +123,8 @@ def _make_cartridge(corpus: str, loaded: Corpus, settings: BuildSettings,
     with ExitStack() as stack:
         if not ((dataset_dir / DATASET).is_file() and (train_dir / TRAINING).is_file()):
             stack.enter_context(local_ray())  # one Ray for both stages
-        dataset = synthesize(corpus, str(dataset_dir), settings)
-        trained = train(str(dataset_dir), corpus, str(train_dir), settings)
+        dataset = synthesize(corpus, str(dataset_dir), settings, job=name)
+        trained = train(str(dataset_dir), corpus, str(train_dir), settings, job=name)
     rates.remember(settings, dataset, trained)
     return dataset, trained, train_dir / "cartridge"
 

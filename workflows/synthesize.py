@@ -35,8 +35,10 @@ ProgressCallback = Callable[[int, int, str], None]
 
 
 def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
-               progress: ProgressCallback | None = None) -> dict[str, Any]:
+               progress: ProgressCallback | None = None, job: str | None = None) -> dict[str, Any]:
     """Conversations of `corpus` in `output_dir`; returns the manifest. Resumes; done is done.
+
+    `job` groups the W&B runs of one build.
 
     Raises `UserError` where `output_dir` holds another corpus' or other settings' conversations, and
     `RuntimeError` where more than `synthesize.max_failed_share` of the conversations raised.
@@ -53,7 +55,7 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
 
     output.mkdir(parents=True, exist_ok=True)
     planned = _plan(loaded, output, settings, expected)
-    with track("synthesize", loaded.corpus_id, settings.model_dump(mode="json"), output) as run:
+    with track("synthesize", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
         speed = _generate(output, settings, planned["conversations"], progress)
         manifest = _finish(output, settings, planned, speed)
         run.log(_metrics(manifest))

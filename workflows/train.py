@@ -36,8 +36,10 @@ POLL_SECONDS = 0.5
 
 
 def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSettings,
-          progress: ProgressCallback | None = None) -> dict[str, Any]:
+          progress: ProgressCallback | None = None, job: str | None = None) -> dict[str, Any]:
     """A cartridge from the conversations in `dataset_dir`, in `output_dir/cartridge`; returns the manifest.
+
+    `job` groups the W&B runs of one build.
 
     Raises `UserError` where the data set is unfinished or of another corpus, or where `output_dir`
     holds another training.
@@ -59,7 +61,7 @@ def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSetting
     config = {"dataset": str(dataset.resolve()), "corpus": str(Path(corpus).resolve()),
               "output": str(output.resolve()), "settings": settings.model_dump(mode="json"),
               "corpus_record": made_of["corpus"], "synthesize": made_of["settings"]}
-    with track("train", loaded.corpus_id, settings.model_dump(mode="json"), output) as run:
+    with track("train", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
         clock = Clock(output / "work" / "clock.json")
         _fit(config, settings, run, progress, clock)
         manifest = _finish(output, expected, clock.seconds)

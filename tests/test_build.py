@@ -1,0 +1,82 @@
+"""The whole chain on a tiny model: published with its report card; run again, nothing is done twice."""
+
+import time
+
+import pytest
+
+from cartridges.config import BuildSettings
+from cartridges.corpus import load_corpus
+from cartridges.errors import UserError
+from cartridges.registry import Registry
+from tests.test_synthesize import CORPUS, tiny_settings
+from tests.test_tracking import records
+from workflows.build import build
+from workflows.rates import calibrate, remembered
+
+FAMILIES = {"anchored": 0.5, "cloze": 0.3, "recall": 0.2}
+TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 3}
+EVALUATE = {"arms": ["closed_book", "full_context", "cartridge", "exact_kv"], "max_questions": 4,
+            "max_answer_tokens": 4, "bootstrap_samples": 100}
+
+
+@pytest.fixture
+def settings(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("CARTRIDGES_HOME", str(tmp_path / "home"))
+    base = tiny_settings(tiny_model_dir, num_conversations=64, batch_size=16, families=FAMILIES)
+    return BuildSettings.model_validate({**base.model_dump(), "train": TRAIN, "evaluate": EVALUATE})
+
+
+@pytest.fixture
+def corpus_file(tmp_path):
+    file = tmp_path / "corpus.txt"
+    file.write_text(CORPUS)
+    return file
+
+
+@pytest.mark.slow
+def test_build_publishes_once_and_resumes_for_nothing(settings, corpus_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)  # each stage keeps its run beside its work
+    arguments = (str(corpus_file), "lights", settings, str(tmp_path / "registry"), None, str(tmp_path / "work"))
+    result = build(*arguments)
+    card = result["report_card"]
+    entry = Registry(tmp_path / "registry").resolve("lights")
+    assert entry.version == result["version"] == card["cartridge"]["version"]
+    assert entry.manifest.report_card["arms"].keys() == set(EVALUATE["arms"])
+    assert card["questions"]["source"] == "held_out_self_study"
+    assert set(card["build"]["seconds"]) == {"synthesize", "train", "evaluate"}
+    assert card["build"]["conversations"]["kept"] > 0
+    assert "plan: 64 conversations, 3 steps" in capsys.readouterr().err
+    stages = [*(tmp_path / "work").glob("synthesize-*"), *(tmp_path / "work").glob("train-*"), tmp_path / "work"]
+    assert [records(stage, "run")[0].run_group for stage in stages] == ["lights"] * 3
+    start = time.monotonic()
+    again = build(*arguments)
+    assert time.monotonic() - start < result["seconds"] / 2
+    assert (again["version"], again["report_card"]) == (result["version"], card)
+    assert len(Registry(tmp_path / "registry").versions("lights")) == 1
+
+
+def test_calibration_measures_what_a_plan_needs(settings, corpus_file):
+    assert remembered(settings) is None
+    rates = calibrate(load_corpus(str(corpus_file)), settings)
+    assert rates.conversation_seconds > 0 and rates.pack_seconds > 0
+    assert 0 < rates.kept <= 1 and rates.tokens > 5
+
+
+def test_mistakes_are_named_before_anything_begins(settings, corpus_file, tmp_path):
+    def attempt(name="lights", questions=None, **update):
+        changed = settings.model_copy(update=update)
+        build(str(corpus_file), name, changed, str(tmp_path / "registry"), questions, str(tmp_path / "work"))
+
+    with pytest.raises(UserError, match="Bad Name"):
+        attempt(name="Bad Name")
+    with pytest.raises(UserError, match="shorter than num_tokens"):
+        attempt(train=settings.train.model_copy(update={"num_tokens": 4096}))
+    with pytest.raises(UserError, match="budget"):
+        attempt(budget="soon")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="empty"):
+        attempt(questions=str(tmp_path / "empty.jsonl"))
+    assert not (tmp_path / "work").exists()
