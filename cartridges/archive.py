@@ -1,15 +1,25 @@
 """A cartridge as one tar file: `<name>/cartridge.safetensors` and `<name>/manifest.json`.
 
-Archives come from strangers. Only these two regular files are ever read, streamed to paths we
-choose; links, sparse files, other members and other sizes than the manifest's are refused.
+The corpus' text is not in it, even where the registry keeps it. Archives come from strangers: only
+these two regular files are ever read, streamed to paths we choose; links, sparse files, other members
+and other sizes than the manifest's are refused.
 """
 
+import io
 import shutil
 import tarfile
 import uuid
 from pathlib import Path
 
-from cartridges.artifact import MANIFEST, MAX_MANIFEST_BYTES, TENSORS, load, parse_manifest, verify
+from cartridges.artifact import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    TENSORS,
+    load,
+    manifest_bytes,
+    parse_manifest,
+    verify,
+)
 from cartridges.errors import UserError
 
 
@@ -17,14 +27,15 @@ def pack(directory: Path, name: str, output: Path) -> None:
     """Write the artifact in `directory` to the tar `output`, by rename. Same input, same bytes."""
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no directory {output.parent}")
-    verify(directory)
+    manifest = manifest_bytes(verify(directory).model_copy(update={"corpus_text": None}))
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
     try:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-            for file in (MANIFEST, TENSORS):
-                member = tarfile.TarInfo(f"{name}/{file}")
-                member.size = (directory / file).stat().st_size
-                with open(directory / file, "rb") as data:
+            with open(directory / TENSORS, "rb") as tensors:
+                for file, size, data in ((MANIFEST, len(manifest), io.BytesIO(manifest)),
+                                         (TENSORS, (directory / TENSORS).stat().st_size, tensors)):
+                    member = tarfile.TarInfo(f"{name}/{file}")
+                    member.size = size
                     tar.addfile(member, data)
         temporary.replace(output)
     finally:

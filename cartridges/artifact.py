@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 TENSORS = "cartridge.safetensors"
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
-PROVENANCE = {"format_version", "report_card", "created", "libraries"}
+PROVENANCE = {"format_version", "report_card", "created", "libraries", "corpus_text"}
 """Manifest fields that are not part of the version: they tell of the build, not of the cartridge."""
 
 Dtype = Literal["bfloat16", "float32"]
@@ -70,6 +70,14 @@ class CorpusRecord(Record):
     """Length of the corpus in the base model's tokens."""
 
 
+class TextRecord(Record):
+    """The corpus' text, kept beside the cartridge (`cartridges.corpus_text`)."""
+
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+    """sha256 of the UTF-8 bytes of `corpus.txt`."""
+    file_bytes: int = Field(ge=1)
+
+
 class Manifest(Record):
     format_version: int = FORMAT_VERSION
     digest: str = Field(pattern="^[0-9a-f]{64}$")
@@ -81,6 +89,8 @@ class Manifest(Record):
     num_frozen_tokens: int = Field(ge=0)
     dtype: Dtype
     corpus: CorpusRecord
+    corpus_text: TextRecord | None = None
+    """The text, where it was kept: what full context reads. None for a private corpus."""
     settings: dict[str, Any] = {}
     seed: int = 0
     report_card: dict[str, Any] | None = None

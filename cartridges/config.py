@@ -30,6 +30,9 @@ class ModelSettings(Settings):
 class CorpusSettings(Settings):
     corpus_id: str | None = None
     """Row of a JSONL corpus, or a shell pattern (`services/*`) that joins several in file order."""
+    keep_text: bool = True
+    """Publish the corpus' text beside the cartridge, so that a service can answer with full context.
+    False for a private corpus: then the registry holds the cartridge alone."""
 
 
 class ChunkSettings(Settings):
@@ -162,6 +165,9 @@ class ServeSettings(Settings):
     """Requests a transformers replica decodes at once; the others wait their turn."""
     default_temperature: float = Field(0.0, ge=0, le=2)
     """For requests that give none: 0, because a cartridge is asked for facts (OpenAI's own is 1)."""
+    full_context: bool = True
+    """Answer `full_context: true` with the corpus in the prompt, where the registry keeps its text. It
+    costs a prefill of up to the whole window."""
     resident_bytes: int = Field(2 << 30, ge=1)
     """Bytes that loaded cartridges may take in a replica; the least recently used go first."""
     max_body_bytes: int = Field(4 << 20, ge=1024)

@@ -1,6 +1,7 @@
 """The registry: named, versioned cartridges on any fsspec path.
 
     <root>/<name>/<version>/cartridge.safetensors
+    <root>/<name>/<version>/corpus.txt             only where the manifest says so
     <root>/<name>/<version>/manifest.json          written last: a version is there when this is
     <root>/<name>/aliases.json                     {"latest": version, "prod": version, ...}
 
@@ -30,6 +31,7 @@ from cartridges.artifact import (
     read_manifest,
     verify,
 )
+from cartridges.corpus_text import TEXT, check_text
 from cartridges.errors import UserError
 from cartridges.store import Store
 
@@ -65,18 +67,28 @@ class Registry:
     def publish(self, name: str, directory: str | Path, aliases: Iterable[str] = ("latest",)) -> str:
         """Add the artifact in `directory` as a version of `name` and move `aliases` to it.
 
-        A version that is there already keeps its manifest. Returns the version.
+        A version that is there already keeps its tensors; of its provenance (report card, text) the
+        newest counts. Returns the version.
         """
         check_name(name)
         aliases = tuple(_checked_alias(alias) for alias in aliases)
         manifest = verify(directory)
         version = manifest.version
+        if manifest.corpus_text is not None:
+            file = Path(directory) / TEXT
+            check_text(file.read_bytes() if file.is_file() else None, manifest.corpus_text, str(file))
         with self._store.lock(name):
             if not self._is_published(name, version, manifest):
-                self._store.upload(Path(directory) / TENSORS, name, version, TENSORS)
-                self._store.write(manifest_bytes(manifest), name, version, MANIFEST)
+                self._upload(name, version, Path(directory), manifest)
             self._write_aliases(name, self.aliases(name) | dict.fromkeys(aliases, version))
         return version
+
+    def corpus_text(self, entry: Entry) -> str | None:
+        """The text that the version's corpus was built from; None where it was not kept."""
+        if entry.manifest.corpus_text is None:
+            return None
+        data = self._store.read(entry.name, entry.version, TEXT)
+        return check_text(data, entry.manifest.corpus_text, f"{entry.location}/{TEXT}")
 
     def resolve(self, ref: str) -> Entry:
         """`name`, `name@version`, `name@alias`, or `name@` and six or more digits of a version."""
@@ -235,8 +247,22 @@ class Registry:
         if data is None or self._store.size(name, version, TENSORS) != manifest.file_bytes:
             return False
         # The version is the cartridge's; of two report cards on it the newer one counts.
-        kept = parse_manifest(data, f"{name}@{version}").report_card
-        return manifest.report_card is None or kept == manifest.report_card
+        kept = parse_manifest(data, f"{name}@{version}")
+        return (manifest.report_card in (None, kept.report_card)
+                and manifest.corpus_text == kept.corpus_text)
+
+    def _upload(self, name: str, version: str, directory: Path, manifest: Manifest) -> None:
+        """Tensors, text, and last the manifest; a text that is no longer kept goes after it."""
+        data = self._store.read(name, version, MANIFEST)
+        if data is not None and manifest.report_card is None:
+            kept = parse_manifest(data, f"{name}@{version}").report_card
+            manifest = manifest.model_copy(update={"report_card": kept})
+        self._store.upload(directory / TENSORS, name, version, TENSORS)
+        if manifest.corpus_text is not None:
+            self._store.upload(directory / TEXT, name, version, TEXT)
+        self._store.write(manifest_bytes(manifest), name, version, MANIFEST)
+        if manifest.corpus_text is None:
+            self._store.remove(name, version, TEXT)
 
     def _delete_version(self, entry: Entry, force: bool) -> str:
         aliases = self.aliases(entry.name)

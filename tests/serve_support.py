@@ -10,6 +10,7 @@ import uvicorn
 from cartridges.artifact import CorpusRecord, save
 from cartridges.cartridge import Cartridge
 from cartridges.config import ModelSettings, ServeSettings
+from cartridges.corpus_text import keep_text
 from cartridges.engines.stream import TransformersStreamingEngine
 from cartridges.models import load_base_model
 from cartridges.registry import Registry
@@ -41,11 +42,14 @@ def exact_cartridge(base, text: str) -> Cartridge:
     return Cartridge(keys, values)
 
 
-def publish(base, registry: Registry, name: str, text: str, scratch) -> str:
+def publish(base, registry: Registry, name: str, text: str, scratch, kept: str | None = None) -> str:
+    """`kept`: the corpus' text to publish beside the cartridge."""
     cartridge = exact_cartridge(base, text)
     directory = scratch / f"{name}-{abs(hash(text))}"
     save(directory, cartridge, model=base.identity, dtype="float32", settings={},
          corpus=CorpusRecord(id=name, fingerprint="f" * 32, tokens=cartridge.num_tokens))
+    if kept is not None:
+        keep_text(directory, kept)
     return registry.publish(name, directory)
 
 

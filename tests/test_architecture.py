@@ -17,7 +17,7 @@ FLOW = (
     "attention forward engines.base",
     "selfstudy",
     "distill",
-    "artifact store archive registry",
+    "artifact corpus_text store archive registry",
     "engines",
     "evaluation",
 )

@@ -50,7 +50,8 @@ def build(corpus: str, name: str, settings: BuildSettings, registry: str, questi
     settings = _settle(loaded, settings, work)
     dataset, trained, cartridge = _make_cartridge(corpus, loaded, name, settings, work)
     card = _evaluate(loaded, asked, name, settings, work, store, dataset, trained, cartridge)
-    version = _publish(store, name, cartridge, card, work)
+    text = loaded.text if settings.corpus.keep_text else None
+    version = _publish(store, name, cartridge, card, text, work)
     result = {"name": name, "version": version, "registry": registry, "workdir": str(work),
               "seconds": time.monotonic() - start, "report_card": card}
     write_manifest(work / "build.json", result)
@@ -183,14 +184,18 @@ def _held_out_questions(train_dir: Path) -> tuple[Question, ...]:
     return tuple(Question(row["question_id"], row["question"], tuple(row["answers"])) for row in rows)
 
 
-def _publish(store, name: str, cartridge: Path, card: dict[str, Any], work: Path) -> str:
-    """Publish a copy of the artifact that holds the report card; the version does not depend on the card."""
+def _publish(store, name: str, cartridge: Path, card: dict[str, Any], text: str | None, work: Path) -> str:
+    """Publish a copy of the artifact that holds the report card, and the corpus' text where it is kept;
+    the version depends on neither."""
     from cartridges.artifact import set_report_card
+    from cartridges.corpus_text import keep_text
 
     copy = work / "publish"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(cartridge, copy)
     set_report_card(copy, card)
+    if text is not None:
+        keep_text(copy, text)
     version = store.publish(name, copy)
     shutil.rmtree(copy)
     return version

@@ -21,7 +21,8 @@ from workflows.serving.api import ChatRequest, CompletionRequest, Generation, Lo
 from workflows.serving.errors import ApiError
 from workflows.serving.formats import Answer
 from workflows.serving.limits import BodyLimit
-from workflows.serving.service import CartridgeService, Plan
+from workflows.serving.plans import Plan
+from workflows.serving.service import CartridgeService
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -156,7 +157,7 @@ async def _answer(service: CartridgeService, body: Generation, request: Request)
     label, status = "", 500
     try:
         plan = await _while_connected(request, service.plan(body))
-        label = plan.target.label
+        label = plan.label
         events = service.generate(plan)
         answer = Answer(body, plan, service.template.tokenizer)
         if body.stream:
@@ -212,8 +213,8 @@ async def _stream(answer: Answer, first: tuple[int, TokenEvent], events: Events,
         yield _event(ApiError(500, "internal error; the service's log has the cause").body())
     finally:
         if status == "499":
-            service.metrics.add("cartridges_disconnects_total", model=plan.target.label)
-        service.metrics.add("cartridges_requests_total", model=plan.target.label, status=status)
+            service.metrics.add("cartridges_disconnects_total", model=plan.label)
+        service.metrics.add("cartridges_requests_total", model=plan.label, status=status)
 
 
 def _event(chunk: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from cartridges.engines.base import TokenEvent
 from workflows.serving.api import ChatRequest, CompletionRequest, Generation
-from workflows.serving.service import Plan
+from workflows.serving.plans import Plan
 
 Json = dict[str, Any]
 
@@ -137,8 +137,9 @@ class Answer:
         self.choices[index].events.append(event)
 
     def openings(self) -> list[Json]:
+        """What a stream begins with: which way of answering this is, and the roles."""
         made = [self.format.opening(index) for index in range(len(self.choices))]
-        return [self._chunk([choice]) for choice in made if choice is not None]
+        return [self._chunk([choice]) | {"context": self.plan.describe()} for choice in made if choice is not None]
 
     def piece(self, index: int, event: TokenEvent) -> Json | None:
         """The chunk for one token; None while there is nothing to tell."""
@@ -148,11 +149,13 @@ class Answer:
         return self._chunk([self.format.piece(index, event)])
 
     def usage_chunk(self) -> Json:
-        return self._head | {"object": self.format.chunk_object, "choices": [], "usage": self.usage()}
+        return self._head | {"object": self.format.chunk_object, "choices": [], "usage": self.usage(),
+                             "context": self.plan.describe()}
 
     def whole(self) -> Json:
         choices = [self.format.whole(index, choice) for index, choice in enumerate(self.choices)]
-        return self._head | {"object": self.format.object, "choices": choices, "usage": self.usage()}
+        return self._head | {"object": self.format.object, "choices": choices, "usage": self.usage(),
+                             "context": self.plan.describe()}
 
     def usage(self) -> Json:
         generated = sum(len(choice.events) for choice in self.choices)

@@ -33,7 +33,8 @@ def _engine(type: Literal["counter", "gauge", "histogram"], help: str, *labels: 
     return Metric(type, help, labels, "engine")
 
 
-# `model` is the registry name without version, or the base model's name: bounded by the registry.
+# `model` is the registry name without version, the name with `:full_context` where the corpus itself was in
+# the prompt, or the base model's name: bounded by the registry.
 MODEL = ("model",)
 
 TABLE: dict[str, Metric] = {

@@ -1,37 +1,22 @@
 """The service without HTTP: which cartridge, which tokens, whether there is room, what was measured."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, aclosing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from cartridges.config import ReplicaSettings, ServeSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.models import ModelIdentity
 from cartridges.template import ChatTemplate
-from workflows.serving.api import MAX_CHOICES, ChatRequest, CompletionRequest, Generation
-from workflows.serving.backend import Backend, EngineCall
+from workflows.serving.api import Generation
+from workflows.serving.backend import Backend
 from workflows.serving.catalog import Catalog, Target
 from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Metrics, exposition
-from workflows.serving.prompts import chat_ids, raw_ids
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked request: one `EngineCall` for every choice of the answer.
-
-    `prompt_tokens` counts prefix and prompts, `cached_tokens` the cartridge's part of it.
-    """
-
-    target: Target
-    calls: tuple[EngineCall, ...]
-    prompt_tokens: int
-    cached_tokens: int
-    arrived: float = field(default_factory=time.monotonic)
+from workflows.serving.plans import Plan, Planner
+from workflows.serving.streams import merge
 
 
 class CartridgeService:
@@ -42,7 +27,7 @@ class CartridgeService:
         self.metrics = Metrics("ingress")
         self.in_flight = 0
         self.draining = False
-        self._default_tokens = len(template.default_ids())
+        self.planner = Planner(catalog, template, settings)
 
     @property
     def identity(self) -> ModelIdentity:
@@ -50,52 +35,7 @@ class CartridgeService:
 
     async def plan(self, body: Generation) -> Plan:
         """Check `body` and render its prompts. In a thread: the registry and the tokenizer take time."""
-        return await asyncio.to_thread(self._plan, body)
-
-    def _plan(self, body: Generation) -> Plan:
-        target = self.catalog.resolve(body.model)
-        if body.cartridges:
-            raise ApiError(400, "cartridges: several in one request are not offered; name one as the model",
-                           "composition_not_tested", "cartridges")
-        if body.full_context:
-            raise ApiError(400, "full_context: this service does not hold the corpus's text",
-                           "corpus_not_available", "full_context")
-        prompts = self._prompts(body)
-        if len(prompts) * body.n > MAX_CHOICES:
-            raise ApiError(400, f"prompts times n must be at most {MAX_CHOICES}", param="n")
-        prefix_tokens = target.num_tokens if target.entry else self._default_tokens
-        calls = tuple(self._call(body, target, ids, prefix_tokens, choice)
-                      for ids in prompts for choice in range(body.n))
-        prompt_tokens = sum(prefix_tokens + len(ids) for ids in prompts)
-        return Plan(target, calls, prompt_tokens, target.num_tokens * len(prompts))
-
-    def _prompts(self, body: Generation) -> list[tuple[int, ...]]:
-        if isinstance(body, ChatRequest):
-            return [chat_ids(self.template, body.messages)]
-        assert isinstance(body, CompletionRequest)
-        return [raw_ids(self.template, prompt, self.identity.vocab_size) for prompt in body.prompts]
-
-    def _call(self, body: Generation, target: Target, ids: tuple[int, ...], prefix_tokens: int,
-              choice: int) -> EngineCall:
-        temperature = self.settings.default_temperature if body.temperature is None else body.temperature
-        seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
-        return EngineCall(target.ref, ids, self._max_tokens(body, prefix_tokens, len(ids)), temperature,
-                          body.top_p, seed + choice, body.stops, body.topk or 0)
-
-    def _max_tokens(self, body: Generation, prefix_tokens: int, prompt_tokens: int) -> int:
-        window = self.identity.max_position_embeddings
-        room = window - prefix_tokens - prompt_tokens
-        limit, asked = self.settings.max_tokens_limit, body.answer_tokens
-        if prompt_tokens == 0:
-            raise ApiError(400, "the prompt is empty; send at least one token", param="prompt")
-        if room < (asked or 1):
-            raise ApiError(400, f"the model's window is {window} tokens: cartridge or system turn "
-                           f"{prefix_tokens}, prompt {prompt_tokens}, answer {asked or 1}",
-                           "context_length_exceeded")
-        if asked and asked > limit:
-            raise ApiError(400, f"max_tokens {asked} is above this service's limit of {limit}",
-                           "max_tokens_exceeded", "max_tokens")
-        return asked or min(limit, room)
+        return await asyncio.to_thread(self.planner.plan, body)
 
     async def generate(self, plan: Plan) -> AsyncIterator[tuple[int, TokenEvent]]:
         """(choice, event) as they come. Close it to stop at once.
@@ -193,7 +133,7 @@ class Watch:
     """Times and tokens of one request, into the metrics."""
 
     def __init__(self, metrics: Metrics, plan: Plan):
-        self.metrics, self.plan, self.model = metrics, plan, plan.target.label
+        self.metrics, self.plan, self.model = metrics, plan, plan.label
         self.tokens = 0
         self.first = self.last = 0.0
         metrics.add("cartridges_in_flight", model=self.model)
@@ -220,36 +160,3 @@ class Watch:
         self.metrics.observe("cartridges_request_seconds", time.monotonic() - self.plan.arrived,
                              model=self.model)
 
-
-async def merge(streams: list[AsyncIterator[TokenEvent]]) -> AsyncIterator[tuple[int, TokenEvent]]:
-    """(index, event) of several streams as they come. An error in one ends all."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as events:
-            async for event in events:
-                yield 0, event
-        return
-    queue: asyncio.Queue[tuple[int, TokenEvent | BaseException | None]] = asyncio.Queue()
-    async with AsyncExitStack() as stack:
-        for index, stream in enumerate(streams):
-            task = asyncio.create_task(_pump(index, stream, queue))
-            stack.push_async_callback(_stop, task)
-        for _ in streams:
-            while (item := await queue.get())[1] is not None:
-                if isinstance(item[1], BaseException):
-                    raise item[1]
-                yield item
-
-
-async def _pump(index: int, stream: AsyncIterator[TokenEvent], queue: asyncio.Queue) -> None:
-    try:
-        async with aclosing(stream) as events:
-            async for event in events:
-                queue.put_nowait((index, event))
-    except Exception as error:  # noqa: BLE001  It is raised again in `merge`.
-        queue.put_nowait((index, error))
-    queue.put_nowait((index, None))
-
-
-async def _stop(task: asyncio.Task) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,129 @@
+"""From a checked request body to engine calls: what stands before the prompt, which tokens, how many."""
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cartridges.config import ServeSettings
+from cartridges.template import ChatTemplate
+from workflows.serving.api import MAX_CHOICES, ChatRequest, CompletionRequest, Generation
+from workflows.serving.backend import EngineCall
+from workflows.serving.catalog import Catalog, Target
+from workflows.serving.errors import ApiError
+from workflows.serving.full_context import CorpusTexts
+from workflows.serving.prompts import chat_ids, raw_ids
+
+VALUE_BYTES = 2
+"""Bytes of a value in `kv_bytes`: as in bfloat16, whatever the engine computes in."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands before the prompt, in `num_tokens` KV slots.
+
+    `text` is the corpus of a full-context answer; `truncated`: only its beginning fitted the window.
+    """
+
+    kind: Literal["base", "cartridge", "full_context"]
+    num_tokens: int
+    text: str | None = None
+    truncated: bool = False
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.num_tokens if self.kind == "cartridge" else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request: one `EngineCall` for every choice of the answer.
+
+    `prompt_tokens` counts prefix and prompts, `cached_tokens` the cartridge's part of it;
+    `kv_bytes` is what the KV of the prefix and the longest prompt takes.
+    """
+
+    target: Target
+    context: Context
+    calls: tuple[EngineCall, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    kv_bytes: int
+    arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def label(self) -> str:
+        """`model` of the metrics; full context apart, or its times would hide the cartridge's."""
+        return f"{self.target.label}:full_context" if self.context.kind == "full_context" else self.target.label
+
+    def describe(self) -> dict[str, Any]:
+        """`context` of a response: which of the ways to answer this was."""
+        told = {"kind": self.context.kind, "tokens": self.context.num_tokens, "kv_bytes": self.kv_bytes}
+        return told | {"truncated": self.context.truncated} if self.context.kind == "full_context" else told
+
+
+class Planner:
+    """Request bodies -> plans. Blocking: registry and tokenizer take time. Refusals are `ApiError`."""
+
+    def __init__(self, catalog: Catalog, template: ChatTemplate, settings: ServeSettings):
+        self.catalog, self.template, self.settings = catalog, template, settings
+        self.window = catalog.identity.max_position_embeddings
+        self.texts = CorpusTexts(catalog.registry, template, self.window)
+        self._default_tokens = len(template.default_ids())
+
+    def plan(self, body: Generation) -> Plan:
+        target = self.catalog.resolve(body.model)
+        if body.cartridges:
+            raise ApiError(400, "cartridges: several in one request are not offered; name one as the model",
+                           "composition_not_tested", "cartridges")
+        prompts = self._prompts(body)
+        if len(prompts) * body.n > MAX_CHOICES:
+            raise ApiError(400, f"prompts times n must be at most {MAX_CHOICES}", param="n")
+        longest = max(map(len, prompts))
+        context = self._context(body, target, longest)
+        calls = tuple(self._call(body, target, context, ids, choice) for ids in prompts for choice in range(body.n))
+        identity = self.catalog.identity
+        per_token = 2 * identity.num_layers * identity.num_key_value_heads * identity.head_dim * VALUE_BYTES
+        return Plan(target, context, calls, sum(context.num_tokens + len(ids) for ids in prompts),
+                    context.cached_tokens * len(prompts), (context.num_tokens + longest) * per_token)
+
+    def _prompts(self, body: Generation) -> list[tuple[int, ...]]:
+        if isinstance(body, ChatRequest):
+            return [chat_ids(self.template, body.messages)]
+        assert isinstance(body, CompletionRequest)
+        return [raw_ids(self.template, prompt, self.catalog.identity.vocab_size) for prompt in body.prompts]
+
+    def _context(self, body: Generation, target: Target, prompt_tokens: int) -> Context:
+        if not body.full_context:
+            return (Context("cartridge", target.num_tokens) if target.entry
+                    else Context("base", self._default_tokens))
+        if not self.settings.full_context:
+            raise ApiError(400, "full_context: switched off here (serve.full_context)", "full_context_off",
+                           "full_context")
+        if not target.entry:
+            raise ApiError(400, "full_context: the base model has no corpus; name a cartridge as the model",
+                           "corpus_not_available", "full_context")
+        answer = body.answer_tokens or min(self.settings.max_tokens_limit, self.window // 8)
+        turn = self.texts.turn([target.entry], prompt_tokens + answer)
+        return Context("full_context", turn.num_tokens, turn.text, turn.truncated)
+
+    def _call(self, body: Generation, target: Target, context: Context, ids: tuple[int, ...],
+              choice: int) -> EngineCall:
+        temperature = self.settings.default_temperature if body.temperature is None else body.temperature
+        seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
+        return EngineCall(target.ref, ids, self._max_tokens(body, context.num_tokens, len(ids)), temperature,
+                          body.top_p, seed + choice, body.stops, body.topk or 0, context.text)
+
+    def _max_tokens(self, body: Generation, prefix_tokens: int, prompt_tokens: int) -> int:
+        room = self.window - prefix_tokens - prompt_tokens
+        limit, asked = self.settings.max_tokens_limit, body.answer_tokens
+        if prompt_tokens == 0:
+            raise ApiError(400, "the prompt is empty; send at least one token", param="prompt")
+        if room < (asked or 1):
+            raise ApiError(400, f"the model's window is {self.window} tokens: cartridge or system turn "
+                           f"{prefix_tokens}, prompt {prompt_tokens}, answer {asked or 1}",
+                           "context_length_exceeded")
+        if asked and asked > limit:
+            raise ApiError(400, f"max_tokens {asked} is above this service's limit of {limit}",
+                           "max_tokens_exceeded", "max_tokens")
+        return asked or min(limit, room)
