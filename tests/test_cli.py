@@ -93,7 +93,7 @@ def test_exit_codes_of_the_process(tmp_path):
 def test_every_command_knows_json():
     parsers = next(action for action in build_parser()._actions if action.dest == "command").choices
     assert set(parsers) >= {"build", "synthesize", "train", "evaluate", "serve", "chat", "submit",
-                            "list", "show", "promote", "delete", "export", "import"}
+                            "list", "show", "promote", "delete", "export", "import", "inspect"}
     for parser in parsers.values():
         assert "--json" in parser.format_help()
 

@@ -93,7 +93,7 @@ def test_a_row_that_raises_is_tried_alone_and_costs_nothing_else():
     tasks = [Task("1", "chunk", "cloze", 0), Task("bad", "chunk", "cloze", 0), Task("2", "chunk", "cloze", 0)]
     first, failed, last = run_with_retry(Fragile(), tasks)
     assert (first.conversation_id, last.conversation_id) == ("c001", "c002")
-    assert failed == Dropped("bad", "cloze", "error: ZeroDivisionError: by zero")
+    assert failed == Dropped("bad", "cloze", "error: ZeroDivisionError: by zero", "chunk")
 
 
 def test_batches_with_failures_are_taken_back(tmp_path):
@@ -188,6 +188,11 @@ def test_killed_driver_resumes_with_the_planned_ids(tiny_model_dir, corpus_file,
     assert not (output / "work").exists()
     _check_alignment(rows)
     _check_datasets_reads(output, len(rows))
+    card = json.loads((output / "data_card.json").read_text())
+    assert (card["fingerprint"], card["seed"]) == (manifest["fingerprint"], 3)
+    assert sum(sum(counts.values()) for counts in card["families"].values()) == 160
+    assert card["tokens"]["loss"] == card["topk_mass"]["n"] > 0 and len(card["model"]["weights_digest"]) == 64
+    assert card["groundedness"]["known"]["numbers"]["share"] == 1
     again = synthesize(str(corpus_file), str(output), settings)
     assert again == manifest
     with pytest.raises(UserError, match="other settings"):

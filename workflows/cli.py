@@ -89,6 +89,13 @@ def _add_stages(parsers: Any) -> None:
     synthesize.add_argument("--output", required=True, metavar="DIR", help="where the conversations go")
     _settings_options(synthesize, "model", "seed", "corpus_id", "budget")
 
+    inspect = _command(parsers, "inspect", commands.run_inspect, "what is in a data set: its card, and samples")
+    inspect.add_argument("dataset", metavar="DATASET", help="output directory of `cartridges synthesize`")
+    inspect.add_argument("--html", metavar="FILE", help="write a page of samples that a person can read")
+    inspect.add_argument("--samples", type=int, default=6, metavar="N",
+                         help="kept conversations of each family on the page; default 6")
+    inspect.add_argument("--seed", type=int, default=0, metavar="N", help="draws the samples; default 0")
+
     train = _command(parsers, "train", commands.run_train, "conversations to cartridge")
     train.add_argument("dataset", metavar="DATASET", help="output directory of `cartridges synthesize`")
     train.add_argument("--corpus", required=True, metavar="CORPUS", help="the corpus of the conversations")
@@ -193,7 +200,7 @@ def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
 
 def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
     """The result for a person, or as JSON."""
-    from workflows import console, registry_commands
+    from workflows import console, inspect_dataset, registry_commands
 
     if args.json:
         print(console.to_json(result if result is not None else {}), flush=True)
@@ -203,6 +210,8 @@ def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
         registry_commands.print_list(result, sys.stdout)
     elif args.command == "show":
         registry_commands.print_shown(result, sys.stdout)
+    elif args.command == "inspect":
+        inspect_dataset.print_card(result, sys.stdout)
     elif args.command == "evaluate":
         console.print_report_card(result, sys.stdout)
     elif args.command == "build":

@@ -42,6 +42,14 @@ def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:
     return synthesize(args.corpus, args.output, settings)
 
 
+def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
+    if args.samples < 0:
+        raise UserError(f"--samples {args.samples} is below 0")
+    from workflows.inspect_dataset import inspect
+
+    return inspect(args.dataset, args.html, args.samples, args.seed)
+
+
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_from(args)
     from workflows.train import train

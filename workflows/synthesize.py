@@ -4,6 +4,7 @@
     DIR/chunks.parquet                the corpus in chunks
     DIR/work/{tasks,parts,checkpoint} Ray Data's input, output and what it has committed
     DIR/shards/part-*.parquet         the finished conversations, kept and dropped, in order of id
+    DIR/data_card.json                what is in them (`cartridges inspect DIR`)
     DIR/dataset.json                  manifest, written last
 
 Killed anywhere, the same call goes on: Ray Data skips what is committed, at most the batches in
@@ -28,6 +29,7 @@ from workflows.budget import with_counts
 from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
 
 MANIFEST = "dataset.json"
+CARD = "data_card.json"
 POLL_SECONDS = 1.0
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -206,14 +208,15 @@ def run_with_retry(synthesizer, tasks: Sequence[Any]) -> list[Any]:
 
 
 def _run_alone(synthesizer, task) -> Any:
-    from cartridges.selfstudy.finish import ERROR
+    from cartridges.selfstudy.card import ERROR
     from cartridges.selfstudy.synthesizer import Dropped
 
     try:
         return synthesizer.run([task])[0]
     except Exception as error:  # recorded in the row, counted, and fatal above max_failed_share
         line = " ".join(str(error).split())[:200]
-        return Dropped(task.conversation_id, task.seed_family, f"{ERROR}{type(error).__name__}: {line}")
+        reason = f"{ERROR}{type(error).__name__}: {line}"
+        return Dropped(task.conversation_id, task.seed_family, reason, task.chunk_id)
 
 
 class _Reporting:
@@ -263,7 +266,8 @@ class _Reporting:
 
 def _finish(output: Path, settings: BuildSettings, planned: dict[str, Any],
             speed: dict[str, float]) -> dict[str, Any]:
-    """Deduplicate into `shards/`, check the failures, write the manifest, drop the work files."""
+    """Deduplicate into `shards/`, check the failures, write card and manifest, drop the work files."""
+    from cartridges.selfstudy.card import data_card
     from cartridges.selfstudy.finish import finish
 
     work = output / "work"
@@ -274,9 +278,20 @@ def _finish(output: Path, settings: BuildSettings, planned: dict[str, Any],
     _require_few_failures(summary.dropped["error"], planned["conversations"], settings, work)
     temporary.rename(output / "shards")
     manifest = {**planned, **summary.as_dict(), "planned": planned["conversations"], **speed}
+    write_manifest(output / CARD, data_card(summary, manifest, _model_record(settings)))
     write_manifest(output / MANIFEST, manifest)
     shutil.rmtree(work)
     return manifest
+
+
+def _model_record(settings: BuildSettings) -> dict[str, str | None]:
+    """What was asked for, and what it turned out to be."""
+    from cartridges.models import load_identity, resolve_model_dir
+
+    identity = load_identity(resolve_model_dir(settings.model))
+    digests = ("weights_digest", "tokenizer_hash", "template_hash")
+    return {**settings.model.model_dump(mode="json"), "source": identity.revision,
+            **{name: getattr(identity, name) for name in digests}}
 
 
 def _require_few_failures(failed: int, planned: int, settings: BuildSettings, work: Path) -> None:
@@ -295,7 +310,7 @@ def forget_failed(work: Path) -> str:
     """
     import pyarrow.parquet as pq
 
-    from cartridges.selfstudy.finish import ERROR
+    from cartridges.selfstudy.card import ERROR
 
     first = ""
     for file in sorted((work / "parts").glob("*.parquet")):

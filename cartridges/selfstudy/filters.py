@@ -5,6 +5,10 @@ import re
 import numpy as np
 
 _NUMBER = re.compile(r"\d[\d,.]*(?<![,.])")
+_CAPITALISED = re.compile(r"(?<![\w'’-])[A-Z][\w'’-]+")
+_WORD = re.compile(r"[\w'’-]+")
+_OPENS = re.compile(r"(?:^|[.!?:;|*•\n\"“(\[-])[\s\"“(\[*_]*$")
+"""What ends just before the first word of a sentence, a list item or a cell."""
 
 
 def malformed_question(question: str, short: bool) -> str | None:
@@ -29,6 +33,34 @@ def ungrounded_numbers(answer: str, chunk: str, question: str) -> list[str]:
     """Numbers of the answer that stand neither in the chunk nor in the question."""
     known = set(_NUMBER.findall(chunk)) | set(_NUMBER.findall(question))
     return [number for number in _NUMBER.findall(answer) if number not in known]
+
+
+def ungrounded_names(answer: str, chunk: str, question: str) -> list[str]:
+    """Capitalised words inside sentences of the answer that stand neither in the chunk nor in the question.
+
+    The first word of a sentence is left out: its capital says nothing. Latin and like scripts only.
+    """
+    known = {_bare(word) for text in (chunk, question) for word in _WORD.findall(text)}
+    return [name for name in names(answer) if _bare(name) not in known]
+
+
+def names(text: str) -> list[str]:
+    """The capitalised words of `text` that do not open a sentence."""
+    return [match.group() for match in _CAPITALISED.finditer(text) if not _OPENS.search(text[:match.start()])]
+
+
+def _bare(word: str) -> str:
+    """`Voss's` -> `voss`."""
+    return re.sub(r"['’]s?$", "", word).casefold()
+
+
+def groundedness(answer: str, chunk: str, question: str) -> dict[str, float]:
+    """Numbers and names of the answer, and how many of them stand neither in the chunk nor the question."""
+    return {
+        "numbers": float(len(_NUMBER.findall(answer))), "names": float(len(names(answer))),
+        "ungrounded_numbers": float(len(ungrounded_numbers(answer, chunk, question))),
+        "ungrounded_names": float(len(ungrounded_names(answer, chunk, question))),
+    }
 
 
 def says(answer: str, span: str) -> bool:

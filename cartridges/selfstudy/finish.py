@@ -1,75 +1,13 @@
 """The last pass over written conversations: exact duplicates across all batches, and the counts."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-DUPLICATE = "duplicate"
-ERROR = "error: "
-"""A row dropped because it raised has a reason that begins so; the rest is the error."""
-
-
-@dataclass
-class Summary:
-    """Counts of a data set. Masses and entropies are sums over `loss_tokens` positions."""
-
-    kept: int = 0
-    dropped: Counter = field(default_factory=Counter)
-    families: dict[str, Counter] = field(default_factory=dict)
-    tokens: int = 0
-    loss_tokens: int = 0
-    topk_mass: float = 0.0
-    teacher_entropy: float = 0.0
-
-    def add(self, table: pa.Table) -> None:
-        """Count the rows of `table` (the schema of `selfstudy.storage`)."""
-        reasons = table["dropped"].to_pylist()
-        for family, reason in zip(table["seed_family"].to_pylist(), reasons, strict=True):
-            name = reason_name(reason)
-            self.families.setdefault(family, Counter())[name or "kept"] += 1
-            if name:
-                self.dropped[name] += 1
-        kept = table.filter(pc.equal(table["dropped"], ""))
-        self.kept += len(kept)
-        self.tokens += pc.sum(pc.list_value_length(kept["input_ids"])).as_py() or 0
-        self._add_teacher(kept["topk_logprobs"])
-
-    def _add_teacher(self, column: pa.ChunkedArray) -> None:
-        for chunk in column.chunks:
-            rows = chunk.flatten()
-            k = pc.max(pc.list_value_length(rows)).as_py() or 0
-            if k == 0:
-                continue
-            logprobs = rows.flatten().to_numpy(zero_copy_only=False).reshape(-1, k).astype(np.float64)
-            mass = np.exp(logprobs).sum(1)
-            tail = np.clip(1 - mass, 1e-6, None)
-            self.loss_tokens += len(logprobs)
-            self.topk_mass += float(mass.sum())
-            self.teacher_entropy += float(-(np.exp(logprobs) * logprobs).sum() - (tail * np.log(tail)).sum())
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able; masses and entropies (nats, tail as one bucket) as means over loss tokens."""
-        positions = max(self.loss_tokens, 1)
-        return {
-            "conversations": {"kept": self.kept, "dropped": dict(sorted(self.dropped.items()))},
-            "families": {family: dict(sorted(self.families[family].items())) for family in sorted(self.families)},
-            "tokens": {"input": self.tokens, "loss": self.loss_tokens},
-            "topk_mass": self.topk_mass / positions,
-            "teacher_entropy": self.teacher_entropy / positions,
-        }
-
-
-def reason_name(reason: str) -> str:
-    """`error: ValueError: ...` -> `error`, so that reasons can be counted; others as they are."""
-    return "error" if reason.startswith(ERROR) else reason
+from cartridges.selfstudy.card import DUPLICATE, Summary
 
 
 def duplicates(files: Sequence[Path]) -> set[str]:

@@ -28,11 +28,12 @@ def schema() -> pa.Schema:
 
 
 def to_row(result: Conversation | Dropped) -> dict:
-    """A row of `schema()`. A dropped conversation keeps its id and the reason in `dropped`."""
+    """A row of `schema()`. A dropped conversation keeps the messages it had, and the reason in `dropped`."""
     if isinstance(result, Dropped):
-        return {"conversation_id": result.conversation_id, "chunk_id": "", "seed_family": result.seed_family,
-                "dropped": result.reason, "messages": [], "input_ids": [], "loss_mask": [], "topk_ids": [],
-                "topk_logprobs": [], "shared_tokens": 0, "info": "{}"}
+        return {"conversation_id": result.conversation_id, "chunk_id": result.chunk_id,
+                "seed_family": result.seed_family, "dropped": result.reason, "messages": list(result.messages),
+                "input_ids": [], "loss_mask": [], "topk_ids": [], "topk_logprobs": [], "shared_tokens": 0,
+                "info": "{}"}
     return {
         "conversation_id": result.conversation_id, "chunk_id": result.chunk_id,
         "seed_family": result.seed_family, "dropped": "", "messages": list(result.messages),
@@ -45,7 +46,8 @@ def to_row(result: Conversation | Dropped) -> dict:
 
 def from_row(row: dict) -> Conversation | Dropped:
     if row["dropped"]:
-        return Dropped(row["conversation_id"], row["seed_family"], row["dropped"])
+        return Dropped(row["conversation_id"], row["seed_family"], row["dropped"], row["chunk_id"],
+                       tuple(row["messages"]))
     return Conversation(
         row["conversation_id"], row["chunk_id"], row["seed_family"], tuple(row["messages"]),
         np.asarray(row["input_ids"], np.int32), np.asarray(row["loss_mask"], bool),

@@ -23,11 +23,13 @@ from cartridges.template import ChatTemplate
 
 @dataclass(frozen=True)
 class Dropped:
-    """A planned conversation that was not kept, and why."""
+    """A planned conversation that was not kept, and why. `messages` are those it had by then."""
 
     conversation_id: str
     seed_family: str
     reason: str
+    chunk_id: str = ""
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,11 @@ class Synthesizer:
         for draft in drafts:
             question = asked.get(draft.task.conversation_id, draft.question)
             reason = self._question_fault(draft.proposal, question)
+            draft = replace(draft, question=question)
             if reason:
-                results[draft.task.conversation_id] = _drop(draft.task, reason)
+                results[draft.task.conversation_id] = _drop(draft.task, reason, draft.turns())
             else:
-                kept.append(replace(draft, question=question))
+                kept.append(draft)
         return kept
 
     def _asking_request(self, draft: _Draft) -> Request:
@@ -121,8 +124,8 @@ class Synthesizer:
         closed = self._closed_book(rows)
         for draft, (ids, mask), score, blind in zip(drafts, rows, taught, closed, strict=True):
             reason = self._likelihood_fault(score, blind)
-            results[draft.task.conversation_id] = _drop(draft.task, reason) if reason else self._conversation(
-                draft, draft.proposal.answer, ids, mask, score.topk_ids, score.topk_logprobs,
+            results[draft.task.conversation_id] = self._conversation(
+                draft, draft.proposal.answer, reason, ids, mask, score.topk_ids, score.topk_logprobs,
                 {"teacher_nll": float(-score.logprobs[:-1].mean()), "known": 1.0})
 
     def _known_ids(self, draft: _Draft) -> tuple[tuple[int, ...], tuple[bool, ...]]:
@@ -154,8 +157,8 @@ class Synthesizer:
         for draft, prompt, answer in zip(drafts, prompts, completions, strict=True):
             reason = self._answer_fault(draft, answer)
             ids = (*prompt, *answer.output_ids)
-            results[draft.task.conversation_id] = _drop(draft.task, reason) if reason else self._conversation(
-                draft, answer.text, ids, _answer_mask(len(prompt), len(ids)), answer.topk_ids,
+            results[draft.task.conversation_id] = self._conversation(
+                draft, answer.text, reason, ids, _answer_mask(len(prompt), len(ids)), answer.topk_ids,
                 answer.topk_logprobs, {"teacher_nll": float(-answer.logprobs.mean())})
 
     def _answer_fault(self, draft: _Draft, answer: Completion) -> str | None:
@@ -171,11 +174,15 @@ class Synthesizer:
             return "ungrounded"
         return None
 
-    def _conversation(self, draft, answer, ids, mask, topk_ids, topk_logprobs, info) -> Conversation:
+    def _conversation(self, draft, answer, reason, ids, mask, topk_ids, topk_logprobs,
+                      info) -> Conversation | Dropped:
         messages = (*draft.turns(), {"role": "assistant", "content": answer})
+        if reason:
+            return _drop(draft.task, reason, messages)
         shared = len(self.shared) if draft.proposal.short else 0
         if list(ids[:shared]) != self.shared[:shared]:
             raise AssertionError("the example turns are not a prefix of the conversation's tokens")
+        info |= filters.groundedness(answer, draft.chunk.text, draft.question)
         return Conversation(
             draft.task.conversation_id, draft.chunk.chunk_id, draft.task.seed_family, messages,
             np.array(ids, np.int32), np.array(mask, bool), topk_ids, topk_logprobs, shared, info)
@@ -193,5 +200,5 @@ def _question(completion: Completion) -> str:
     return text + "?" if closed and text and text[-1].isalnum() else text
 
 
-def _drop(task: Task, reason: str) -> Dropped:
-    return Dropped(task.conversation_id, task.seed_family, reason)
+def _drop(task: Task, reason: str, messages: Sequence[Message] = ()) -> Dropped:
+    return Dropped(task.conversation_id, task.seed_family, reason, task.chunk_id, tuple(messages))
