@@ -49,7 +49,8 @@ class Request:
 
     `input_ids` comes from `template.conversation_ids(messages, generation_prompt=True)`.
     `topk > 0` asks for the top-k logprobs of every generated token, always of the T=1
-    distribution whatever the sampling temperature. `seed` makes sampling repeatable.
+    distribution whatever the sampling temperature. `seed` makes sampling repeatable. `ignore_end`
+    goes on past end-of-turn tokens to `max_tokens`, for measuring speed.
     """
 
     input_ids: tuple[int, ...]
@@ -60,6 +61,7 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     topk: int = 0
+    ignore_end: bool = False
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class TransformersStreamingEngine:
         token_id = int(sample(logprobs[None], torch.tensor([request.temperature]), [request.top_p],
                               torch.tensor([draws.next()])))
         topk = torch.topk(logprobs, request.topk) if request.topk else None
-        ended = token_id in self._end_ids
+        ended = token_id in self._end_ids and not request.ignore_end
         piece = "" if ended else text.push(token_id)
         finish_reason = "stop" if ended or text.stopped else "length" if last else None
         return TokenEvent(

@@ -235,7 +235,7 @@ class _Decoding:
 
     def _reason(self, row: int, token: int) -> str | None:
         request = self.requests[row]
-        if token in self.stop_ids:
+        if token in self.stop_ids and not request.ignore_end:
             return "stop"
         if request.stop and any(stop in self._text(row) for stop in request.stop):
             return "stop"

@@ -167,7 +167,7 @@ class AsyncVllmEngine:
     def _token_events(self, request: Request, delta, text: TextStream):
         chosen, top_ids, top_logprobs = rows(delta.logprobs, range(len(delta.token_ids)), request.topk)
         for index, token_id in enumerate(delta.token_ids):
-            ended = token_id in self.translator.stop_ids
+            ended = token_id in self.translator.stop_ids and not request.ignore_end
             piece = "" if ended else text.push(token_id)
             last = index == len(delta.token_ids) - 1
             reason = "stop" if ended or text.stopped else delta.finish_reason if last else None

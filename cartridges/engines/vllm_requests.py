@@ -108,7 +108,8 @@ class Translator:
         self.check_limits(prompt, request.max_tokens, request.topk)
         params = SamplingParams(
             max_tokens=request.max_tokens, temperature=request.temperature, top_p=request.top_p,
-            seed=request.seed if request.temperature > 0 else None, stop_token_ids=sorted(self.stop_ids),
+            seed=request.seed if request.temperature > 0 else None,
+            stop_token_ids=[] if request.ignore_end else sorted(self.stop_ids), ignore_eos=request.ignore_end,
             logprobs=request.topk, flat_logprobs=True, extra_args=prompt.extra_args(), **kwargs)
         return guarded(prompt, params)
 
