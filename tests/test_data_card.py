@@ -15,7 +15,8 @@ from cartridges.selfstudy.finish import finish
 from cartridges.selfstudy.synthesizer import Dropped
 from tests.test_synthesize import conversation, write_part
 from workflows.cli import main
-from workflows.inspect_dataset import inspect
+from workflows.dataset_page import write_page
+from workflows.inspect_dataset import read_card
 from workflows.stage import write_manifest
 
 CHUNK = "The Light Service was founded in 1611 by Perrin Voss. <b>Ann</b> keeps it."
@@ -77,7 +78,7 @@ def dataset(tmp_path, tiny_model_dir):
 
 
 def test_card_counts_reasons_repeats_and_ungrounded_answers(dataset):
-    card = inspect(str(dataset))
+    card = read_card(dataset)
     assert card["conversations"] == {"kept": 3, "dropped": {"duplicate": 1, "empty": 1, "error": 2}}
     assert card["families"] == {"cloze": {"kept": 3, "duplicate": 1}, "recall": {"empty": 1, "error": 2}}
     assert card["duplicates"] == {"duplicate": 1, "near_duplicate": 0, "share": 0.25}
@@ -92,7 +93,7 @@ def test_card_counts_reasons_repeats_and_ungrounded_answers(dataset):
 
 def test_the_command_prints_tables_or_json(dataset, capfd):
     assert main(["inspect", str(dataset), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out) == inspect(str(dataset))
+    assert json.loads(capfd.readouterr().out) == read_card(dataset)
     assert main(["inspect", str(dataset)]) == 0
     shown = capfd.readouterr().out
     assert "lights: 3 of 7 conversations kept" in shown and "failed c006 (recall): KeyError: x" in shown
@@ -102,7 +103,7 @@ def test_the_command_prints_tables_or_json(dataset, capfd):
 
 
 def test_the_page_stands_alone_and_colours_by_the_teachers_probability(dataset):
-    inspect(str(dataset), str(dataset / "out" / "page.html"))
+    assert main(["inspect", str(dataset), "--html", str(dataset / "out" / "page.html")]) == 0
     page = (dataset / "out" / "page.html").read_text()
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|https?:", page)
     assert page.count("<article") == 3 + 4  # every row is shown: there are fewer than the samples
@@ -114,14 +115,14 @@ def test_the_page_stands_alone_and_colours_by_the_teachers_probability(dataset):
 
 
 def test_samples_are_drawn_by_family_and_seed(dataset):
-    def ids(**how):
-        inspect(str(dataset), str(dataset / "page.html"), **how)
+    def ids(seed):
+        write_page(dataset, read_card(dataset), dataset / "page.html", samples=1, seed=seed)
         return re.findall(r"c00\d", (dataset / "page.html").read_text().split("<h2>Samples")[1])
 
-    assert len(ids(samples=1)) == 1 + 4 and ids(samples=1, seed=3) == ids(samples=1, seed=3)
-    assert len({tuple(ids(samples=1, seed=seed)) for seed in range(6)}) > 1
+    assert len(ids(0)) == 1 + 4 and ids(3) == ids(3)
+    assert len({tuple(ids(seed)) for seed in range(6)}) > 1
 
 
 def test_an_unfinished_data_set_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"data_card\.json"):
-        inspect(str(tmp_path))
+        read_card(tmp_path)

@@ -200,7 +200,7 @@ def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
 
 def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
     """The result for a person, or as JSON."""
-    from workflows import console, inspect_dataset, registry_commands
+    from workflows import console, registry_commands
 
     if args.json:
         print(console.to_json(result if result is not None else {}), flush=True)
@@ -211,7 +211,9 @@ def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
     elif args.command == "show":
         registry_commands.print_shown(result, sys.stdout)
     elif args.command == "inspect":
-        inspect_dataset.print_card(result, sys.stdout)
+        from workflows.inspect_dataset import print_card
+
+        print_card(result, sys.stdout)
     elif args.command == "evaluate":
         console.print_report_card(result, sys.stdout)
     elif args.command == "build":

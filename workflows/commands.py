@@ -6,6 +6,7 @@ answer at once.
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from cartridges.errors import UserError
@@ -45,9 +46,14 @@ def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:
 def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
     if args.samples < 0:
         raise UserError(f"--samples {args.samples} is below 0")
-    from workflows.inspect_dataset import inspect
+    from workflows.inspect_dataset import read_card
 
-    return inspect(args.dataset, args.html, args.samples, args.seed)
+    card = read_card(Path(args.dataset))
+    if args.html is not None:
+        from workflows.dataset_page import write_page
+
+        write_page(Path(args.dataset), card, Path(args.html), args.samples, args.seed)
+    return card
 
 
 def run_train(args: argparse.Namespace) -> dict[str, Any]:

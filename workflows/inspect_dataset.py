@@ -1,4 +1,4 @@
-"""`cartridges inspect DATASET`: the data card for a person, and samples as a page."""
+"""`cartridges inspect DATASET`: the data card for a person. `workflows.dataset_page` adds samples."""
 
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,20 +15,12 @@ DISTRIBUTIONS = {
 }
 
 
-def inspect(dataset: str, html: str | None = None, samples: int = 6, seed: int = 0) -> dict[str, Any]:
-    """The data card of `dataset`; with `html`, a page of `samples` conversations a family is written there.
-
-    Raises `UserError` where `dataset` is no finished data set.
-    """
-    directory = Path(dataset)
-    card = read_manifest(directory / CARD)
+def read_card(dataset: Path) -> dict[str, Any]:
+    """The data card of `dataset`. Raises `UserError` where that is no finished data set."""
+    card = read_manifest(dataset / CARD)
     if card is None:
         raise UserError(f"{dataset} has no {CARD}: it is no data set, or not a finished one; "
                         "`cartridges synthesize` writes it when it ends")
-    if html is not None:
-        from workflows.dataset_page import write_page
-
-        write_page(directory, card, Path(html), samples, seed)
     return card
 
 
