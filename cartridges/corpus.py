@@ -1,6 +1,7 @@
 """The user's files -> a `Corpus`, and its questions.
 
-A corpus is a folder, one file, or rows of a JSONL with `corpus_id` and `text` (and `questions`).
+A corpus is a folder, one file, or rows of a JSONL with `corpus_id` and `text` (and `questions`), of
+Parquet files or of a Hugging Face dataset on disk. All of a corpus' text is in memory at once.
 """
 
 import fnmatch
@@ -13,26 +14,30 @@ from pathlib import Path
 from cartridges.errors import UserError
 from cartridges.readers import decode, hash_bytes, read_file, walk
 from cartridges.records import Corpus, Document, Question
+from cartridges.tables import Table, is_table, open_table
 
 logger = logging.getLogger(__name__)
 
 JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 IDS_SHOWN = 4
 
-Row = tuple[int, dict]
-"""Line number (from 1) and object of one JSONL line."""
+Row = tuple[str, dict]
+"""Where it stands (`line 3` of a JSONL, `row 3` of a table; from 1) and what stands there."""
 
 
 def load_corpus(path: str, corpus_id: str | None = None) -> Corpus:
-    """The corpus at `path`: a folder (walked), one file, or a JSONL.
+    """The corpus at `path`: a folder (walked), one file, a JSONL, Parquet, or a Hugging Face dataset.
 
-    In a JSONL, `corpus_id` picks one row, or by shell pattern (`services/*`) several, joined in
-    file order with their questions. For a folder or another file it only names the corpus.
+    In a JSONL, and in a table with a column `corpus_id`, `corpus_id` picks one row, or by shell
+    pattern (`services/*`) several, joined in file order with their questions. Otherwise it only names
+    the corpus: a table without that column is one corpus, each row a document.
     Raises `UserError`, one line, for whatever cannot be read as asked.
     """
     where = Path(path).expanduser()
     if not where.exists():
         raise UserError(f"corpus {path} does not exist")
+    if is_table(where):
+        return _from_table(open_table(where), corpus_id)
     if where.is_dir():
         return _from_folder(where, corpus_id)
     if not where.is_file():
@@ -54,7 +59,7 @@ def load_questions(path: str, corpus_id: str | None = None) -> tuple[Question, .
                         else f"questions file {path} is not a file")
     rows = _read_rows(where)
     if "question" in rows[0][1]:
-        return _unique([_parse_question(row, f"{where} line {line}", str(line)) for line, row in rows],
+        return _unique([_parse_question(row, f"{where} {line}", line.removeprefix("line ")) for line, row in rows],
                        where)
     chosen = _select(rows, corpus_id, where)
     questions = _questions_of(chosen, where)
@@ -101,12 +106,42 @@ def _from_jsonl(where: Path, corpus_id: str | None) -> Corpus:
     chosen = _select(_read_rows(where), corpus_id, where)
     documents: dict[str, Document] = {}
     for line, row in chosen:
-        text = _row_text(row, f"{where} line {line}")
+        text = _row_text(row, f"{where} {line}")
         name = str(row.get("corpus_id", where.stem))
         document = Document(hash_bytes(text.encode()), f"{where.name}:{name}", text)
         documents.setdefault(document.document_id, document)
     picked = corpus_id or str(chosen[0][1].get("corpus_id", where.stem))
     return _build(picked, list(documents.values()), where, _questions_of(chosen, where))
+
+
+def _from_table(table: Table, corpus_id: str | None) -> Corpus:
+    """Two passes where there are ids to pick by, so that the text of the others is never held."""
+    chosen, picked = None, corpus_id or table.where.stem
+    if "corpus_id" in table.columns:
+        ids = [(f"row {number}", row) for number, row in enumerate(table.rows("corpus_id"), start=1)]
+        one_corpus = corpus_id is None and len({row.get("corpus_id") for _, row in ids}) == 1
+        rows = ids if one_corpus else _select(ids, corpus_id, table.where)
+        chosen = {place for place, _ in rows}
+        picked = corpus_id or str(rows[0][1].get("corpus_id", picked))
+    documents: dict[str, Document] = {}
+    asked: list[Row] = []
+    skipped = 0
+    columns = (table.text_column, "corpus_id", "questions")
+    for number, row in enumerate(table.rows(*columns), start=1):
+        place = f"row {number}"
+        if chosen is not None and place not in chosen:
+            continue
+        asked.append((place, {key: value for key, value in row.items() if key != table.text_column}))
+        text = row.get(table.text_column, "")
+        if isinstance(text, str) and not text.strip():
+            skipped += 1
+            continue
+        text = _row_text({"text": text}, f"{table.where} {place}")
+        document = Document(hash_bytes(text.encode()), f"{table.where.name}:{number}", text)
+        documents.setdefault(document.document_id, document)
+    if skipped:
+        logger.warning("corpus %s: skipped %d rows without text", table.where, skipped)
+    return _build(picked, list(documents.values()), table.where, _questions_of(asked, table.where))
 
 
 def _row_text(row: dict, place: str) -> str:
@@ -145,7 +180,7 @@ def _read_rows(where: Path) -> list[Row]:
                             "one object a line is expected") from None
         if not isinstance(row, dict):
             raise UserError(f"{where} line {number} is not a JSON object")
-        rows.append((number, row))
+        rows.append((f"line {number}", row))
     if not rows:
         raise UserError(f"{where} is empty")
     return rows
@@ -158,12 +193,12 @@ def _select(rows: list[Row], corpus_id: str | None, where: Path) -> list[Row]:
             raise UserError(f"{where} holds {len(rows)} corpora; pick one with --corpus-id, or several "
                             f"by pattern: {_some_ids(rows)}")
         if len(rows) > 1:
-            _row_text(rows[0][1], f"{where} line {rows[0][0]}")
+            _row_text(rows[0][1], f"{where} {rows[0][0]}")
             raise UserError(f"{where}: its {len(rows)} rows have no corpus_id to pick by; add one a row")
         return rows
     named = [(line, row) for line, row in rows if "corpus_id" in row]
     if not named:
-        raise UserError(f"{where} line {rows[0][0]} has no \"corpus_id\" (its fields: "
+        raise UserError(f"{where} {rows[0][0]} has no \"corpus_id\" (its fields: "
                         f"{', '.join(list(rows[0][1])[:6])}); a JSONL corpus has rows with corpus_id and "
                         "text")
     chosen = _matching(named, corpus_id)
@@ -189,10 +224,10 @@ def _questions_of(rows: list[Row], where: Path) -> tuple[Question, ...]:
     for line, row in rows:
         raw = row.get("questions", [])
         if not isinstance(raw, list):
-            raise UserError(f"{where} line {line}: \"questions\" must be a list")
+            raise UserError(f"{where} {line}: \"questions\" must be a list")
         for index, item in enumerate(raw):
             default_id = f"{row.get('corpus_id', where.stem)}#{index}"
-            parsed.append(_parse_question(item, f"{where} line {line} question {index + 1}", default_id))
+            parsed.append(_parse_question(item, f"{where} {line} question {index + 1}", default_id))
     return _unique(parsed, where)
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOW = (
     "errors",
     "records config",
-    "template cartridge readers",
+    "template cartridge readers tables",
     "download models corpus chunking prompts",
     "attention forward engines.base",
     "selfstudy",
