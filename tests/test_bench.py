@@ -1,18 +1,28 @@
 """`cartridges bench`: the sides do the same work, the yardstick counts what is done, the ratios are right."""
 
 
+import json
+from contextlib import nullcontext
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cartridges.config import BuildSettings, ModelSettings, TrainSettings
 from cartridges.distill.packing import collate
+from cartridges.errors import UserError
 from cartridges.models import load_base_model
+from cartridges.selfstudy.storage import schema, to_row
 from test_distill import conversation
+from workflows.bench.arms import Sizes, batch_size
 from workflows.bench.conversations import choose_work
+from workflows.bench.extrapolate import extrapolate
 from workflows.bench.matmul import computed, flops, needed, step_products
 from workflows.bench.padded import pad
 from workflows.bench.sides import make_side
+from workflows.cli import main
 
 TRAIN = TrainSettings(num_tokens=40, row_tokens=64, pack_tokens=256)
 
@@ -40,7 +50,8 @@ def test_every_side_has_the_gradient_of_ours(settings, work, name):
     cartridge = ours.trainer.stepper.student.cartridge
     packs = [collate(work.conversations, plan, TRAIN.pack_tokens, TRAIN.label_share) for plan in work.plans[0]]
     sums = [ours.trainer.stepper.forward_backward(pack, len(batch["topk_ids"])) for pack in packs]
-    assert sum(float(s.loss.detach()) for s in sums) / len(batch["topk_ids"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+    ours_loss = sum(float(s.loss.detach()) for s in sums) / len(batch["topk_ids"])
+    assert ours_loss == pytest.approx(float(loss.detach()), rel=1e-4)
     theirs = _gradients(side)
     for one, other in zip((cartridge.trainable_keys.grad, cartridge.trainable_values.grad), theirs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
@@ -81,3 +92,92 @@ def test_needed_products_are_those_of_the_real_tokens(tiny_model, shared):
     assert wanted.tokens == whole.tokens == 64 + shared
     assert whole.pairs - wanted.pairs == 64 * 63 // 2 + shared * (shared - 1) // 2
     assert wanted.losses == 4 and flops(tiny_model, wanted) < flops(tiny_model, whole)
+
+
+def test_train_on_the_command_line(settings, tmp_path, capfd):
+    pytest.importorskip("peft")
+    rows = [to_row(conversation(i, own=30)) for i in range(12)]
+    pq.write_table(pa.Table.from_pylist(rows, schema()), tmp_path / "part.parquet")
+    assert main(["bench", "train", "--data", str(tmp_path), "--model", settings.model.name, "--num-tokens", "40",
+                 "--pack-tokens", "128", "--set", "model.dtype=float32", "--rounds", "2", "--steps", "2",
+                 "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["runs"] == 2 and [row["side"] for row in result["rows"]].count("peft") == 2
+    # Two rounds: the median is the mean of two ratios, each of the rows of one round.
+    by_round = [{row["side"]: row["seconds"] for row in result["rows"] if row["round"] == n} for n in (1, 2)]
+    assert result["speedup_vs_peft"] == pytest.approx(sum(r["peft"] / r["ours"] for r in by_round) / 2)
+    assert 0 < result["matmul_share"] < result["matmul_share_with_padding"]
+    assert result["work"]["tokens"] == 30 * result["work"]["conversations"]
+    assert result["memory"]["peft"]["peak_bytes"] >= result["memory"]["peft"]["before_bytes"] > 10**8
+
+
+def test_serve_on_the_command_line(settings, capfd):
+    assert main(["bench", "serve", "--model", settings.model.name, "--engine", "transformers", "--contexts",
+                 "256,512", "--kv-budget", "1", "--output-tokens", "16", "--runs", "1", "--max-batch", "8",
+                 "--one-corpus", "--set", "model.dtype=float32", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["engine"] == "transformers" and result["runs"] == 1
+    bytes_per_token = 2 * 2 * 2 * 16 * 4
+    for ratio, context in zip(result["ratios"], (256, 512), strict=True):
+        assert (ratio["context_tokens"], ratio["num_tokens"]) == (context, -(-(context // 10) // 32) * 32)
+        rows = {row["arm"]: row for row in result["rows"]
+                if row["context_tokens"] == context and row["corpora"] == "one each"}
+        for arm, tokens in (("full_context", context), ("cartridge", ratio["num_tokens"])):
+            blocks = -(-(tokens + rows[arm]["own_tokens"]) // 32)
+            assert rows[arm]["kv_bytes_per_request"] == blocks * 32 * bytes_per_token
+            assert rows[arm]["batch"] == min(8, 2**20 // rows[arm]["kv_bytes_per_request"])
+        kv = [rows[arm]["kv_bytes_per_request"] for arm in ("full_context", "cartridge")]
+        assert ratio["kv_bytes"] == pytest.approx(kv[0] / kv[1])
+        assert ratio["ttft"] == pytest.approx(rows["full_context"]["ttft_s"] / rows["cartridge"]["ttft_s"])
+    assert all(ratio["batch"] == {"full_context": 8, "cartridge": 8} for ratio in result["ratios_one_corpus"])
+    assert result["extrapolation"]["ratios"][0]["context_tokens"] == 131072
+    assert result["extrapolation"]["assumptions"] and "untrained" in result["notes"][0]
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["serve", "--kv-budget", "1", "--contexts", "8192"], "does not hold one request"),
+    (["serve", "--contexts", "1k"], "not a list of whole numbers"),
+    (["serve", "--num-tokens", "2048", "--contexts", "1024"], "no shorter"),
+    (["serve", "--runs", "0"], "whole number"),
+    (["train", "--data", "nowhere"], "not a directory"),
+])
+def test_mistakes_are_one_line(tiny_model_dir, capfd, options, says):
+    with pytest.raises(SystemExit) if "--runs" in options else nullcontext():
+        assert main(["bench", *options, "--model", str(tiny_model_dir)]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("cartridges: ") and says in error
+
+
+def test_without_peft_it_says_how_to_install_it(tiny_model_dir, capfd, monkeypatch):
+    monkeypatch.setattr("workflows.bench.train.find_spec", lambda name: None)
+    assert main(["bench", "train", "--model", str(tiny_model_dir)]) == 2
+    assert "pip install 'cartridges[bench]'" in capfd.readouterr().err
+
+
+def test_batches_fill_the_budget_and_no_more():
+    sizes = Sizes(1024, 128, 64, 100)
+    assert batch_size("full_context", sizes, "one each", 3 * 1088 * 100, 64) == 3
+    assert batch_size("cartridge", sizes, "one each", 3 * 1088 * 100, 64) == 3 * 1088 // 192
+    assert batch_size("full_context", sizes, "one", (1088 + 4 * 64) * 100, 64) == 5
+    assert batch_size("cartridge", sizes, "one each", 10**9, 64) == 64
+    with pytest.raises(UserError, match="raise --kv-budget"):
+        batch_size("full_context", sizes, "one each", 1087 * 100, 64)
+
+
+def test_extrapolation_finds_the_line_it_was_given():
+    def row(arm, batch, prefix):
+        step = 0.02 + 0.001 * batch + 1e-7 * batch * (prefix + 32)
+        return {"arm": arm, "batch": batch, "prefix_tokens": prefix, "own_tokens": 64, "step_s": step,
+                "ttft_s": 0.05 + 1e-5 * prefix}
+
+    rows = [row("full_context", 8, 1024), row("full_context", 2, 4096), row("cartridge", 32, 128),
+            row("cartridge", 16, 512)]
+    budget = (131072 + 64) * 100
+    found = extrapolate(rows, 64, 100, budget, 32)
+    assert found["residual"] < 1e-6
+    ratio = found["ratios"][0]
+    assert ratio["num_tokens"] == 2048 and ratio["batch"] == {"full_context": 1, "cartridge": 32}
+    steps = {arm: row(arm, ratio["batch"][arm], tokens)["step_s"]
+             for arm, tokens in (("full_context", 131072), ("cartridge", 2048))}
+    assert ratio["decode"] == pytest.approx(32 * steps["full_context"] / steps["cartridge"], rel=1e-3)
+    assert ratio["ttft"] == pytest.approx((0.05 + 1.31072) / (0.05 + 0.02048), rel=1e-3)

@@ -76,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_stages(parsers)
     _add_use(parsers)
     _add_registry(parsers)
+    _add_bench(parsers)
     return parser
 
 
@@ -193,6 +194,41 @@ def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
     }
     for dial in dials:
         command.add_argument(f"--{dial.replace('_', '-')}", **known[dial])
+def _add_bench(parsers: Any) -> None:
+    about = "performance as ratios against named peers, interleaved in one run"
+    bench = parsers.add_parser("bench", help=about, description=about, allow_abbrev=False)
+    benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT", parser_class=Parser)
+
+    train = _command(benches, "train", commands.run_bench_train,
+                     "our trainer against PEFT's cartridge tuner and a plain padded loop")
+    train.add_argument("--rounds", type=_count, default=5, metavar="N", help="counted rounds; default 5")
+    train.add_argument("--steps", type=_count, default=4, metavar="N", help="steps of a round; default 4")
+    train.add_argument("--data", metavar="DIR", help="output of `synthesize`; default: rule-made conversations")
+    train.add_argument("--conversations", type=_count, default=256, metavar="N",
+                       help="rule-made conversations to plan; default 256")
+    _settings_options(train, "model", "num_tokens", "pack_tokens", "seed")
+
+    serve = _command(benches, "serve", commands.run_bench_serve,
+                     "cartridges against full context with its prompts resident")
+    serve.add_argument("--contexts", default="1024,2048,4096,8192", metavar="N,N", help="tokens of the contexts")
+    serve.add_argument("--num-tokens", type=_count, metavar="P",
+                       help="slots of the cartridges; default: a tenth of the context")
+    serve.add_argument("--kv-budget", type=_count, default=512, metavar="MIB",
+                       help="KV memory that each side's batch must fit; default 512 MiB")
+    serve.add_argument("--output-tokens", type=_count, default=64, metavar="N", help="length of answers; default 64")
+    serve.add_argument("--max-batch", type=_count, default=64, metavar="N", help="largest batch; default 64")
+    serve.add_argument("--runs", type=_count, default=3, metavar="N", help="counted runs; default 3")
+    serve.add_argument("--one-corpus", action="store_true",
+                       help="measure as well requests that all ask about one corpus and share its KV")
+    _settings_options(serve, "model", "engine")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
     command.add_argument("--config", metavar="FILE", help="YAML of settings")
     command.add_argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE",
                          help="one setting, such as train.epochs=4; may be repeated")
@@ -212,6 +248,7 @@ def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
         registry_commands.print_shown(result, sys.stdout)
     elif args.command == "inspect":
         from workflows.inspect_dataset import print_card
+        "pack_tokens": {"type": int, "metavar": "N", "help": "tokens of a pack (a micro batch)"},
 
         print_card(result, sys.stdout)
     elif args.command == "evaluate":
@@ -244,6 +281,18 @@ def _clean_stdout(as_json: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM unwinds as Ctrl-C does, so that what a stage started is stopped by it."""
+    elif args.command == "keys" and args.action == "list":
+        from workflows.keys_commands import print_keys
+
+        print_keys(result, sys.stdout)
+    elif args.command == "compose-test":
+        from workflows.compose_test import print_card as print_composition
+
+        print_composition(result, sys.stdout)
+    elif args.command == "bench":
+        from workflows.bench import tables
+
+        {"train": tables.print_train, "serve": tables.print_serve}[args.bench](result, sys.stdout)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

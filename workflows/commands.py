@@ -11,7 +11,8 @@ from typing import Any
 
 from cartridges.errors import UserError
 
-DIALS = {"model": "model.name", "num_tokens": "train.num_tokens", "init": "train.init", "loss": "train.loss",
+DIALS = {"model": "model.name", "num_tokens": "train.num_tokens", "pack_tokens": "train.pack_tokens",
+         "init": "train.init", "loss": "train.loss",
          "budget": "budget", "seed": "seed", "corpus_id": "corpus.corpus_id", "host": "serve.host",
          "port": "serve.port", "engine": "serve.engine"}
 """Options that are short for a setting of `BuildSettings`."""
@@ -140,6 +141,31 @@ def run_delete(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_export(args: argparse.Namespace) -> dict[str, Any]:
     from workflows import registry_commands
+
+def run_bench_train(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    from workflows.bench.train import bench_train
+
+    return bench_train(settings, args.rounds, args.steps, args.conversations, args.data)
+
+
+def run_bench_serve(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    contexts = _numbers("--contexts", args.contexts)
+    if args.output_tokens < 2:
+        raise UserError("--output-tokens must be at least 2: decoding is timed after the first token")
+    from workflows.bench.serve import bench_serve
+
+    return bench_serve(settings, contexts, args.num_tokens, args.kv_budget << 20, args.output_tokens, args.runs,
+                       args.max_batch, args.one_corpus)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"{option} {text!r} is not a list of whole numbers, such as 1024,4096")
+    return [int(part) for part in parts]
+
 
     return registry_commands.export(args.name, args.output, args.registry)
 

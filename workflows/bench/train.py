@@ -14,6 +14,7 @@ from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
+from cartridges.models import load_config, resolve_model_dir
 from workflows.bench.children import Child
 from workflows.console import Progress
 
@@ -29,6 +30,7 @@ def bench_train(settings: BuildSettings, rounds: int, steps: int, conversations:
     """
     if find_spec("peft") is None:
         raise UserError("PEFT, the peer, is not installed; run: pip install 'cartridges[bench]'")
+    load_config(resolve_model_dir(settings.model))  # a mistaken model is named here, not by three processes
     with ExitStack() as stack:
         if data is None:
             data = stack.enter_context(tempfile.TemporaryDirectory(prefix="cartridges-bench-"))
@@ -54,7 +56,10 @@ def _shards(data: str) -> Path:
     directory = Path(data)
     if not directory.is_dir():
         raise UserError(f"--data {data} is not a directory; give the output of `cartridges synthesize`")
-    return directory / "shards" if (directory / "shards").is_dir() else directory
+    shards = directory / "shards" if (directory / "shards").is_dir() else directory
+    if not any(shards.rglob("*.parquet")):
+        raise UserError(f"--data {data} holds no conversations; give the output of `cartridges synthesize`")
+    return shards
 
 
 def _child(side: str, data: Path, settings: BuildSettings, steps: int) -> Child:

@@ -1,0 +1,65 @@
+"""What a person reads of a bench's result."""
+
+from typing import Any, TextIO
+
+from workflows.console import human_bytes, print_table
+
+
+def print_train(result: dict[str, Any], stream: TextIO) -> None:
+    """The sides beside each other, the ratios, the share of the matrix-product rate."""
+    rows = [["side", "conversation tokens/s", "memory before", "growth"]]
+    for side, rate in result["tokens_per_s"].items():
+        memory = result["memory"][side]
+        rows.append([side, f"{rate:.0f}", human_bytes(memory["before_bytes"]), human_bytes(memory["growth_bytes"])])
+    print(_headline(result, f"p {result['num_tokens']}, packs of {result['pack_tokens']}"), file=stream)
+    print(file=stream)
+    print_table(rows, stream)
+    work = result["work"]
+    print(f"\n{result['speedup_vs_peft']:.2f}x PEFT's cartridge tuner, {result['speedup_vs_padded']:.2f}x a plain "
+          f"padded loop\nmatrix products: {result['matmul_share']:.0%} of "
+          f"{result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, {result['matmul_share_with_padding']:.0%} with padding "
+          f"counted ({work['packed_tokens'] / work['packed_slots']:.0%} of the slots are tokens)", file=stream)
+    _print_notes(result["notes"], stream)
+
+
+def print_serve(result: dict[str, Any], stream: TextIO) -> None:
+    """Ratios by context, measured and extrapolated."""
+    budget = human_bytes(result["kv_budget_bytes"])
+    print(_headline(result, f"engine {result['engine']}, KV budget {budget}"), file=stream)
+    for title, ratios in (("a corpus for each request", result["ratios"]),
+                          ("all requests on one corpus", result.get("ratios_one_corpus", []))):
+        if ratios:
+            print(f"\n{title}: cartridge against full context", file=stream)
+            print_table([HEAD, *map(_cells, ratios)], stream)
+    far = result["extrapolation"]
+    print(f"\nextrapolated (the fit is off by at most {far['residual']:.0%} where it was measured):", file=stream)
+    print_table([HEAD[:-2], *(_cells(ratio)[:-2] for ratio in far["ratios"])], stream)
+    _print_notes([*far["assumptions"], *result["notes"]], stream)
+
+
+HEAD = ["context", "p", "batches", "decode", "TTFT", "KV", "tokens/s", "cold TTFT"]
+
+
+def _cells(ratio: dict[str, Any]) -> list[str]:
+    batch, rates = ratio["batch"], ratio.get("decode_tokens_per_s", {})
+    return [str(ratio["context_tokens"]), str(ratio["num_tokens"]),
+            f"{batch['cartridge']} / {batch['full_context']}",
+            *(_times(ratio[key]) for key in ("decode", "ttft", "kv_bytes")),
+            " / ".join("-" if rates.get(arm) is None else f"{rates[arm]:.0f}" for arm in ("cartridge", "full_context")),
+            _times(ratio.get("cold_ttft"))]
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _headline(result: dict[str, Any], what: str) -> str:
+    machine = result["machine"]
+    return (f"{machine['model']} in {machine['dtype']} on {machine['device']}, {machine['cpus']} CPUs, {what}, "
+            f"median of {result['runs']} runs")
+
+
+def _print_notes(notes: list[str], stream: TextIO) -> None:
+    print(file=stream)
+    for note in notes:
+        print(f"- {note}", file=stream)
