@@ -41,6 +41,12 @@ class ChunkSettings(Settings):
     enough for most tables to stay with their header."""
 
 
+Filter = Literal["empty", "malformed", "refers_to_text", "answer_in_question", "teacher_disagrees",
+                 "low_information_gain", "truncated", "round_trip", "ungrounded", "ungrounded_name", "duplicate",
+                 "near_duplicate"]
+"""Reasons for which a conversation is dropped; `nothing_to_ask` and errors are no filters."""
+
+
 class SynthesizeSettings(Settings):
     chunk: ChunkSettings = ChunkSettings()
     num_conversations: int = Field(0, ge=0)
@@ -58,16 +64,28 @@ class SynthesizeSettings(Settings):
     """Known answers that the teacher, with the chunk, finds less likely than this (nats a token) are
     dropped: the question does not ask for them."""
     min_information_gain: float | None = None
-    """Known answers that the chunk makes likelier by less than this (nats a token) are dropped; null
-    switches the filter off and saves the closed-book pass."""
+    """Answers that the chunk makes likelier by less than this (nats a token) are dropped; null switches
+    the filter off and saves the closed-book pass."""
     drop_ungrounded: bool = True
     """Drop written answers with a number that stands neither in the chunk nor in the question."""
+    drop_ungrounded_names: bool = False
+    """The same for names: capitalised words that do not open a sentence."""
+    near_duplicate: float | None = Field(None, gt=0, le=1)
+    """Of conversations whose last question and answer share this much of their word pairs (Jaccard)
+    only the first is kept; null switches the filter off."""
+    filters_off: tuple[Filter, ...] = ()
+    """Filters that drop nothing, by the reasons they would give, such as `[duplicate, truncated]`."""
+    general_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the planned conversations that are everyday requests about no chunk, answered by the
+    model without any: they hold a cartridge to the model's behaviour off the corpus."""
     num_actors: int = Field(1, ge=1)
     """Ray Data actors, each holding one engine."""
     threads_per_actor: int = Field(0, ge=0)
     """CPU threads of an actor's engine; 0 shares the machine's cores among the actors."""
     batch_size: int = Field(128, ge=1)
     """Conversations an actor handles at once; also the unit of loss when a worker is killed."""
+    retries: int = Field(1, ge=0)
+    """Times that a conversation is tried again, alone, after it or its batch raised."""
     max_failed_share: float = Field(0.05, ge=0, le=1)
     """The run fails when more than this share of the planned conversations raised."""
 

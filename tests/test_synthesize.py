@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +19,14 @@ from cartridges.errors import UserError
 from cartridges.records import Conversation
 from cartridges.selfstudy.finish import finish
 from cartridges.selfstudy.held_out import split
+from cartridges.selfstudy.near import near_duplicates
 from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
 from cartridges.selfstudy.synthesizer import Dropped
 from workflows.budget import Rates, estimate, fit, parse_time
+from workflows.failures import forget_failed, require_few, run_with_retry
 from workflows.stage import Clock, write_manifest
-from workflows.synthesize import forget_failed, run_with_retry, synthesize
+from workflows.synthesize import synthesize
 
 CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by {name}son. It has {i + 20} steps."
                      for i, name in enumerate(("Arl", "Bem", "Cod", "Dun", "Eck", "Fen", "Gos", "Hul")))
@@ -80,13 +83,42 @@ def test_finish_marks_duplicates_counts_reasons_and_orders_rows(tmp_path):
     assert counted["teacher_entropy"] == pytest.approx(-0.8 * np.log(0.4) - 0.2 * np.log(0.2), abs=1e-6)
 
 
+def test_near_duplicates_are_dropped_where_asked_for(tmp_path):
+    asked = "When was the old lighthouse of Marl at the end of the long pier built?"
+    write_part(tmp_path / "parts", "a.parquet", [
+        conversation(1, asked, "in 1611"), conversation(2, asked.replace("built", "begun"), "in 1611"),
+        conversation(3, "Who keeps the lighthouse of Marl?", "in 1611"), conversation(4, asked, "in 1611")])
+    reasons = {}
+    for name, how in (("off", {}), ("on", {"similarity": 0.6}), ("near", {"similarity": 0.6, "exact": False}),
+                      ("strict", {"similarity": 0.99}), ("neither", {"exact": False})):
+        finish(tmp_path / "parts", tmp_path / name / "shards", **how)
+        reasons[name] = [row["dropped"] for row in shard_rows(tmp_path / name)]
+    assert reasons["off"] == reasons["strict"] == ["", "", "", "duplicate"]
+    assert reasons["on"] == ["", "near_duplicate", "", "duplicate"]
+    assert reasons["near"] == ["", "near_duplicate", "", "near_duplicate"]
+    assert reasons["neither"] == [""] * 4
+
+
+def test_near_duplicates_are_found_among_many():
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(500)]
+    texts = [(f"{i:04}", " ".join(rng.choice(words, 30))) for i in range(400)]
+    twins = [(f"{i:04}x", text.replace(text.split()[15], "other", 1)) for i, (_, text) in enumerate(texts)]
+    found = near_duplicates(sorted(texts + twins), 0.8)
+    assert found <= {name for name, _ in twins} and len(found) > 0.98 * len(twins)
+
+
 class Fragile:
-    """Raises on a batch that holds the task `bad`, and on that task alone."""
+    """Raises on what holds the task `bad`, the first `times` times."""
+
+    def __init__(self, times=100):
+        self.times = times
 
     def run(self, tasks):
-        if any(task.conversation_id == "bad" for task in tasks):
+        if any(task.conversation_id == "bad" for task in tasks) and self.times > 0:
+            self.times -= 1
             raise ZeroDivisionError("by\nzero")
-        return [conversation(int(task.conversation_id)) for task in tasks]
+        return [conversation(0 if task.conversation_id == "bad" else int(task.conversation_id)) for task in tasks]
 
 
 def test_a_row_that_raises_is_tried_alone_and_costs_nothing_else():
@@ -94,6 +126,25 @@ def test_a_row_that_raises_is_tried_alone_and_costs_nothing_else():
     first, failed, last = run_with_retry(Fragile(), tasks)
     assert (first.conversation_id, last.conversation_id) == ("c001", "c002")
     assert failed == Dropped("bad", "cloze", "error: ZeroDivisionError: by zero", "chunk")
+    assert [one.info["retries"] for one in (first, last)] == [1, 1]
+
+
+@pytest.mark.parametrize("retries, fails", [(0, True), (1, True), (2, True), (3, False)])
+def test_a_row_is_retried_as_often_as_stated(retries, fails):
+    # The batch raises, then twice the row by itself.
+    (result,) = run_with_retry(Fragile(times=3), [Task("bad", "chunk", "cloze", 0)], retries)
+    assert isinstance(result, Dropped) == fails
+    assert fails or result.info["retries"] == 3
+
+
+def test_too_many_failures_end_the_run_and_are_done_again(tmp_path):
+    write_part(tmp_path / "parts", "x_1-0.parquet", [Dropped("c1", "cloze", "error: E: x")])
+    write_part(tmp_path / "checkpoint", "x_1.parquet", [])
+    require_few(1, 20, 0.05, tmp_path)
+    assert (tmp_path / "checkpoint" / "x_1.parquet").exists()
+    with pytest.raises(RuntimeError, match="1 of 19 .* error: E: x"):
+        require_few(1, 19, 0.05, tmp_path)
+    assert not (tmp_path / "checkpoint" / "x_1.parquet").exists()
 
 
 def test_batches_with_failures_are_taken_back(tmp_path):
@@ -114,6 +165,8 @@ def test_held_out_questions_are_not_trained_on():
     assert not asked & {one.messages[0]["content"] for one in rest}
     assert split(conversations, 3, seed=0)[1] == questions
     assert split(conversations, 0, seed=0) == (conversations, [])
+    general = [replace(one, chunk_id="") for one in conversations]
+    assert split(general, 3, seed=0) == (general, [])  # what the corpus does not answer is no question about it
 
 
 def test_the_clock_counts_killed_runs(tmp_path):

@@ -15,7 +15,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -37,10 +37,12 @@ ProgressCallback = Callable[[int, int, str], None]
 
 
 def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
-               progress: ProgressCallback | None = None, job: str | None = None) -> dict[str, Any]:
+               progress: ProgressCallback | None = None, job: str | None = None,
+               weights: Mapping[str, float] | None = None, earlier: Sequence[str] = ()) -> dict[str, Any]:
     """Conversations of `corpus` in `output_dir`; returns the manifest. Resumes; done is done.
 
-    `job` groups the W&B runs of one build.
+    `job` groups the W&B runs of one build. `weights` by chunk id give some chunks more conversations;
+    what stands word for word in one of the finished data sets `earlier` is dropped as a duplicate.
 
     Raises `UserError` where `output_dir` holds another corpus' or other settings' conversations, and
     `RuntimeError` where more than `synthesize.max_failed_share` of the conversations raised.
@@ -48,7 +50,7 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
     output = Path(output_dir)
     loaded = load_corpus(corpus, settings.corpus.corpus_id)
     settings = with_counts(settings, corpus_tokens(loaded, settings))
-    expected = dataset_fingerprint(loaded, settings)
+    expected = dataset_fingerprint(loaded, settings, weights, earlier)
     done = read_manifest(output / MANIFEST)
     require_match(done, expected, output)
     if done is not None:
@@ -56,10 +58,10 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
     from workflows.tracking import track
 
     output.mkdir(parents=True, exist_ok=True)
-    planned = _plan(loaded, output, settings, expected)
+    planned = _plan(loaded, output, settings, expected, weights)
     with track("synthesize", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
         speed = _generate(output, settings, planned["conversations"], progress)
-        manifest = _finish(output, settings, planned, speed)
+        manifest = _finish(output, settings, planned, speed, earlier)
         run.log(_metrics(manifest))
     return manifest
 
@@ -72,22 +74,33 @@ def corpus_tokens(corpus: Corpus, settings: BuildSettings) -> int:
     return len(tokenizer.encode(corpus.text, add_special_tokens=False, verbose=False))
 
 
-def dataset_fingerprint(corpus: Corpus, settings: BuildSettings) -> str:
+def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mapping[str, float] | None = None,
+                        earlier: Sequence[str] = ()) -> str:
     """Changes with whatever changes the conversations, and with nothing else."""
     from cartridges.models import load_identity, resolve_model_dir
     from cartridges.selfstudy.families import DEFAULT_MIXTURE
 
     identity = load_identity(resolve_model_dir(settings.model))
-    how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share"}
+    how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries"}
+    # What came later and is off is left out, so that data sets made before it stay valid.
+    off = {name for name in ("drop_ungrounded_names", "near_duplicate", "filters_off", "general_share")
+           if not getattr(settings.synthesize, name)}
+    follows = {"weights": dict(weights or {}), "earlier": fingerprints(earlier)} if earlier or weights else {}
     return fingerprint({
-        "corpus": corpus.fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
-        "synthesize": settings.synthesize.model_dump(mode="json", exclude=how),
+        **follows, "corpus": corpus.fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
+        "synthesize": settings.synthesize.model_dump(mode="json", exclude=how | off),
         "families": settings.synthesize.families or DEFAULT_MIXTURE,
         "model": [identity.weights_digest, identity.tokenizer_hash, identity.template_hash],
     })
 
 
-def _plan(corpus: Corpus, output: Path, settings: BuildSettings, expected: str) -> dict[str, Any]:
+def fingerprints(datasets: Sequence[str]) -> list[str]:
+    """Of finished data sets, in order."""
+    return [read_manifest(Path(dataset) / MANIFEST)["fingerprint"] for dataset in datasets]
+
+
+def _plan(corpus: Corpus, output: Path, settings: BuildSettings, expected: str,
+          weights: Mapping[str, float] | None) -> dict[str, Any]:
     """Chunks and tasks on disk; `plan.json` last. Found there already, it is taken as it is."""
     planned = read_manifest(output / "plan.json")
     require_match(planned, expected, output)
@@ -99,7 +112,7 @@ def _plan(corpus: Corpus, output: Path, settings: BuildSettings, expected: str) 
 
     tokenizer = load_tokenizer(resolve_model_dir(settings.model))
     chunks = chunk_corpus(corpus, tokenizer, settings.synthesize.chunk)
-    tasks = plan(chunks, settings.synthesize, settings.seed)
+    tasks = plan(chunks, settings.synthesize, settings.seed, weights)
     if not tasks:
         raise UserError("no conversations are planned: the corpus has no text, or every share in "
                         "synthesize.families is 0")
@@ -191,32 +204,11 @@ class SynthesisActor:
 
         from cartridges.selfstudy.plan import Task
         from cartridges.selfstudy.storage import schema, to_row
+        from workflows.failures import run_with_retry
 
-        results = run_with_retry(self.synthesizer, [Task(**row) for row in batch.to_pylist()])
+        tasks = [Task(**row) for row in batch.to_pylist()]
+        results = run_with_retry(self.synthesizer, tasks, self.synthesizer.settings.retries)
         return pa.Table.from_pylist([to_row(result) for result in results], schema=schema())
-
-
-def run_with_retry(synthesizer, tasks: Sequence[Any]) -> list[Any]:
-    """`synthesizer.run(tasks)`; where that raises, each task once alone, and what raises then dropped.
-
-    One result for a task, in order. A dropped one's reason is `error: <type>: <message>`.
-    """
-    try:
-        return synthesizer.run(tasks)
-    except Exception:  # the declared retry: alone, so that one bad row does not cost the batch
-        return [_run_alone(synthesizer, task) for task in tasks]
-
-
-def _run_alone(synthesizer, task) -> Any:
-    from cartridges.selfstudy.card import ERROR
-    from cartridges.selfstudy.synthesizer import Dropped
-
-    try:
-        return synthesizer.run([task])[0]
-    except Exception as error:  # recorded in the row, counted, and fatal above max_failed_share
-        line = " ".join(str(error).split())[:200]
-        reason = f"{ERROR}{type(error).__name__}: {line}"
-        return Dropped(task.conversation_id, task.seed_family, reason, task.chunk_id)
 
 
 class _Reporting:
@@ -265,17 +257,21 @@ class _Reporting:
 
 
 def _finish(output: Path, settings: BuildSettings, planned: dict[str, Any],
-            speed: dict[str, float]) -> dict[str, Any]:
+            speed: dict[str, float], earlier: Sequence[str]) -> dict[str, Any]:
     """Deduplicate into `shards/`, check the failures, write card and manifest, drop the work files."""
     from cartridges.selfstudy.card import data_card
     from cartridges.selfstudy.finish import finish
+    from workflows.failures import require_few
 
     work = output / "work"
     temporary = output / "shards.tmp"
     for leftover in (temporary, output / "shards"):
         shutil.rmtree(leftover, ignore_errors=True)
-    summary = finish(work / "parts", temporary)
-    _require_few_failures(summary.dropped["error"], planned["conversations"], settings, work)
+    wanted = settings.synthesize
+    summary = finish(work / "parts", temporary, "duplicate" not in wanted.filters_off,
+                     None if "near_duplicate" in wanted.filters_off else wanted.near_duplicate,
+                     [file for dataset in earlier for file in sorted((Path(dataset) / "shards").glob("*.parquet"))])
+    require_few(summary.dropped["error"], planned["conversations"], wanted.max_failed_share, work)
     temporary.rename(output / "shards")
     manifest = {**planned, **summary.as_dict(), "planned": planned["conversations"], **speed}
     write_manifest(output / CARD, data_card(summary, manifest, _model_record(settings)))
@@ -294,44 +290,15 @@ def _model_record(settings: BuildSettings) -> dict[str, str | None]:
             **{name: getattr(identity, name) for name in digests}}
 
 
-def _require_few_failures(failed: int, planned: int, settings: BuildSettings, work: Path) -> None:
-    """Raise where too many failed, after taking back their batches so that the next run does them again."""
-    if failed <= settings.synthesize.max_failed_share * planned:
-        return
-    reason = forget_failed(work)
-    raise RuntimeError(f"{failed} of {planned} conversations failed, more than synthesize.max_failed_share "
-                       f"({settings.synthesize.max_failed_share}) allows; the first: {reason}")
-
-
-def forget_failed(work: Path) -> str:
-    """Mark every committed batch that holds a failed row as pending; the first row's reason.
-
-    Ray Data deletes what is pending when it starts, the batch's file with it, and does it again.
-    """
-    import pyarrow.parquet as pq
-
-    from cartridges.selfstudy.card import ERROR
-
-    first = ""
-    for file in sorted((work / "parts").glob("*.parquet")):
-        failed = [reason for reason in pq.read_table(file, columns=["dropped"])["dropped"].to_pylist()
-                  if reason.startswith(ERROR)]
-        if failed:
-            first = first or failed[0]
-            for committed in (work / "checkpoint").glob("*.parquet"):
-                if file.stem.startswith(committed.stem):
-                    committed.rename(committed.with_suffix(".pending.parquet"))
-    return first
-
-
 def _metrics(manifest: dict[str, Any]) -> dict[str, float]:
     kept, dropped = manifest["conversations"]["kept"], manifest["conversations"]["dropped"]
+    repeated = dropped.get("duplicate", 0) + dropped.get("near_duplicate", 0)
     return {
         "synthesize/conversations": manifest["planned"], "synthesize/kept": kept,
         "synthesize/dropped": sum(dropped.values()), "synthesize/tokens": manifest["tokens"]["input"],
         "synthesize/topk_mass": manifest["topk_mass"],
         "synthesize/teacher_entropy": manifest["teacher_entropy"],
-        "synthesize/duplicate_share": dropped.get("duplicate", 0) / manifest["planned"],
+        "synthesize/duplicate_share": repeated / manifest["planned"],
         "synthesize/conversations_per_s": manifest["conversations_per_s"],
         "synthesize/tokens_per_s": manifest["tokens"]["input"] / manifest["seconds"],
         "synthesize/seconds": manifest["seconds"],

@@ -75,6 +75,7 @@ class Summary:
     teacher_entropy: Distribution = field(default_factory=lambda: Distribution(0, 8))
     teacher_nll: Distribution = field(default_factory=lambda: Distribution(0, 8))
     information_gain: Distribution = field(default_factory=lambda: Distribution(-4, 12))
+    retried: int = 0
     answer_tokens: Distribution = field(default_factory=lambda: Distribution(0, 2048))
 
     def add(self, table: pa.Table) -> None:
@@ -103,6 +104,7 @@ class Summary:
     def _add_info(self, rows: list[dict[str, Any]]) -> None:
         for name in ("teacher_nll", "information_gain"):
             getattr(self, name).add(np.array([row[name] for row in rows if name in row], float))
+        self.retried += sum("retries" in row for row in rows)
         for row in rows:
             kind = "known" if row.get("known") else "written"
             for name in ("numbers", "names", "ungrounded_numbers", "ungrounded_names"):
@@ -137,7 +139,7 @@ def data_card(summary: Summary, manifest: dict[str, Any], model: dict[str, str |
     """
     repeated = {name: summary.dropped[name] for name in (DUPLICATE, NEAR_DUPLICATE)}
     total = sum(repeated.values())
-    covered = [count for count in summary.chunks.values() if count]
+    covered = [count for chunk, count in summary.chunks.items() if chunk]
     return {
         **manifest, **summary.as_dict(), "model": model,
         "duplicates": {**repeated, "share": total / max(summary.kept + total, 1)},
@@ -146,7 +148,7 @@ def data_card(summary: Summary, manifest: dict[str, Any], model: dict[str, str |
                    "most_conversations": max(covered, default=0), "fewest_conversations": min(covered, default=0)},
         "teacher_entropy": summary.teacher_entropy.as_dict(), "topk_mass": summary.topk_mass.as_dict(),
         "teacher_nll": summary.teacher_nll.as_dict(), "information_gain": summary.information_gain.as_dict(),
-        "answer_tokens": summary.answer_tokens.as_dict(), "failures": summary.errors,
+        "answer_tokens": summary.answer_tokens.as_dict(), "failures": summary.errors, "retried": summary.retried,
     }
 
 

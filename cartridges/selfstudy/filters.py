@@ -1,6 +1,7 @@
 """Why a conversation is dropped. Each filter is a function; each drop is counted by its reason."""
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -11,16 +12,14 @@ _OPENS = re.compile(r"(?:^|[.!?:;|*•\n\"“(\[-])[\s\"“(\[*_]*$")
 """What ends just before the first word of a sentence, a list item or a cell."""
 
 
-def malformed_question(question: str, short: bool) -> str | None:
-    """Empty, cut off, or not a question where one was asked for."""
-    words = question.split()
-    if len(words) < 3:
-        return "empty"
+def question_faults(question: str, short: bool) -> Iterator[str]:
+    """Empty, cut off or no question where one was asked for, or about a text that the reader has not."""
+    if len(question.split()) < 3:
+        yield "empty"
     if short and not question.endswith("?"):
-        return "malformed"
+        yield "malformed"
     if re.search(r"(?i)\b(the|this|given|following) (text|passage|paragraph|table|sentence)\b", question):
-        return "refers_to_text"
-    return None
+        yield "refers_to_text"
 
 
 def gives_answer_away(question: str, answer: str) -> bool:

@@ -1,4 +1,4 @@
-"""The last pass over written conversations: exact duplicates across all batches, and the counts."""
+"""The last pass over written conversations: duplicates across all batches, and the counts."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -7,42 +7,63 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cartridges.selfstudy.card import DUPLICATE, Summary
+from cartridges.selfstudy.card import DUPLICATE, NEAR_DUPLICATE, Summary
+from cartridges.selfstudy.near import near_duplicates
 
 
-def duplicates(files: Sequence[Path]) -> set[str]:
-    """Ids of kept conversations whose messages another one, of a smaller id, has word for word."""
-    first: dict[bytes, str] = {}
+def duplicates(files: Sequence[Path], earlier: Sequence[Path] = ()) -> set[str]:
+    """Ids of kept conversations whose messages another one, of a smaller id or in the files `earlier`,
+    has word for word."""
+    first = {digest: "" for _, digest in _digests(earlier)}
     repeated = set()
-    for conversation_id, digest in sorted(_kept_digests(files)):
+    for conversation_id, digest in sorted(_digests(files)):
         if first.setdefault(digest, conversation_id) != conversation_id:
             repeated.add(conversation_id)
     return repeated
 
 
-def _kept_digests(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+def _digests(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
+    for conversation_id, texts in _kept_texts(files):
+        yield conversation_id, hashlib.sha256("\x00".join(texts).encode()).digest()
+
+
+def _kept_texts(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
+    """Ids and messages, spaces aside, of the kept conversations."""
     for file in files:
         for row in pq.read_table(file, columns=["conversation_id", "messages", "dropped"]).to_pylist():
             if not row["dropped"]:
-                text = "\x00".join(" ".join(message["content"].split()) for message in row["messages"])
-                yield row["conversation_id"], hashlib.sha256(text.encode()).digest()
+                yield row["conversation_id"], [" ".join(message["content"].split()) for message in row["messages"]]
 
 
-def finish(parts: Path, shards: Path, rows_per_shard: int = 4096) -> Summary:
+def _repeated(files: Sequence[Path], exact: bool, similarity: float | None,
+              earlier: Sequence[Path]) -> dict[str, str]:
+    """Reasons by id. Of the last question and answer: the turns before may be the same examples."""
+    reasons = dict.fromkeys(duplicates(files, earlier), DUPLICATE) if exact else {}
+    if similarity is not None:
+        texts = sorted((conversation_id, " ".join(texts[-2:])) for conversation_id, texts in _kept_texts(files)
+                       if conversation_id not in reasons)
+        reasons |= dict.fromkeys(near_duplicates(texts, similarity), NEAR_DUPLICATE)
+    return reasons
+
+
+def finish(parts: Path, shards: Path, exact: bool = True, similarity: float | None = None,
+           earlier: Sequence[Path] = (), rows_per_shard: int = 4096) -> Summary:
     """Rewrite the files of `parts` as `shards/part-*.parquet` with duplicates marked as dropped.
 
+    `exact` drops word-for-word repeats, of the files `earlier` too; `similarity` those alike to that
+    degree (`selfstudy.near`).
     Rows are in the order of their ids, so the shards do not depend on which actor was quick.
     `shards` must not exist; a caller renames it into place.
     """
     files = sorted(parts.glob("*.parquet"))
-    repeated = duplicates(files)
+    repeated = _repeated(files, exact, similarity, earlier)
     located = sorted((conversation_id, number, row) for number, file in enumerate(files)
                      for row, conversation_id in enumerate(_ids(file)))
     shards.mkdir(parents=True)
     summary = Summary()
     for shard, start in enumerate(range(0, len(located), rows_per_shard)):
         table = _gather(files, located[start:start + rows_per_shard])
-        reasons = [DUPLICATE if conversation_id in repeated else reason for conversation_id, reason
+        reasons = [repeated.get(conversation_id, reason) for conversation_id, reason
                    in zip(table["conversation_id"].to_pylist(), table["dropped"].to_pylist(), strict=True)]
         column = table.schema.get_field_index("dropped")
         table = table.set_column(column, table.schema.field("dropped"), pa.array(reasons, pa.string()))

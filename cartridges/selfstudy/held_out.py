@@ -26,12 +26,19 @@ def split(conversations: Sequence[Conversation], count: int,
     for index in sorted(drawn.tolist()):
         conversation = conversations[eligible[index]]
         chosen.setdefault(_asked(conversation), conversation)
-    rest = [conversation for conversation in conversations if _asked(conversation) not in chosen]
-    return rest, [_as_question(conversation) for conversation in chosen.values()]
+    return without(conversations, list(chosen)), [_as_question(conversation) for conversation in chosen.values()]
+
+
+def without(conversations: Sequence[Conversation], questions: Sequence[str]) -> list[Conversation]:
+    """`conversations` but those that end in one of `questions`, capitals and spaces aside."""
+    asked = {_folded(question) for question in questions}
+    return [conversation for conversation in conversations if _asked(conversation) not in asked]
 
 
 def _is_question(conversation: Conversation) -> bool:
     question, answer = (message["content"] for message in conversation.messages[-2:])
+    if not conversation.chunk_id:
+        return False  # a general one: the corpus does not answer it
     return question.rstrip().endswith("?") and 0 < len(answer.split()) <= MAX_ANSWER_WORDS
 
 
@@ -41,4 +48,8 @@ def _as_question(conversation: Conversation) -> Question:
 
 
 def _asked(conversation: Conversation) -> str:
-    return " ".join(conversation.messages[-2]["content"].lower().split())
+    return _folded(conversation.messages[-2]["content"])
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +10,15 @@ import numpy as np
 from cartridges.config import SynthesizeSettings
 from cartridges.errors import UserError
 from cartridges.records import Chunk
+from cartridges.selfstudy import general
 from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES
 
 
 @dataclass(frozen=True)
 class Task:
     """One conversation to make. `seed` is its private source of chance; `ordinal` counts the tasks of
-    the same family for the same chunk, so that a family can go through a chunk statement by statement."""
+    the same family for the same chunk, so that a family can go through a chunk statement by statement.
+    A general conversation is about no chunk: its `chunk_id` is empty."""
 
     conversation_id: str
     chunk_id: str
@@ -25,14 +27,30 @@ class Task:
     ordinal: int = 0
 
 
-def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int) -> list[Task]:
+def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int,
+         weights: Mapping[str, float] | None = None) -> list[Task]:
     """`settings.num_conversations` tasks; a function of its arguments and of nothing else.
 
-    Every chunk gets conversations in proportion to its length (systematic sampling: edges as often
-    as the middle), every family its share. Tasks of a chunk stand together, so that those in flight
-    share its prefill; those for which a model has to write come last.
+    Every chunk gets conversations in proportion to its length, times its weight where `weights` has one
+    by its id (systematic sampling: edges as often as the middle), every family its share. Tasks of a
+    chunk stand together, so that those in flight share its prefill; those for which a model has to
+    write come last, the general ones at the end.
     Raises `UserError` for a family that does not exist.
     """
+    count = round(settings.num_conversations * settings.general_share)
+    about_chunks = _about_chunks(chunks, settings, settings.num_conversations - count, seed, weights or {})
+    return about_chunks + (_general(count, seed) if about_chunks else [])
+
+
+def _general(count: int, seed: int) -> list[Task]:
+    rng = np.random.default_rng([seed, 1])
+    first, seeds = int(rng.integers(0, 2**31)), rng.integers(0, 2**62, size=count)
+    return [Task(_task_id(seed, i, "", general.NAME), "", general.NAME, int(seeds[i]), first + i)
+            for i in range(count)]
+
+
+def _about_chunks(chunks: Sequence[Chunk], settings: SynthesizeSettings, total: int, seed: int,
+                  weights: Mapping[str, float]) -> list[Task]:
     shares = settings.families or DEFAULT_MIXTURE
     unknown = sorted(set(shares) - set(FAMILIES))
     if unknown:
@@ -40,8 +58,8 @@ def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int) -> li
     if not chunks or not sum(shares.values()):
         return []
     rng = np.random.default_rng(seed)
-    total = settings.num_conversations
-    ends = np.cumsum([len(chunk.text) for chunk in chunks]) / sum(len(chunk.text) for chunk in chunks)
+    lengths = [len(chunk.text) * weights.get(chunk.chunk_id, 1.0) for chunk in chunks]
+    ends = np.cumsum(lengths) / sum(lengths)
     points = (np.arange(total) + rng.random()) / max(total, 1)
     owners = np.minimum(np.searchsorted(ends, points, side="right"), len(chunks) - 1)
     names = sorted(shares)

@@ -5,17 +5,18 @@ side the chunk only). Ours: answers known from the text, which the teacher score
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cartridges.config import SynthesizeSettings
-from cartridges.engines.base import Completion, Engine, RawPrefix, Request, Score, ScoreRequest, TextPrefix
+from cartridges.engines.base import Completion, Engine, RawPrefix, Request, ScoreRequest, TextPrefix
 from cartridges.prompts import example_messages
 from cartridges.records import Chunk, Conversation, Message
 from cartridges.selfstudy import filters
 from cartridges.selfstudy.families import FAMILIES, Proposal
+from cartridges.selfstudy.general import General
 from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 from cartridges.template import ChatTemplate
@@ -34,12 +35,17 @@ class Dropped:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A conversation on its way: `turns` ends with the user's message."""
+    """A conversation on its way: `turns` ends with the user's message. `chunk` is None for a general one."""
 
     task: Task
-    chunk: Chunk
+    chunk: Chunk | None
     proposal: Proposal
     question: str = ""
+
+    @property
+    def prefix(self) -> TextPrefix | None:
+        """What the model sees before it."""
+        return TextPrefix(self.chunk.text) if self.chunk else None
 
     def turns(self) -> list[Message]:
         start = example_messages() if self.proposal.short else []
@@ -72,8 +78,9 @@ class Synthesizer:
     def _propose(self, tasks, results) -> list[_Draft]:
         drafts = []
         for task in tasks:
-            chunk = self.chunks[task.chunk_id]
-            proposal = FAMILIES[task.seed_family].propose(chunk, random.Random(task.seed), task.ordinal)
+            chunk = self.chunks[task.chunk_id] if task.chunk_id else None
+            family = FAMILIES[task.seed_family] if chunk else General()
+            proposal = family.propose(chunk, random.Random(task.seed), task.ordinal)
             if proposal is None:
                 results[task.conversation_id] = _drop(task, "nothing_to_ask")
             else:
@@ -89,7 +96,7 @@ class Synthesizer:
         kept = []
         for draft in drafts:
             question = asked.get(draft.task.conversation_id, draft.question)
-            reason = self._question_fault(draft.proposal, question)
+            reason = self._first(self._question_faults(draft.proposal, question))
             draft = replace(draft, question=question)
             if reason:
                 results[draft.task.conversation_id] = _drop(draft.task, reason, draft.turns())
@@ -105,28 +112,33 @@ class Synthesizer:
             ids = self.tokenizer.encode(proposal.completion, add_special_tokens=False)
             return Request(tuple(ids), RawPrefix(ASKING_EXAMPLES), stop=("\n", "?"), **how)
         ids = self.template.conversation_ids([{"role": "user", "content": proposal.seed_prompt}])
-        return Request(tuple(ids), TextPrefix(draft.chunk.text), **how)
+        return Request(tuple(ids), draft.prefix, **how)
 
-    def _question_fault(self, proposal: Proposal, question: str) -> str | None:
+    def _first(self, reasons: Iterable[str]) -> str | None:
+        """The first of `reasons` whose filter is on."""
+        return next((reason for reason in reasons if reason not in self.settings.filters_off), None)
+
+    def _question_faults(self, proposal: Proposal, question: str) -> Iterator[str]:
         if proposal.user is not None and not proposal.user.endswith("?"):
-            return None
-        fault = filters.malformed_question(question, short=proposal.completion is not None)
+            return
+        yield from filters.question_faults(question, short=proposal.completion is not None)
         answer = proposal.answer or proposal.must_contain
-        if not fault and answer and filters.gives_answer_away(question, answer):
-            return "answer_in_question"
-        return fault
+        if answer and filters.gives_answer_away(question, answer):
+            yield "answer_in_question"
 
     def _score_known(self, drafts: list[_Draft], results) -> None:
         """Top-k rows for answers known from the text, and the two filters that need likelihoods."""
         rows = [self._known_ids(draft) for draft in drafts]
-        taught = self.engine.score([ScoreRequest(ids, mask, TextPrefix(draft.chunk.text), self.settings.topk)
+        taught = self.engine.score([ScoreRequest(ids, mask, draft.prefix, self.settings.topk)
                                     for draft, (ids, mask) in zip(drafts, rows, strict=True)])
-        closed = self._closed_book(rows)
-        for draft, (ids, mask), score, blind in zip(drafts, rows, taught, closed, strict=True):
-            reason = self._likelihood_fault(score, blind)
+        gains = self._gains(drafts, rows, [score.logprobs for score in taught])
+        for draft, (ids, mask), score, gain in zip(drafts, rows, taught, gains, strict=True):
+            # The last row is the end of the turn, which says nothing about the answer.
+            nll = float(-score.logprobs[:-1].mean())
+            reason = self._first(self._likelihood_faults(nll, gain))
             results[draft.task.conversation_id] = self._conversation(
                 draft, draft.proposal.answer, reason, ids, mask, score.topk_ids, score.topk_logprobs,
-                {"teacher_nll": float(-score.logprobs[:-1].mean()), "known": 1.0})
+                {"teacher_nll": nll, "known": 1.0, **gain})
 
     def _known_ids(self, draft: _Draft) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         prompt = self.template.conversation_ids(draft.turns())
@@ -134,45 +146,55 @@ class Synthesizer:
         ids = (*prompt, *answer, self.tokenizer.eos_token_id)
         return ids, _answer_mask(len(prompt), len(ids))
 
-    def _closed_book(self, rows) -> list[Score | None]:
-        if self.settings.min_information_gain is None:
-            return [None] * len(rows)
-        return list(self.engine.score([ScoreRequest(ids, mask) for ids, mask in rows]))
+    def _gains(self, drafts, rows, taught: list[np.ndarray]) -> list[dict[str, float]]:
+        """`{"information_gain": nats a token}` for each, by one more pass without the chunk; `{}` where
+        the filter is off or there is no chunk. `taught`: the answers' logprobs with the chunk."""
+        asked = [i for i, draft in enumerate(drafts)
+                 if draft.chunk and len(taught[i]) > 1 and self.settings.min_information_gain is not None]
+        blind = self.engine.score([ScoreRequest(*rows[i]) for i in asked])
+        gains: list[dict[str, float]] = [{} for _ in drafts]
+        for i, score in zip(asked, blind, strict=True):
+            gains[i]["information_gain"] = filters.information_gain(taught[i][:-1], score.logprobs[:-1])
+        return gains
 
-    def _likelihood_fault(self, score: Score, blind: Score | None) -> str | None:
-        # The last row is the end of the turn, which says nothing about the answer.
-        if -score.logprobs[:-1].mean() > self.settings.max_teacher_nll:
-            return "teacher_disagrees"
-        if blind is not None and (filters.information_gain(score.logprobs[:-1], blind.logprobs[:-1])
-                                  < self.settings.min_information_gain):
-            return "low_information_gain"
-        return None
+    def _likelihood_faults(self, nll: float, gain: Mapping[str, float]) -> Iterator[str]:
+        if nll > self.settings.max_teacher_nll:
+            yield "teacher_disagrees"
+        yield from self._gain_faults(gain)
+
+    def _gain_faults(self, gain: Mapping[str, float]) -> Iterator[str]:
+        if gain and gain["information_gain"] < self.settings.min_information_gain:
+            yield "low_information_gain"
 
     def _write(self, drafts: list[_Draft], results) -> None:
         """The teacher answers greedily; its top-k rows are those of what it wrote."""
         prompts = [tuple(self.template.conversation_ids(draft.turns())) for draft in drafts]
-        completions = self.engine.generate([
-            Request(prompt, TextPrefix(draft.chunk.text), max_tokens=self.settings.max_answer_tokens,
-                    topk=self.settings.topk) for draft, prompt in zip(drafts, prompts, strict=True)])
-        for draft, prompt, answer in zip(drafts, prompts, completions, strict=True):
-            reason = self._answer_fault(draft, answer)
-            ids = (*prompt, *answer.output_ids)
+        answers = self.engine.generate([
+            Request(prompt, draft.prefix, max_tokens=self.settings.max_answer_tokens, topk=self.settings.topk)
+            for draft, prompt in zip(drafts, prompts, strict=True)])
+        rows = [((*prompt, *answer.output_ids), _answer_mask(len(prompt), len(prompt) + len(answer.output_ids)))
+                for prompt, answer in zip(prompts, answers, strict=True)]
+        gains = self._gains(drafts, rows, [answer.logprobs for answer in answers])
+        for draft, (ids, mask), answer, gain in zip(drafts, rows, answers, gains, strict=True):
+            reason = self._first((*self._answer_faults(draft, answer), *self._gain_faults(gain)))
             results[draft.task.conversation_id] = self._conversation(
-                draft, answer.text, reason, ids, _answer_mask(len(prompt), len(ids)), answer.topk_ids,
-                answer.topk_logprobs, {"teacher_nll": float(-answer.logprobs.mean())})
+                draft, answer.text, reason, ids, mask, answer.topk_ids, answer.topk_logprobs,
+                {"teacher_nll": float(-answer.logprobs.mean()), **gain})
 
-    def _answer_fault(self, draft: _Draft, answer: Completion) -> str | None:
-        if answer.finish_reason != "stop":
-            return "truncated"
+    def _answer_faults(self, draft: _Draft, answer: Completion) -> Iterator[str]:
+        if draft.chunk and answer.finish_reason != "stop":
+            yield "truncated"  # a general one may be: cut off or not, each token says what the model does
         if not answer.text.strip():
-            return "empty"
-        span = draft.proposal.must_contain
+            yield "empty"
+        if draft.chunk is None:
+            return
+        span, known = draft.proposal.must_contain, (draft.chunk.text, draft.question)
         if span is not None and not filters.says(answer.text, span):
-            return "round_trip"
-        if self.settings.drop_ungrounded and filters.ungrounded_numbers(
-                answer.text, draft.chunk.text, draft.question):
-            return "ungrounded"
-        return None
+            yield "round_trip"
+        if self.settings.drop_ungrounded and filters.ungrounded_numbers(answer.text, *known):
+            yield "ungrounded"
+        if self.settings.drop_ungrounded_names and filters.ungrounded_names(answer.text, *known):
+            yield "ungrounded_name"
 
     def _conversation(self, draft, answer, reason, ids, mask, topk_ids, topk_logprobs,
                       info) -> Conversation | Dropped:
@@ -182,9 +204,10 @@ class Synthesizer:
         shared = len(self.shared) if draft.proposal.short else 0
         if list(ids[:shared]) != self.shared[:shared]:
             raise AssertionError("the example turns are not a prefix of the conversation's tokens")
-        info |= filters.groundedness(answer, draft.chunk.text, draft.question)
+        if draft.chunk:
+            info |= filters.groundedness(answer, draft.chunk.text, draft.question)
         return Conversation(
-            draft.task.conversation_id, draft.chunk.chunk_id, draft.task.seed_family, messages,
+            draft.task.conversation_id, draft.task.chunk_id, draft.task.seed_family, messages,
             np.array(ids, np.int32), np.array(mask, bool), topk_ids, topk_logprobs, shared, info)
 
 
