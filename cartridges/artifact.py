@@ -29,7 +29,8 @@ FORMAT_VERSION = 1
 TENSORS = "cartridge.safetensors"
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
-PROVENANCE = {"format_version", "report_card", "created", "libraries", "corpus_text"}
+PROVENANCE = {"format_version", "report_card", "created", "libraries", "corpus_text", "composition",
+              "composition_card"}
 """Manifest fields that are not part of the version: they tell of the build, not of the cartridge."""
 
 Dtype = Literal["bfloat16", "float32"]
@@ -95,7 +96,9 @@ class Manifest(Record):
     seed: int = 0
     report_card: dict[str, Any] | None = None
     composition: int = Field(0, ge=0)
-    """With how many partners loaded beside it the cartridge was tested; 0 is never."""
+    """With how many partners loaded beside it the cartridge passed the collapse test; 0 is none."""
+    composition_card: dict[str, Any] | None = None
+    """What that test found (`cartridges.evaluation.composition`)."""
     licence: str | None = None
     created: str
     """UTC, ISO 8601."""

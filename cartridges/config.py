@@ -150,6 +150,8 @@ class EvaluateSettings(Settings):
     """Questions drawn by seed when there are more; 0 asks all."""
     max_answer_tokens: int = Field(32, ge=1)
     bootstrap_samples: int = Field(2000, ge=100)
+    composition_share: float = Field(0.8, ge=0, le=1)
+    """Share of its gain in accuracy over closed book that a cartridge must keep beside others."""
     wrong_cartridge: str | None = None
     """Registry name for the wrong_cartridge arm; None trains nothing and uses the bundled decoy:
     the exact KV of an unrelated text, cut to p."""
@@ -172,6 +174,12 @@ class ServeSettings(Settings):
     """auto takes vLLM where it is installed."""
     cartridges: tuple[str, ...] = ()
     """Names (`name[@version|@alias]`) loaded at start; empty offers the whole registry."""
+    keys_file: str | None = None
+    """API keys (`cartridges keys add`). None: no keys, and only this machine is answered."""
+    open_to_network: bool = False
+    """Without keys, answer the network too: for a gateway in front that asks for its own."""
+    audit_log: str | None = None
+    """File to which every request adds a JSON line: who, what, how much, never a prompt or an answer."""
     max_tokens_limit: int = Field(2048, ge=1)
     max_queue: int = Field(128, ge=1)
     """Requests in flight beyond which the service answers 429."""

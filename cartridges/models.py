@@ -114,6 +114,17 @@ def kv_shape(config) -> KVShape:
     return KVShape(config.num_hidden_layers, config.num_key_value_heads, head_dim)
 
 
+def rope_frequencies(identity: ModelIdentity):
+    """float32 `[head_dim / 2]`: by how many radians a position turns each plane of the model's keys."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    # All supported types use Llama's rotary embedding; only these parameters matter.
+    config = LlamaConfig(rope_parameters=dict(identity.rope), head_dim=identity.head_dim,
+                         max_position_embeddings=identity.max_position_embeddings)
+    return LlamaRotaryEmbedding(config).inv_freq.float()
+
+
 def load_tokenizer(directory: Path):
     """The fast tokenizer of a model directory, from its own files only."""
     from transformers import AutoTokenizer

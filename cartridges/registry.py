@@ -20,10 +20,12 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cartridges import archive
 from cartridges.artifact import (
     MANIFEST,
+    PROVENANCE,
     TENSORS,
     Manifest,
     manifest_bytes,
@@ -162,6 +164,15 @@ class Registry:
             self._write_aliases(name, self.aliases(name) | {alias: entry.version})
         return self.resolve(f"{name}@{entry.version}")
 
+    def annotate(self, ref: str, **fields: Any) -> Entry:
+        """Set manifest `fields` that are not part of the version, such as what a later test found."""
+        assert fields.keys() <= PROVENANCE, fields
+        with self._store.lock(ref.partition("@")[0]):
+            entry = self.resolve(ref)
+            manifest = Manifest.model_validate(entry.manifest.model_dump() | fields)
+            self._store.write(manifest_bytes(manifest), entry.name, entry.version, MANIFEST)
+        return self.resolve(f"{entry.name}@{entry.version}")
+
     def delete(self, ref: str, force: bool = False) -> tuple[str, ...]:
         """Delete one version (`name@...`) or the whole name; returns the versions deleted.
 
@@ -254,9 +265,8 @@ class Registry:
     def _upload(self, name: str, version: str, directory: Path, manifest: Manifest) -> None:
         """Tensors, text, and last the manifest; a text that is no longer kept goes after it."""
         data = self._store.read(name, version, MANIFEST)
-        if data is not None and manifest.report_card is None:
-            kept = parse_manifest(data, f"{name}@{version}").report_card
-            manifest = manifest.model_copy(update={"report_card": kept})
+        if data is not None:
+            manifest = _with_findings(manifest, parse_manifest(data, f"{name}@{version}"))
         self._store.upload(directory / TENSORS, name, version, TENSORS)
         if manifest.corpus_text is not None:
             self._store.upload(directory / TEXT, name, version, TEXT)
@@ -298,6 +308,14 @@ class Registry:
         near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(names[:5])}"
         return UserError(f"no cartridge {name!r} in the registry {self.root}; {hint}")
+
+
+def _with_findings(manifest: Manifest, kept: Manifest) -> Manifest:
+    """`manifest` with the report card and the composition test of `kept` where it has none."""
+    found = {} if manifest.report_card is not None else {"report_card": kept.report_card}
+    if manifest.composition_card is None:
+        found |= {"composition": kept.composition, "composition_card": kept.composition_card}
+    return manifest.model_copy(update=found)
 
 
 def check_name(name: str) -> str:

@@ -14,7 +14,7 @@ FLOW = (
     "records config",
     "template cartridge readers tables",
     "download models corpus chunking prompts",
-    "attention forward engines.base",
+    "merged_attention attention forward engines.base compose",
     "selfstudy",
     "distill",
     "artifact corpus_text store archive registry",

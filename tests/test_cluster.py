@@ -152,7 +152,8 @@ def test_pods_are_safe_and_share_what_stages_need(name):
         assert pod["securityContext"]["runAsNonRoot"]
         assert not container["securityContext"]["allowPrivilegeEscalation"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {
-            volume["name"] for volume in pod["volumes"]} == {"shared", "shm"}
+            volume["name"] for volume in pod["volumes"]} == (
+                {"shared", "shm", "keys"} if name == "rayservice" else {"shared", "shm"})
         claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
         assert claim == manifest("storage")["metadata"]["name"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
@@ -179,7 +180,11 @@ def test_rayservice_imports_our_app():
     config = yaml.safe_load(manifest("rayservice")["spec"]["serveConfigV2"])
     ServeDeploySchema.model_validate(config)
     (app,) = config["applications"]
-    BuildSettings.model_validate(app["args"]["settings"])
+    settings = BuildSettings.model_validate(app["args"]["settings"])
+    # It listens to the network: not without keys, which come from the secret.
+    (container,) = cluster_spec("rayservice")["headGroupSpec"]["template"]["spec"]["containers"]
+    (keys,) = [mount for mount in container["volumeMounts"] if mount["name"] == "keys"]
+    assert settings.serve.keys_file.startswith(f"{keys['mountPath']}/") and keys["readOnly"]
     module, _, name = app["import_path"].partition(":")
     built = getattr(importlib.import_module(module), name)(app["args"])
     from ray.serve._private.build_app import build_app

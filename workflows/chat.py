@@ -1,6 +1,7 @@
 """`cartridges chat`: ask a served cartridge over HTTP, or a local one in this process."""
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -64,16 +65,22 @@ def _is_served(name: str) -> bool:
     try:
         if httpx.get(f"{DEFAULT_URL}/healthz", timeout=2).status_code != 200:
             return False
-        return httpx.get(f"{DEFAULT_URL}/v1/models/{name}", timeout=10).status_code == 200
+        key = {"Authorization": f"Bearer {_api_key()}"}
+        return httpx.get(f"{DEFAULT_URL}/v1/models/{name}", timeout=10, headers=key).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def _api_key() -> str:
+    """`CARTRIDGES_API_KEY`, for a service that asks for one."""
+    return os.environ.get("CARTRIDGES_API_KEY") or "none"
 
 
 def _over_http(name: str, url: str | None) -> Ask:
     import openai
 
     base = (url or DEFAULT_URL).rstrip("/").removesuffix("/v1")
-    client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{base}/v1", api_key=_api_key(), max_retries=0)
 
     def ask(messages: list[dict[str, str]]) -> Iterator[str]:
         try:

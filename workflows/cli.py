@@ -18,6 +18,7 @@ from workflows import commands
 
 RESUMABLE = ("build", "synthesize", "train")
 REFERENCE = "NAME, NAME@VERSION or NAME@ALIAS"
+CORPUS = "folder, text/Markdown/HTML/PDF file, JSONL, Parquet, or Hugging Face dataset on disk"
 
 
 
@@ -86,7 +87,7 @@ def _add_stages(parsers: Any) -> None:
     _add_build_arguments(build)
 
     synthesize = _command(parsers, "synthesize", commands.run_synthesize, "corpus to conversations")
-    synthesize.add_argument("corpus", metavar="CORPUS", help="folder, text/Markdown/HTML/PDF file, or JSONL")
+    synthesize.add_argument("corpus", metavar="CORPUS", help=CORPUS)
     synthesize.add_argument("--output", required=True, metavar="DIR", help="where the conversations go")
     _settings_options(synthesize, "model", "seed", "corpus_id", "budget")
 
@@ -112,13 +113,23 @@ def _add_stages(parsers: Any) -> None:
     _registry_option(evaluate)
 
 
+    together = _command(parsers, "compose-test", commands.run_compose_test,
+                        "does a cartridge still answer with others loaded beside it?")
+    together.add_argument("name", metavar="NAME", help=REFERENCE)
+    together.add_argument("--with", required=True, dest="partners", metavar="A,B",
+                          help="other cartridges; 1, 3 and 7 of them are loaded beside it")
+    together.add_argument("--questions", required=True, metavar="FILE", help="JSONL of NAME's `questions`")
+    _settings_options(together, "model", "seed", "corpus_id")
+    _registry_option(together)
+
+
 def _add_build_arguments(build: argparse.ArgumentParser) -> None:
-    build.add_argument("corpus", metavar="CORPUS", help="folder, text/Markdown/HTML/PDF file, or JSONL")
+    build.add_argument("corpus", metavar="CORPUS", help=CORPUS)
     build.add_argument("--name", required=True, metavar="NAME", help="name of the cartridge in the registry")
     build.add_argument("--questions", metavar="FILE",
                        help="JSONL of rows with `questions`; default: held-out self-study questions")
     build.add_argument("--workdir", metavar="DIR", help="where stages keep their work; default: runs/NAME")
-    _settings_options(build, "model", "num_tokens", "init", "loss", "budget", "seed", "corpus_id")
+    _settings_options(build, "model", "num_tokens", "init", "loss", "budget", "seed", "corpus_id", "curriculum")
     _registry_option(build)
 
 
@@ -133,6 +144,8 @@ def _add_use(parsers: Any) -> None:
     chat.add_argument("--url", metavar="URL", help="a running service, such as http://127.0.0.1:8000")
     _registry_option(chat)
 
+    _add_keys(parsers)
+
     submit = _command(parsers, "submit", commands.run_submit, "run `build` as a job on a Ray cluster",
                       usage="cartridges submit [--address URL] [--no-wait] [--env KEY=VALUE] [--json] "
                             "[--] CORPUS --name NAME --registry ROOT [build options]")
@@ -142,6 +155,24 @@ def _add_use(parsers: Any) -> None:
     submit.add_argument("--env", action="append", default=[], metavar="KEY=VALUE",
                         help="the job's environment (not for secrets); may be repeated")
     submit.add_argument("build", nargs=argparse.REMAINDER, metavar="BUILD ARGUMENTS", help="as for `build`")
+
+
+def _add_keys(parsers: Any) -> None:
+    about = "API keys of the HTTP service"
+    keys = parsers.add_parser("keys", help=about, description=about, allow_abbrev=False)
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=Parser)
+    add = _command(actions, "add", commands.run_keys_add, "make a key; it is printed once and kept nowhere")
+    add.add_argument("tenant", metavar="TENANT", help="whose key it is")
+    add.add_argument("--corpora", default="*", metavar="A,B*",
+                     help="names or shell patterns of the cartridges it may use; default: all")
+    add.add_argument("--rate", type=float, default=0, metavar="N", help="requests a minute; default: no limit")
+    add.add_argument("--manage", action="store_true", help="may load, pin and scale cartridges, read metrics")
+    listed = _command(actions, "list", commands.run_keys_list, "the keys, without the keys themselves")
+    revoke = _command(actions, "revoke", commands.run_keys_revoke, "take a key out; it stops within a second")
+    revoke.add_argument("id", metavar="ID", help="as `cartridges keys list` shows it")
+    for action in (add, listed, revoke):
+        action.add_argument("--file", default=os.environ.get("CARTRIDGES_KEYS") or "runs/keys.yaml", metavar="FILE",
+                            help="serve.keys_file; default: CARTRIDGES_KEYS or runs/keys.yaml")
 
 
 def _add_registry(parsers: Any) -> None:
@@ -164,36 +195,6 @@ def _add_registry(parsers: Any) -> None:
     _registry_option(import_)
 
 
-def _command(parsers: Any, name: str, run: Any, about: str, **options: Any) -> argparse.ArgumentParser:
-    # allow_abbrev=False: an abbreviation would change its meaning when an option is added.
-    command = parsers.add_parser(name, help=about, description=about, allow_abbrev=False, **options)
-    command.add_argument("--json", action="store_true", help="one JSON object on stdout, logs on stderr")
-    command.set_defaults(run=run)
-    return command
-
-
-def _registry_option(command: argparse.ArgumentParser) -> None:
-    default = os.environ.get("CARTRIDGES_REGISTRY") or "runs/registry"
-    command.add_argument("--registry", default=default, metavar="ROOT",
-                         help="path or URL (s3://...); default: CARTRIDGES_REGISTRY or runs/registry")
-
-
-def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
-    """`--config`, `--set`, and the named dials."""
-    known: dict[str, dict[str, Any]] = {
-        "model": {"metavar": "ID", "help": "hub id or directory of the base model"},
-        "num_tokens": {"type": int, "metavar": "P", "help": "slots of the cartridge (p)"},
-        "init": {"metavar": "METHOD", "help": "start of training, such as prefix or sampled_chunks"},
-        "loss": {"metavar": "LOSS", "help": "distillation, next_token, or none (publish the start)"},
-        "budget": {"metavar": "TIME", "help": "wall-clock for synthesis and training, such as 10m"},
-        "seed": {"type": int, "metavar": "N", "help": "seed of everything random"},
-        "corpus_id": {"metavar": "ID", "help": "row of a JSONL corpus, or a pattern that joins several"},
-        "host": {"metavar": "HOST", "help": "address to listen on; default 127.0.0.1"},
-        "port": {"type": int, "metavar": "PORT", "help": "default 8000"},
-        "engine": {"metavar": "ENGINE", "help": "auto, transformers or vllm"},
-    }
-    for dial in dials:
-        command.add_argument(f"--{dial.replace('_', '-')}", **known[dial])
 def _add_bench(parsers: Any) -> None:
     about = "performance as ratios against named peers, interleaved in one run"
     bench = parsers.add_parser("bench", help=about, description=about, allow_abbrev=False)
@@ -229,6 +230,39 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _command(parsers: Any, name: str, run: Any, about: str, **options: Any) -> argparse.ArgumentParser:
+    # allow_abbrev=False: an abbreviation would change its meaning when an option is added.
+    command = parsers.add_parser(name, help=about, description=about, allow_abbrev=False, **options)
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout, logs on stderr")
+    command.set_defaults(run=run)
+    return command
+
+
+def _registry_option(command: argparse.ArgumentParser) -> None:
+    default = os.environ.get("CARTRIDGES_REGISTRY") or "runs/registry"
+    command.add_argument("--registry", default=default, metavar="ROOT",
+                         help="path or URL (s3://...); default: CARTRIDGES_REGISTRY or runs/registry")
+
+
+def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
+    """`--config`, `--set`, and the named dials."""
+    known: dict[str, dict[str, Any]] = {
+        "model": {"metavar": "ID", "help": "hub id or directory of the base model"},
+        "num_tokens": {"type": int, "metavar": "P", "help": "slots of the cartridge (p)"},
+        "pack_tokens": {"type": int, "metavar": "N", "help": "tokens of a pack (a micro batch)"},
+        "init": {"metavar": "METHOD", "help": "start of training, such as prefix or sampled_chunks"},
+        "loss": {"metavar": "LOSS", "help": "distillation, next_token, or none (publish the start)"},
+        "budget": {"metavar": "TIME", "help": "wall-clock for synthesis and training, such as 10m"},
+        "seed": {"type": int, "metavar": "N", "help": "seed of everything random"},
+        "curriculum": {"action": "store_const", "const": 4, "help": "up to four rounds: each asks more where the "
+                       "cartridge so far knows least, and goes on from it"},
+        "corpus_id": {"metavar": "ID", "help": "row of a JSONL corpus, or a pattern that joins several"},
+        "host": {"metavar": "HOST", "help": "address to listen on; default 127.0.0.1"},
+        "port": {"type": int, "metavar": "PORT", "help": "default 8000"},
+        "engine": {"metavar": "ENGINE", "help": "auto, transformers or vllm"},
+    }
+    for dial in dials:
+        command.add_argument(f"--{dial.replace('_', '-')}", **known[dial])
     command.add_argument("--config", metavar="FILE", help="YAML of settings")
     command.add_argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE",
                          help="one setting, such as train.epochs=4; may be repeated")
@@ -248,9 +282,20 @@ def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
         registry_commands.print_shown(result, sys.stdout)
     elif args.command == "inspect":
         from workflows.inspect_dataset import print_card
-        "pack_tokens": {"type": int, "metavar": "N", "help": "tokens of a pack (a micro batch)"},
 
         print_card(result, sys.stdout)
+    elif args.command == "keys" and args.action == "list":
+        from workflows.keys_commands import print_keys
+
+        print_keys(result, sys.stdout)
+    elif args.command == "compose-test":
+        from workflows.compose_test import print_card as print_composition
+
+        print_composition(result, sys.stdout)
+    elif args.command == "bench":
+        from workflows.bench import tables
+
+        {"train": tables.print_train, "serve": tables.print_serve}[args.bench](result, sys.stdout)
     elif args.command == "evaluate":
         console.print_report_card(result, sys.stdout)
     elif args.command == "build":
@@ -281,18 +326,6 @@ def _clean_stdout(as_json: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
     """SIGTERM unwinds as Ctrl-C does, so that what a stage started is stopped by it."""
-    elif args.command == "keys" and args.action == "list":
-        from workflows.keys_commands import print_keys
-
-        print_keys(result, sys.stdout)
-    elif args.command == "compose-test":
-        from workflows.compose_test import print_card as print_composition
-
-        print_composition(result, sys.stdout)
-    elif args.command == "bench":
-        from workflows.bench import tables
-
-        {"train": tables.print_train, "serve": tables.print_serve}[args.bench](result, sys.stdout)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -14,7 +14,7 @@ from cartridges.errors import UserError
 DIALS = {"model": "model.name", "num_tokens": "train.num_tokens", "pack_tokens": "train.pack_tokens",
          "init": "train.init", "loss": "train.loss",
          "budget": "budget", "seed": "seed", "corpus_id": "corpus.corpus_id", "host": "serve.host",
-         "port": "serve.port", "engine": "serve.engine"}
+         "port": "serve.port", "engine": "serve.engine", "curriculum": "curriculum.rounds"}
 """Options that are short for a setting of `BuildSettings`."""
 
 
@@ -84,11 +84,38 @@ def _check_arms(arms: tuple[str, ...]) -> None:
         raise UserError(f"--arms: no arm {unknown[0]!r}; there are {', '.join(get_args(Arm))}")
 
 
+def run_compose_test(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    partners = [name.strip() for name in args.partners.split(",") if name.strip()]
+    from workflows.compose_test import compose_test
+
+    return compose_test(args.name, partners, args.questions, args.registry, settings)
+
+
 def run_serve(args: argparse.Namespace) -> None:
     settings = settings_from(args)
     from workflows.serve import serve
 
     serve(args.registry, settings)
+
+
+def run_keys_add(args: argparse.Namespace) -> dict[str, Any]:
+    from workflows.keys_commands import add
+
+    corpora = tuple(pattern.strip() for pattern in args.corpora.split(",") if pattern.strip())
+    return add(args.tenant, args.file, corpora, args.rate, args.manage)
+
+
+def run_keys_list(args: argparse.Namespace) -> dict[str, Any]:
+    from workflows.keys_commands import list_keys
+
+    return list_keys(args.file)
+
+
+def run_keys_revoke(args: argparse.Namespace) -> dict[str, Any]:
+    from workflows.keys_commands import revoke
+
+    return revoke(args.id, args.file)
 
 
 def run_chat(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -113,6 +140,31 @@ def _pair(text: str) -> tuple[str, str]:
     if not key or not equals:
         raise UserError(f"--env {text!r} is not KEY=VALUE")
     return key, value
+
+
+def run_bench_train(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    from workflows.bench.train import bench_train
+
+    return bench_train(settings, args.rounds, args.steps, args.conversations, args.data)
+
+
+def run_bench_serve(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    contexts = _numbers("--contexts", args.contexts)
+    if args.output_tokens < 2:
+        raise UserError("--output-tokens must be at least 2: decoding is timed after the first token")
+    from workflows.bench.serve import bench_serve
+
+    return bench_serve(settings, contexts, args.num_tokens, args.kv_budget << 20, args.output_tokens, args.runs,
+                       args.max_batch, args.one_corpus)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"{option} {text!r} is not a list of whole numbers, such as 1024,4096")
+    return [int(part) for part in parts]
 
 
 def run_list(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,31 +193,6 @@ def run_delete(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_export(args: argparse.Namespace) -> dict[str, Any]:
     from workflows import registry_commands
-
-def run_bench_train(args: argparse.Namespace) -> dict[str, Any]:
-    settings = settings_from(args)
-    from workflows.bench.train import bench_train
-
-    return bench_train(settings, args.rounds, args.steps, args.conversations, args.data)
-
-
-def run_bench_serve(args: argparse.Namespace) -> dict[str, Any]:
-    settings = settings_from(args)
-    contexts = _numbers("--contexts", args.contexts)
-    if args.output_tokens < 2:
-        raise UserError("--output-tokens must be at least 2: decoding is timed after the first token")
-    from workflows.bench.serve import bench_serve
-
-    return bench_serve(settings, contexts, args.num_tokens, args.kv_budget << 20, args.output_tokens, args.runs,
-                       args.max_batch, args.one_corpus)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"{option} {text!r} is not a list of whole numbers, such as 1024,4096")
-    return [int(part) for part in parts]
-
 
     return registry_commands.export(args.name, args.output, args.registry)
 

@@ -25,7 +25,7 @@ def evaluate(name: str, registry: str, questions: str, corpus: str | None, setti
     store = Registry(registry)
     entry = store.resolve(name)
     loaded = artifact.load(store.get(f"{entry.name}@{entry.version}"))
-    asked = load_questions(questions, _row_id(questions, settings, loaded.manifest))
+    asked = load_questions(questions, row_id(questions, settings, loaded.manifest))
     given = _load_given_corpus(questions, corpus, settings, loaded.manifest)
     arms, notes = _possible_arms(arms, settings, given)
     notes += _fingerprint_notes(given, loaded.manifest)
@@ -46,7 +46,7 @@ def _run(store, entry, loaded, asked, given, arms, notes, settings: BuildSetting
     from workflows.console import Progress
     from workflows.tracking import track
 
-    model = _model_of(loaded.manifest, settings)
+    model = model_of(loaded.manifest, settings)
     check_compatible(loaded.manifest, load_identity(resolve_model_dir(model)))
     base = load_base_model(model)
     built = loaded.manifest.corpus
@@ -72,7 +72,7 @@ def wrong_cartridge(store, loaded, base, settings: BuildSettings):
     from cartridges.evaluation.decoy import DECOY
 
     if settings.evaluate.wrong_cartridge is not None:
-        return _load_prefix(store, settings.evaluate.wrong_cartridge, base)
+        return load_prefix(store, settings.evaluate.wrong_cartridge, base)
     p = loaded.cartridge.num_tokens
     if len(base.template.system_ids(DECOY)) >= p:
         return None
@@ -82,10 +82,10 @@ def wrong_cartridge(store, loaded, base, settings: BuildSettings):
     if not others:
         return None
     nearest = min(others, key=lambda entry: abs(entry.manifest.num_tokens - p))
-    return _load_prefix(store, f"{nearest.name}@{nearest.version}", base)
+    return load_prefix(store, f"{nearest.name}@{nearest.version}", base)
 
 
-def _load_prefix(store, ref: str, base):
+def load_prefix(store, ref: str, base):
     from cartridges import artifact
     from cartridges.engines.base import CartridgePrefix
 
@@ -94,14 +94,14 @@ def _load_prefix(store, ref: str, base):
     return CartridgePrefix(loaded.cartridge, loaded.digest)
 
 
-def _model_of(manifest, settings: BuildSettings) -> ModelSettings:
+def model_of(manifest, settings: BuildSettings) -> ModelSettings:
     """The cartridge's own model, unless the settings name another than the default."""
     if settings.model.name != DEFAULT_MODEL:
         return settings.model
     return settings.model.model_copy(update={"name": manifest.model.name})
 
 
-def _row_id(path: str, settings: BuildSettings, manifest) -> str | None:
+def row_id(path: str, settings: BuildSettings, manifest) -> str | None:
     """Which rows of a JSONL: those the user names, else those the cartridge was built from."""
     if settings.corpus.corpus_id is not None:
         return settings.corpus.corpus_id
@@ -114,9 +114,9 @@ def _row_id(path: str, settings: BuildSettings, manifest) -> str | None:
 def _load_given_corpus(questions: str, corpus: str | None, settings: BuildSettings,
                        manifest) -> Corpus | None:
     if corpus is not None:
-        return load_corpus(corpus, _row_id(corpus, settings, manifest))
+        return load_corpus(corpus, row_id(corpus, settings, manifest))
     if holds_text(questions):
-        return load_corpus(questions, _row_id(questions, settings, manifest))
+        return load_corpus(questions, row_id(questions, settings, manifest))
     return None
 
 

@@ -50,8 +50,9 @@ def start_service(registry: str, settings: BuildSettings) -> Service:
     One at a time in a process. Raises `UserError` for a wrong model, an unknown cartridge or a port
     that is taken, before anything is started.
     """
-    registry = _absolute(registry)
-    _check(registry, settings)
+    registry, settings = _absolute(registry), _with_absolute_files(settings)
+    _check_access(settings)
+    models = _check(registry, settings)
     port = settings.serve.port or _free_port(settings.serve.host)
     _check_port(settings.serve.host, port)
     try:
@@ -61,7 +62,8 @@ def start_service(registry: str, settings: BuildSettings) -> Service:
         stop_service()
         raise
     url = f"http://{settings.serve.host}:{port}"
-    return Service(url, _models(url))
+    _wait(url)
+    return Service(url, models)
 
 
 def stop_service() -> None:
@@ -109,18 +111,32 @@ def _serve_is_running() -> bool:
     return bool(ray_serve.status().proxies)
 
 
-def _check(registry: str, settings: BuildSettings) -> None:
-    """A user's mistakes are found here, where they can be told in one line."""
+def _check(registry: str, settings: BuildSettings) -> tuple[str, ...]:
+    """The model names. A user's mistakes are found here, where they can be told in one line."""
     from cartridges.models import load_identity, resolve_model_dir
     from cartridges.registry import Registry
     from workflows.serving.catalog import Catalog
 
-    catalog = Catalog(Registry(registry), load_identity(resolve_model_dir(settings.model)))
+    opened, identity = Registry(registry), load_identity(resolve_model_dir(settings.model))
+    catalog = Catalog(opened, identity)
     for ref in (*settings.serve.cartridges, *settings.serve.dedicated):
         try:
             catalog.resolve(ref)
         except Exception as error:
             raise UserError(f"serve settings: {error}") from None
+    offered = Catalog(opened, identity, settings.serve.cartridges).entries()
+    return (identity.name, *(entry.name for entry in offered))
+
+
+def _check_access(settings: BuildSettings) -> None:
+    """Raises `UserError` for a keys file that cannot be read, and for a network without keys."""
+    from workflows.serving.access import Gate, is_loopback
+
+    serve_ = settings.serve
+    Gate(serve_.keys_file)
+    if serve_.keys_file is None and not serve_.open_to_network and not is_loopback(serve_.host):
+        raise UserError(f"serve.host {serve_.host} would open the service to the network without API keys; make "
+                        "some (`cartridges keys add`) and set serve.keys_file, or set serve.open_to_network=true")
 
 
 def _check_port(host: str, port: int) -> None:
@@ -139,16 +155,15 @@ def _free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def _models(url: str, patience_s: float = 60) -> tuple[str, ...]:
-    """The model names, once the proxy has the route (it may come a moment after the app is up)."""
+def _wait(url: str, patience_s: float = 60) -> None:
+    """Until the proxy has the route (it may come a moment after the app is up)."""
     import httpx
 
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            response = httpx.get(f"{url}/v1/models", timeout=patience_s)
-            if response.status_code == 200:
-                return tuple(model["id"] for model in response.json()["data"])
+            if httpx.get(f"{url}/healthz", timeout=patience_s).status_code == 200:
+                return
         except httpx.TransportError:
             if time.monotonic() > deadline:
                 raise
@@ -160,6 +175,12 @@ def _models(url: str, patience_s: float = 60) -> tuple[str, ...]:
 def _absolute(registry: str) -> str:
     """Replicas may have another working directory."""
     return registry if "://" in registry else os.path.abspath(registry)
+
+
+def _with_absolute_files(settings: BuildSettings) -> BuildSettings:
+    files = {name: os.path.abspath(path) for name in ("keys_file", "audit_log")
+             if (path := settings.serve.model_dump()[name]) is not None}
+    return settings.model_copy(update={"serve": settings.serve.model_copy(update=files)})
 
 
 def _say(line: str) -> None:

@@ -125,6 +125,10 @@ class Engine(Protocol):
 
 
 class StreamingEngine(Protocol):
-    """Serving. Closing the iterator (a client that left) frees the request's slot at once."""
+    """Serving. Closing the iterator (a client that left) frees the request's slot at once.
 
-    def stream(self, request: Request) -> AsyncIterator[TokenEvent]: ...
+    What is cached of a conversation is never shared between tenants: how quickly an answer comes must
+    not tell one what another has asked.
+    """
+
+    def stream(self, request: Request, tenant: str = "") -> AsyncIterator[TokenEvent]: ...

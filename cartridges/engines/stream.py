@@ -47,8 +47,11 @@ class TransformersStreamingEngine:
         self._worker = threading.Thread(target=self._work, name="streaming-engine", daemon=True)
         self._worker.start()
 
-    async def stream(self, request: Request) -> AsyncIterator[TokenEvent]:
-        """Raises `UserError` when prefix, prompt and answer do not fit the model's window."""
+    async def stream(self, request: Request, tenant: str = "") -> AsyncIterator[TokenEvent]:
+        """Raises `UserError` when prefix, prompt and answer do not fit the model's window.
+
+        Prefixes are the only thing cached here, never conversations, so `tenant` parts nothing.
+        """
         stream = _Stream(self._generate(request), asyncio.get_running_loop())
         with self._changed:
             if self._closed:

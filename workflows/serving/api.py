@@ -14,6 +14,7 @@ RESERVED = frozenset({"kv_transfer_params", "cache_salt", "prompt_logprobs", "pr
 """Engine parameters that only the service may set: through them one client could read another's cache."""
 
 MAX_CHOICES = 16
+MAX_CARTRIDGES = 16
 
 
 def _check_unicode(text: str) -> str:
@@ -54,7 +55,7 @@ class Generation(Body):
     """What chat and completions share."""
 
     model: Name
-    cartridges: list[Name] = Field([], max_length=16)
+    cartridges: list[Name] = Field([], max_length=MAX_CARTRIDGES)
     full_context: bool = False
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)

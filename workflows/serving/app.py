@@ -5,9 +5,9 @@ import json
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -17,10 +17,13 @@ from starlette.types import Receive, Scope, Send
 from cartridges.config import ReplicaSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
+from workflows.serving.access import Caller, Gate
 from workflows.serving.api import ChatRequest, CompletionRequest, Generation, LoadRequest, UpdateRequest
+from workflows.serving.entrance import AuditLog, Entrance
 from workflows.serving.errors import ApiError
 from workflows.serving.formats import Answer
 from workflows.serving.limits import BodyLimit
+from workflows.serving.page import add_page
 from workflows.serving.plans import Plan
 from workflows.serving.service import CartridgeService
 
@@ -36,12 +39,24 @@ class ClientLeft(Exception):
 def create_app(service: CartridgeService) -> FastAPI:
     """All routes of the service. Errors are OpenAI-shaped whatever raised them."""
     app = FastAPI(title="cartridges", docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, limit=service.settings.max_body_bytes)
+    settings = service.settings
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    # Added last, so it stands first: who may not come in sends no body.
+    app.add_middleware(Entrance, gate=Gate(settings.keys_file, settings.open_to_network),
+                       audit=AuditLog(settings.audit_log) if settings.audit_log else None)
     _add_errors(app, service)
     _add_generation(app, service)
     _add_cartridges(app, service)
     _add_state(app, service)
+    add_page(app)
     return app
+
+
+def _caller(request: Request) -> Caller:
+    return request.state.caller
+
+
+CallerIs = Annotated[Caller, Depends(_caller)]
 
 
 def _add_generation(app: FastAPI, service: CartridgeService) -> None:
@@ -56,32 +71,32 @@ def _add_generation(app: FastAPI, service: CartridgeService) -> None:
 
 def _add_cartridges(app: FastAPI, service: CartridgeService) -> None:
     @app.get("/v1/cartridges")
-    async def list_cartridges():
-        return {"object": "list", "data": await service.describe()}
+    async def list_cartridges(caller: CallerIs):
+        return {"object": "list", "data": await service.describe(caller)}
 
     @app.post("/v1/cartridges", status_code=201)
-    async def load_cartridge(body: LoadRequest):
-        return await service.hold(body.name, body.pin, body.ttl_s)
+    async def load_cartridge(body: LoadRequest, caller: CallerIs):
+        return await service.hold(body.name, body.pin, body.ttl_s, caller)
 
     @app.get("/v1/cartridges/{name}")
-    async def get_cartridge(name: str):
-        return await service.find(name)
+    async def get_cartridge(name: str, caller: CallerIs):
+        return await service.find(name, caller)
 
     @app.patch("/v1/cartridges/{name}")
-    async def update_cartridge(name: str, body: UpdateRequest):
-        return await service.hold(name, body.pin, body.ttl_s)
+    async def update_cartridge(name: str, body: UpdateRequest, caller: CallerIs):
+        return await service.hold(name, body.pin, body.ttl_s, caller)
 
     @app.delete("/v1/cartridges/{name}")
-    async def unload_cartridge(name: str):
-        return await service.release(name)
+    async def unload_cartridge(name: str, caller: CallerIs):
+        return await service.release(name, caller)
 
     @app.put("/v1/cartridges/{name}/replicas", status_code=202)
-    async def give_replicas(name: str, body: ReplicaSettings):
-        return await service.dedicate(name, body)
+    async def give_replicas(name: str, body: ReplicaSettings, caller: CallerIs):
+        return await service.dedicate(name, body, caller)
 
     @app.delete("/v1/cartridges/{name}/replicas", status_code=202)
-    async def take_replicas(name: str):
-        return await service.share(name)
+    async def take_replicas(name: str, caller: CallerIs):
+        return await service.share(name, caller)
 
 
 def _add_state(app: FastAPI, service: CartridgeService) -> None:
@@ -90,16 +105,17 @@ def _add_state(app: FastAPI, service: CartridgeService) -> None:
                 "aliases": aliases}
 
     @app.get("/v1/models")
-    async def list_models():
+    async def list_models(caller: CallerIs):
         data = [model(service.identity.name, ["base"])]
-        for cartridge in await service.describe():
+        for cartridge in await service.describe(caller):
             data.append(model(cartridge["id"], cartridge["aliases"]) | {"parent": service.identity.name})
         return {"object": "list", "data": data}
 
     @app.get("/v1/models/{name:path}")
-    async def get_model(name: str):
-        target = await asyncio.to_thread(service.catalog.resolve, name)
-        return model(name, list(target.entry.aliases) if target.entry else ["base"])
+    async def get_model(name: str, caller: CallerIs):
+        target = await asyncio.to_thread(service.catalog.resolve, name, (), caller.may_use)
+        aliases = sorted({alias for entry in target.entries for alias in entry.aliases})
+        return model(name, aliases if target.entries else ["base"])
 
     @app.get("/healthz")
     async def healthz():
@@ -108,7 +124,8 @@ def _add_state(app: FastAPI, service: CartridgeService) -> None:
         return {"status": "ok", "model": service.identity.name, "in_flight": service.in_flight}
 
     @app.get("/metrics")
-    async def metrics():
+    async def metrics(caller: CallerIs):
+        caller.check_manage()
         return Response(await service.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -154,12 +171,13 @@ def _explain(error: RequestValidationError) -> ApiError:
 
 async def _answer(service: CartridgeService, body: Generation, request: Request):
     """Plan, wait for the first token (so that a refusal has its status), then stream or collect."""
-    label, status = "", 500
+    label, status, note = "", 500, request.state.note
     try:
-        plan = await _while_connected(request, service.plan(body))
+        note["asked"] = "+".join([body.model, *body.cartridges])[:200]
+        plan = await _while_connected(request, service.plan(body, request.state.caller))
         label = plan.label
         events = service.generate(plan)
-        answer = Answer(body, plan, service.template.tokenizer)
+        answer = Answer(body, plan, service.template.tokenizer, note)
         if body.stream:
             first = await _while_connected(request, events.__anext__())
             status = 200

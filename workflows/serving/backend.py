@@ -1,15 +1,18 @@
 """What stands behind the HTTP service: in this process, or behind a Ray handle."""
 
+import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cartridges.artifact import Artifact, check_compatible, load
+from cartridges.compose import compose
 from cartridges.config import ReplicaSettings
 from cartridges.engines.base import Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
-from cartridges.models import ModelIdentity
+from cartridges.models import ModelIdentity, rope_frequencies
 from cartridges.registry import Registry
+from workflows.serving.catalog import PLUS
 from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Family, Metrics
 from workflows.serving.residency import Residency
@@ -17,10 +20,11 @@ from workflows.serving.residency import Residency
 
 @dataclass(frozen=True)
 class EngineCall:
-    """One answer to generate. `ref` is `name@version`; None is the base model.
+    """One answer to generate. `ref` is `name@version`, several joined by `+`; None is the base model.
 
-    `text`: full context, the corpus in a system turn instead of a cartridge. The other fields are
-    those of `cartridges.engines.base.Request`.
+    `text`: full context, the corpus in a system turn instead of a cartridge. `tenant`: whose request it
+    is; nothing that an engine caches of prompts is shared between tenants. The other fields are those
+    of `cartridges.engines.base.Request`.
     """
 
     ref: str | None
@@ -32,6 +36,7 @@ class EngineCall:
     stop: tuple[str, ...] = ()
     topk: int = 0
     text: str | None = None
+    tenant: str = ""
 
     def request(self, prefix: Prefix) -> Request:
         return Request(self.input_ids, prefix, self.max_tokens, self.temperature, self.top_p, self.seed,
@@ -76,7 +81,8 @@ class LocalBackend:
             self.metrics.add("cartridges_engine_active")
             stack.callback(self.metrics.add, "cartridges_engine_active", -1)
             prefix = await self._prefix(call, stack)
-            events = await stack.enter_async_context(aclosing(self.engine.stream(call.request(prefix))))
+            stream = self.engine.stream(call.request(prefix), call.tenant)
+            events = await stack.enter_async_context(aclosing(stream))
             async for event in events:
                 yield event
 
@@ -107,6 +113,13 @@ class LocalBackend:
         raise ApiError(404, f"{name} has no replicas of its own", "not_dedicated")
 
     def _load(self, ref: str) -> Artifact:
-        artifact = load(self.registry.get(ref))
-        check_compatible(artifact.manifest, self.identity)
-        return artifact
+        parts = [load(self.registry.get(part)) for part in ref.split(PLUS)]
+        for part in parts:
+            check_compatible(part.manifest, self.identity)
+        return parts[0] if len(parts) == 1 else self._composed(parts)
+
+    def _composed(self, parts: list[Artifact]) -> Artifact:
+        """Held, put out and counted like one cartridge, under a digest of its own."""
+        cartridge = compose([part.cartridge for part in parts], rope_frequencies(self.identity))
+        digest = hashlib.sha256(PLUS.join(part.digest for part in parts).encode()).hexdigest()
+        return Artifact(cartridge, parts[0].manifest, digest)

@@ -2,36 +2,64 @@
 
 import difflib
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cartridges.artifact import check_compatible
+from cartridges.compose import composed_tokens
 from cartridges.errors import UserError
 from cartridges.models import ModelIdentity
 from cartridges.registry import Entry, Registry
+from workflows.serving.api import MAX_CARTRIDGES
 from workflows.serving.errors import ApiError
 
 FRESH_S = 1.0
 """Seconds for which a name is not looked up again; so an alias that moves is served within that."""
 
+PLUS = "+"
+"""Between the names of several cartridges; it is in no name."""
+
+SEVERAL = "(several)"
+"""`model` of the metrics for requests with several cartridges: of combinations there are too many."""
+
 BASE = "base"
 """A short name for the base model, beside its own."""
 
 
+MayUse = Callable[[str], bool]
+"""Whether the caller may use the cartridge of that name."""
+
+
+def everything(name: str) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Target:
-    """What a request's `model` means: a registry entry, or the base model (None)."""
+    """What a request's `model` means: registry entries in order, or the base model (none).
+
+    `label` is what the metrics call it.
+    """
 
     label: str
-    entry: Entry | None
+    entries: tuple[Entry, ...] = ()
 
     @property
     def ref(self) -> str | None:
-        """`name@version`: the one version this request is answered with, whatever aliases do."""
-        return f"{self.entry.name}@{self.entry.version}" if self.entry else None
+        """`name@version`: the one version this request is answered with, whatever aliases do.
+
+        Several are joined with `+`.
+        """
+        return PLUS.join(f"{entry.name}@{entry.version}" for entry in self.entries) or None
+
+    @property
+    def version(self) -> str | None:
+        return PLUS.join(entry.version for entry in self.entries) or None
 
     @property
     def num_tokens(self) -> int:
-        return self.entry.manifest.num_tokens if self.entry else 0
+        return composed_tokens([(entry.manifest.num_tokens, entry.manifest.num_frozen_tokens)
+                                for entry in self.entries])
 
 
 class Catalog:
@@ -46,20 +74,32 @@ class Catalog:
         self.offered = offered
         self._known: dict[str, tuple[float, Entry]] = {}
 
-    def resolve(self, model: str) -> Target:
-        """Raises `ApiError` 404 for a name there is not, 409 for a cartridge of another base model."""
-        if model in (BASE, self.identity.name):
-            return Target(self.identity.name, None)
-        entry = self._entry(model)
+    def resolve(self, model: str, others: Iterable[str] = (), may_use: MayUse = everything) -> Target:
+        """`model` is a name or several (`a+b`); those of `others` follow, each cartridge once.
+
+        Raises `ApiError` 404 for a name there is not or that the caller may not use (which is which is
+        not told), 409 for a cartridge of another base model.
+        """
+        refs = [] if model in (BASE, self.identity.name) else model.split(PLUS)
+        entries = [self._compatible(ref, may_use) for ref in [*refs, *others]]
+        # By version: `a` and `a@prod` may be the same.
+        distinct = tuple({(entry.name, entry.version): entry for entry in entries}.values())
+        if len(distinct) > MAX_CARTRIDGES:
+            raise ApiError(400, f"{len(distinct)} cartridges in one request; at most {MAX_CARTRIDGES}", param="model")
+        label = SEVERAL if len(distinct) > 1 else distinct[0].name if distinct else self.identity.name
+        return Target(label, distinct)
+
+    def _compatible(self, ref: str, may_use: MayUse) -> Entry:
+        entry = self._entry(ref, may_use)
         try:
             check_compatible(entry.manifest, self.identity)
         except UserError as error:
-            raise ApiError(409, f"{model}: {error}", "cartridge_incompatible", "model") from None
-        return Target(entry.name, entry)
+            raise ApiError(409, f"{ref}: {error}", "cartridge_incompatible", "model") from None
+        return entry
 
-    def entries(self) -> list[Entry]:
+    def entries(self, may_use: MayUse = everything) -> list[Entry]:
         """What every offered name means now, sorted by name."""
-        return sorted((entry for entry in self._list() if self._is_offered(entry.name)),
+        return sorted((entry for entry in self._list() if self._is_offered(entry.name) and may_use(entry.name)),
                       key=lambda entry: entry.name)
 
     def _list(self) -> list[Entry]:
@@ -68,17 +108,18 @@ class Catalog:
         except OSError:
             return list({entry.name: entry for _, entry in self._known.values()}.values())
 
-    def _entry(self, model: str) -> Entry:
+    def _entry(self, model: str, may_use: MayUse) -> Entry:
+        name = model.partition("@")[0]
+        if not (self._is_offered(name) and may_use(name)):
+            raise self._unknown(model, may_use)
         known = self._known.get(model)
         if known and time.monotonic() - known[0] < FRESH_S:
             return known[1]
-        if not self._is_offered(model.partition("@")[0]):
-            raise self._unknown(model)
         try:
             entry = self.registry.resolve(model)
         except UserError:
             self._known.pop(model, None)
-            raise self._unknown(model) from None
+            raise self._unknown(model, may_use) from None
         except OSError as error:
             if known:
                 return known[1]
@@ -90,8 +131,8 @@ class Catalog:
     def _is_offered(self, name: str) -> bool:
         return not self.offered or name in {ref.partition("@")[0] for ref in self.offered}
 
-    def _unknown(self, model: str) -> ApiError:
-        names = [self.identity.name, *filter(self._is_offered, self.registry.names())]
+    def _unknown(self, model: str, may_use: MayUse) -> ApiError:
+        names = [self.identity.name, *filter(may_use, filter(self._is_offered, self.registry.names()))]
         near = difflib.get_close_matches(model.partition("@")[0], names, n=5, cutoff=0.5) or names[:5]
         return ApiError(404, f"there is no model {model[:100]!r}; near it: {', '.join(near)}",
                         "model_not_found", "model")

@@ -121,9 +121,12 @@ class TokenTexts:
 
 
 class Answer:
-    """One response: its id and model on every piece, its choices, its usage."""
+    """One response: its id and model on every piece, its choices, its usage.
 
-    def __init__(self, body: Generation, plan: Plan, tokenizer):
+    `note` is kept up to date for the audit log: which version, how many tokens.
+    """
+
+    def __init__(self, body: Generation, plan: Plan, tokenizer, note: Json):
         kind = ChatFormat if isinstance(body, ChatRequest) else CompletionFormat
         assert isinstance(body, ChatRequest | CompletionRequest)
         self.format: Format = kind(TokenTexts(tokenizer), body.topk)
@@ -131,10 +134,15 @@ class Answer:
         self.choices = [Choice() for _ in plan.calls]
         self._head = {"id": f"{self.format.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()),
                       "model": body.model,
-                      "system_fingerprint": plan.target.entry.version if plan.target.entry else None}
+                      "system_fingerprint": plan.target.version}
+
+        self._note = note
+        note |= {"kind": plan.context.kind, "version": plan.target.version, "prompt_tokens": plan.prompt_tokens,
+                 "cached_tokens": plan.cached_tokens, "completion_tokens": 0}
 
     def add(self, index: int, event: TokenEvent) -> None:
         self.choices[index].events.append(event)
+        self._note["completion_tokens"] += 1
 
     def openings(self) -> list[Json]:
         """What a stream begins with: which way of answering this is, and the roles."""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from cartridges.config import ServeSettings
 from cartridges.template import ChatTemplate
+from workflows.serving.access import Caller
 from workflows.serving.api import MAX_CHOICES, ChatRequest, CompletionRequest, Generation
 from workflows.serving.backend import EngineCall
 from workflows.serving.catalog import Catalog, Target
@@ -25,14 +26,14 @@ class Context:
     `text` is the corpus of a full-context answer; `truncated`: only its beginning fitted the window.
     """
 
-    kind: Literal["base", "cartridge", "full_context"]
+    kind: Literal["base", "cartridge", "composition", "full_context"]
     num_tokens: int
     text: str | None = None
     truncated: bool = False
 
     @property
     def cached_tokens(self) -> int:
-        return self.num_tokens if self.kind == "cartridge" else 0
+        return self.num_tokens if self.kind in ("cartridge", "composition") else 0
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,15 @@ class Planner:
         self.texts = CorpusTexts(catalog.registry, template, self.window)
         self._default_tokens = len(template.default_ids())
 
-    def plan(self, body: Generation) -> Plan:
-        target = self.catalog.resolve(body.model)
-        if body.cartridges:
-            raise ApiError(400, "cartridges: several in one request are not offered; name one as the model",
-                           "composition_not_tested", "cartridges")
+    def plan(self, body: Generation, caller: Caller) -> Plan:
+        target = self.catalog.resolve(body.model, body.cartridges, caller.may_use)
         prompts = self._prompts(body)
         if len(prompts) * body.n > MAX_CHOICES:
             raise ApiError(400, f"prompts times n must be at most {MAX_CHOICES}", param="n")
         longest = max(map(len, prompts))
         context = self._context(body, target, longest)
-        calls = tuple(self._call(body, target, context, ids, choice) for ids in prompts for choice in range(body.n))
+        calls = tuple(self._call(body, target, context, ids, choice, caller.tenant)
+                      for ids in prompts for choice in range(body.n))
         identity = self.catalog.identity
         per_token = 2 * identity.num_layers * identity.num_key_value_heads * identity.head_dim * VALUE_BYTES
         return Plan(target, context, calls, sum(context.num_tokens + len(ids) for ids in prompts),
@@ -95,24 +94,35 @@ class Planner:
 
     def _context(self, body: Generation, target: Target, prompt_tokens: int) -> Context:
         if not body.full_context:
-            return (Context("cartridge", target.num_tokens) if target.entry
-                    else Context("base", self._default_tokens))
+            return self._cartridge_context(target)
         if not self.settings.full_context:
             raise ApiError(400, "full_context: switched off here (serve.full_context)", "full_context_off",
                            "full_context")
-        if not target.entry:
+        if not target.entries:
             raise ApiError(400, "full_context: the base model has no corpus; name a cartridge as the model",
                            "corpus_not_available", "full_context")
         answer = body.answer_tokens or min(self.settings.max_tokens_limit, self.window // 8)
-        turn = self.texts.turn([target.entry], prompt_tokens + answer)
+        turn = self.texts.turn(target.entries, prompt_tokens + answer)
         return Context("full_context", turn.num_tokens, turn.text, turn.truncated)
 
+    def _cartridge_context(self, target: Target) -> Context:
+        if not target.entries:
+            return Context("base", self._default_tokens)
+        partners = len(target.entries) - 1
+        for entry in target.entries:
+            if entry.manifest.composition < partners:
+                raise ApiError(
+                    400, f"{entry.name}@{entry.version} was tested with {entry.manifest.composition} cartridges "
+                    f"beside it, not with {partners}; `cartridges compose-test {entry.name}` tests it",
+                    "composition_not_tested", "model")
+        return Context("composition" if partners else "cartridge", target.num_tokens)
+
     def _call(self, body: Generation, target: Target, context: Context, ids: tuple[int, ...],
-              choice: int) -> EngineCall:
+              choice: int, tenant: str) -> EngineCall:
         temperature = self.settings.default_temperature if body.temperature is None else body.temperature
         seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
         return EngineCall(target.ref, ids, self._max_tokens(body, context.num_tokens, len(ids)), temperature,
-                          body.top_p, seed + choice, body.stops, body.topk or 0, context.text)
+                          body.top_p, seed + choice, body.stops, body.topk or 0, context.text, tenant)
 
     def _max_tokens(self, body: Generation, prefix_tokens: int, prompt_tokens: int) -> int:
         room = self.window - prefix_tokens - prompt_tokens

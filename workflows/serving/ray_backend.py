@@ -13,6 +13,7 @@ from cartridges.config import BuildSettings, ReplicaSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
 from workflows.serving.backend import EngineCall
+from workflows.serving.catalog import PLUS
 from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Family, add_up
 from workflows.serving.replicas import DEDICATED, run_dedicated
@@ -83,7 +84,9 @@ class RayBackend:
 
     async def _pool(self, ref: str | None) -> DeploymentHandle:
         await self._look()
-        return self._dedicated.get(ref.partition("@")[0], self.shared) if ref else self.shared
+        # Several cartridges at once are the shared replicas' work.
+        alone = ref is not None and PLUS not in ref
+        return self._dedicated.get(ref.partition("@")[0], self.shared) if alone else self.shared
 
     async def _look(self) -> None:
         if time.monotonic() - self._looked > POLL_S:

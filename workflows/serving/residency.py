@@ -10,6 +10,7 @@ from typing import Any
 from cartridges.artifact import Artifact
 from cartridges.engines.base import CartridgePrefix
 from cartridges.errors import UserError
+from workflows.serving.catalog import PLUS, SEVERAL
 from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Metrics
 
@@ -152,4 +153,5 @@ def _bytes(artifact: Artifact) -> int:
 
 
 def _name(ref: str) -> str:
-    return ref.partition("@")[0]
+    """`model` of the metrics."""
+    return SEVERAL if PLUS in ref else ref.partition("@")[0]

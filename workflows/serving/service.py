@@ -10,6 +10,7 @@ from cartridges.config import ReplicaSettings, ServeSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.models import ModelIdentity
 from cartridges.template import ChatTemplate
+from workflows.serving.access import ANYONE, Caller
 from workflows.serving.api import Generation
 from workflows.serving.backend import Backend
 from workflows.serving.catalog import Catalog, Target
@@ -33,9 +34,9 @@ class CartridgeService:
     def identity(self) -> ModelIdentity:
         return self.catalog.identity
 
-    async def plan(self, body: Generation) -> Plan:
+    async def plan(self, body: Generation, caller: Caller = ANYONE) -> Plan:
         """Check `body` and render its prompts. In a thread: the registry and the tokenizer take time."""
-        return await asyncio.to_thread(self.planner.plan, body)
+        return await asyncio.to_thread(self.planner.plan, body, caller)
 
     async def generate(self, plan: Plan) -> AsyncIterator[tuple[int, TokenEvent]]:
         """(choice, event) as they come. Close it to stop at once.
@@ -84,49 +85,61 @@ class CartridgeService:
         """Prometheus text of this process and of the engine behind it."""
         return exposition([*self.metrics.families(), *await self.backend.families()])
 
-    async def describe(self) -> list[dict[str, Any]]:
+    async def describe(self, caller: Caller = ANYONE) -> list[dict[str, Any]]:
         """Every cartridge on offer, and where it is loaded, how."""
-        entries = await asyncio.to_thread(self.catalog.entries)
+        entries = await asyncio.to_thread(self.catalog.entries, caller.may_use)
         residents = await self.backend.residents()
-        return [self._describe(Target(entry.name, entry), residents) for entry in entries]
+        return [self._describe(Target(entry.name, (entry,)), residents) for entry in entries]
 
-    async def find(self, name: str) -> dict[str, Any]:
-        target = await self.cartridge(name)
-        return self._describe(target, await self.backend.residents())
+    async def find(self, name: str, caller: Caller = ANYONE) -> dict[str, Any]:
+        """One cartridge, with its report card and what the composition test found."""
+        target = await self.cartridge(name, caller)
+        manifest = target.entries[0].manifest
+        return self._describe(target, await self.backend.residents()) | {
+            "report_card": manifest.report_card, "composition_card": manifest.composition_card}
 
-    async def hold(self, name: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
+    async def hold(self, name: str, pinned: bool | None, ttl_s: float | None,
+                   caller: Caller = ANYONE) -> dict[str, Any]:
         """Load a cartridge and set its pin and idle limit."""
-        target = await self.cartridge(name)
+        target = await self.managed(name, caller)
         return self._describe(target, {target.ref: await self.backend.hold(target.ref, pinned, ttl_s)})
 
-    async def release(self, name: str) -> dict[str, Any]:
-        target = await self.cartridge(name)
+    async def release(self, name: str, caller: Caller = ANYONE) -> dict[str, Any]:
+        target = await self.managed(name, caller)
         await self.backend.release(target.ref)
         return self._describe(target, {})
 
-    async def dedicate(self, name: str, replicas: ReplicaSettings) -> dict[str, Any]:
+    async def dedicate(self, name: str, replicas: ReplicaSettings, caller: Caller = ANYONE) -> dict[str, Any]:
         """Give a cartridge replicas of its own; the other cartridges' requests go on."""
-        target = await self.cartridge(name)
+        target = await self.managed(name, caller)
         await self.backend.dedicate(target.label, replicas)
         return {"id": target.label, "object": "cartridge.replicas", **replicas.model_dump()}
 
-    async def share(self, name: str) -> dict[str, Any]:
+    async def share(self, name: str, caller: Caller = ANYONE) -> dict[str, Any]:
         """Back to the shared replicas."""
-        target = await self.cartridge(name)
+        target = await self.managed(name, caller)
         await self.backend.share(target.label)
         return {"id": target.label, "object": "cartridge.replicas", "deleted": True}
 
-    async def cartridge(self, name: str) -> Target:
-        target = await asyncio.to_thread(self.catalog.resolve, name)
-        if target.entry is None:
-            raise ApiError(404, f"{name[:100]!r} is the base model, not a cartridge", "model_not_found")
+    async def managed(self, name: str, caller: Caller) -> Target:
+        """The cartridge, for a caller who may manage it. ApiError 403 for others."""
+        caller.check_manage()
+        return await self.cartridge(name, caller)
+
+    async def cartridge(self, name: str, caller: Caller = ANYONE) -> Target:
+        target = await asyncio.to_thread(self.catalog.resolve, name, (), caller.may_use)
+        if len(target.entries) != 1:
+            raise ApiError(404, f"{name[:100]!r} is not one cartridge", "model_not_found")
         return target
 
     def _describe(self, target: Target, residents: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        manifest = target.entry.manifest
-        return {"id": target.entry.name, "object": "cartridge", "version": target.entry.version,
-                "aliases": list(target.entry.aliases), "num_tokens": manifest.num_tokens,
-                "corpus": manifest.corpus.model_dump(mode="json"), "loaded": residents.get(target.ref)}
+        (entry,) = target.entries
+        manifest = entry.manifest
+        return {"id": entry.name, "object": "cartridge", "version": entry.version,
+                "aliases": list(entry.aliases), "num_tokens": manifest.num_tokens,
+                "corpus": manifest.corpus.model_dump(mode="json"), "loaded": residents.get(target.ref),
+                "full_context": manifest.corpus_text is not None and self.settings.full_context,
+                "composition": manifest.composition}
 
 
 class Watch:

@@ -1,0 +1,83 @@
+"""The collapse test: does a cartridge still answer when others are loaded beside it?
+
+Cartridges that were trained alone can drown each other out (others saw 74 % fall to 26 % at twenty).
+So the questions of one cartridge are asked with 1, 3 and 7 partners loaded, the cartridge first
+(then its sink is the one that is kept) and last, and what is left of its gain over the model without
+any cartridge decides with how many partners it may be served.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cartridges.compose import compose
+from cartridges.config import EvaluateSettings
+from cartridges.engines.base import CartridgePrefix, Engine, Prefix
+from cartridges.errors import UserError
+from cartridges.evaluation.asking import Answered, Item, ask
+from cartridges.evaluation.bootstrap import interval, paired_interval
+from cartridges.models import BaseModel, rope_frequencies
+
+LOADED = (2, 4, 8)
+"""Cartridges loaded together, the one under test among them."""
+
+
+def compose_prefix(base: BaseModel, parts: Sequence[CartridgePrefix]) -> CartridgePrefix:
+    """Several cartridges as one prefix of `base`."""
+    cartridge = compose([part.cartridge for part in parts], rope_frequencies(base.identity))
+    return CartridgePrefix(cartridge, hashlib.sha256("+".join(part.digest for part in parts).encode()).hexdigest())
+
+
+def collapse_test(engine: Engine, base: BaseModel, subject: CartridgePrefix, partners: Sequence[CartridgePrefix],
+                  items: Sequence[Item], settings: EvaluateSettings, seed: int,
+                  report: Callable[[int], None]) -> dict[str, Any]:
+    """Ask `items` of `subject` alone and beside the first 1, 3 and 7 of `partners`.
+
+    Returns `{passed_partners, share, closed_book, alone, loaded: [{loaded, first, last, passed}]}`; an
+    arm is `{accuracy, nll_per_token}` with intervals, and where loaded the paired difference to alone.
+    `accuracy` is `contains`, or the choice where a question has options. Raises `UserError` without
+    partners or questions.
+    """
+    if not partners:
+        raise UserError("name at least one other cartridge to load beside it")
+    if not items:
+        raise UserError("there are no questions to ask; give some with --questions")
+
+    def asked(prefix: Prefix) -> list[Answered]:
+        return ask(engine, items, prefix, settings.max_answer_tokens, report)
+
+    closed, alone = asked(None), asked(subject)
+    gain = _accuracy(alone).mean() - _accuracy(closed).mean()
+    rows, passed_partners, held = [], 0, gain > 0
+    for count in [count for count in LOADED if count <= len(partners) + 1]:
+        beside = partners[:count - 1]
+        arms = {"first": asked(compose_prefix(base, [subject, *beside])),
+                "last": asked(compose_prefix(base, [*beside, subject]))}
+        left = min(_accuracy(arm).mean() for arm in arms.values()) - _accuracy(closed).mean()
+        passed = bool(gain > 0 and left >= settings.composition_share * gain)
+        held = held and passed
+        passed_partners = count - 1 if held else passed_partners
+        rows.append({"loaded": count, "passed": passed,
+                     **{place: _figures(arm, settings, seed, alone) for place, arm in arms.items()}})
+    return {"passed_partners": passed_partners, "share": settings.composition_share, "questions": len(items),
+            "closed_book": _figures(closed, settings, seed), "alone": _figures(alone, settings, seed), "loaded": rows}
+
+
+def _figures(answered: list[Answered], settings: EvaluateSettings, seed: int,
+             alone: list[Answered] | None = None) -> dict[str, Any]:
+    samples = settings.bootstrap_samples
+    told = {"accuracy": interval(_accuracy(answered), samples, seed),
+            "nll_per_token": interval(_nll(answered), samples, seed)}
+    if alone is None:
+        return told
+    return told | {"accuracy_change": paired_interval(_accuracy(answered), _accuracy(alone), samples, seed)}
+
+
+def _accuracy(answered: list[Answered]) -> np.ndarray:
+    return np.array([one.values["contains" if one.item.is_generated else "choice_accuracy"] for one in answered])
+
+
+def _nll(answered: list[Answered]) -> np.ndarray:
+    return np.array([one.values["nll_per_token"] for one in answered])

@@ -1,0 +1,140 @@
+"""Several cartridges in one request, allowed where a collapse test has passed."""
+
+import asyncio
+import json
+
+import openai
+import pytest
+
+from cartridges.compose import compose
+from cartridges.config import BuildSettings
+from cartridges.engines.base import CartridgePrefix, Request
+from cartridges.engines.stream import TransformersStreamingEngine
+from cartridges.engines.transformers import TransformersEngine
+from cartridges.errors import UserError
+from cartridges.models import rope_frequencies
+from cartridges.registry import Registry
+from tests.serve_support import TEXTS, exact_cartridge, listening, load_stock, make_service, publish
+from workflows.compose_test import compose_test
+
+ASK = [{"role": "user", "content": "What is known?"}]
+MORE = TEXTS | {"mill": "The mill of Tarn grinds 12 sacks a day for Ove Lind."}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_dir):
+    return load_stock(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def engine(base):
+    engine = TransformersStreamingEngine(base)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def registry(base, tmp_path_factory):
+    """`harbour` and `orchard` are tested with one partner, `mill` with none."""
+    registry, scratch = Registry(tmp_path_factory.mktemp("registry")), tmp_path_factory.mktemp("scratch")
+    for name, text in MORE.items():
+        publish(base, registry, name, text, scratch, kept=text)
+    for name in TEXTS:
+        registry.annotate(name, composition=1)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def client(base, engine, registry):
+    with listening(make_service(base, registry, engine)) as url:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            yield client
+
+
+def ask(client, model: str, **extra):
+    return client.chat.completions.create(model=model, messages=ASK, max_tokens=12, extra_body=extra)
+
+
+def test_two_cartridges_answer_as_their_composition(client, base, engine):
+    parts = [exact_cartridge(base, TEXTS[name]) for name in TEXTS]
+    composed = compose(parts, rope_frequencies(base.identity))
+
+    async def direct():
+        request = Request(tuple(base.template.conversation_ids(ASK)), CartridgePrefix(composed, "composed"), 12)
+        return "".join([event.text async for event in engine.stream(request)])
+
+    expected = asyncio.run(direct())
+    answer = ask(client, "harbour+orchard")
+    assert answer.choices[0].message.content == expected
+    assert answer.usage.prompt_tokens_details.cached_tokens == composed.num_tokens
+    assert answer.context["kind"] == "composition" and answer.context["tokens"] == composed.num_tokens
+    assert answer.system_fingerprint.count("+") == 1
+    alone = {ask(client, name).choices[0].message.content for name in TEXTS}
+    assert expected not in alone
+    listed = [ask(client, "base", cartridges=["harbour", "orchard"]),
+              ask(client, "harbour", cartridges=["harbour@latest", "orchard"])]
+    assert [one.choices[0].message.content for one in listed] == [expected] * 2
+
+
+def test_what_was_not_tested_together_is_refused(client):
+    for model, extra in [("harbour+mill", {}), ("harbour", {"cartridges": ["orchard", "mill"]})]:
+        with pytest.raises(openai.BadRequestError, match="was tested with") as refused:
+            ask(client, model, **extra)
+        assert refused.value.body["code"] == "composition_not_tested"
+    with pytest.raises(openai.NotFoundError, match="no model 'harbor'"):
+        ask(client, "orchard+harbor")
+
+
+def test_full_context_of_several_needs_no_test(client, base):
+    answer = ask(client, "harbour+mill", full_context=True)
+    both = base.template.system_ids(f"{MORE['harbour']}\n\n{MORE['mill']}")
+    assert answer.context["kind"] == "full_context" and answer.context["tokens"] == len(both)
+
+
+@pytest.fixture
+def questions(base, registry, tmp_path):
+    """What `harbour` answers by itself is the gold answer: alone it is right by construction."""
+    prefix = CartridgePrefix(exact_cartridge(base, MORE["harbour"]), "harbour")
+    asked = ["Who keeps it?", "How many?", "Where is it?"]
+    ids = [tuple(base.template.conversation_ids([{"role": "user", "content": one}])) for one in asked]
+    # A copy: the batch engine puts its own attention into the model.
+    copy = load_stock(base.model.name_or_path)
+    told = TransformersEngine(copy).generate([Request(one, prefix, max_tokens=8) for one in ids])
+    rows = [{"question": one, "answers": [answer.text.strip()]} for one, answer in zip(asked, told, strict=True)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def run(registry, base, questions: str, share: float, partners=("orchard", "mill")):
+    settings = BuildSettings.model_validate({
+        "model": {"name": base.model.name_or_path, "dtype": "float32"},
+        "evaluate": {"composition_share": share, "max_answer_tokens": 8, "bootstrap_samples": 100}})
+    return compose_test("harbour", partners, questions, registry.root, settings)
+
+
+def test_a_cartridge_that_collapses_is_not_recorded(base, registry, questions):
+    before = registry.resolve("harbour").version
+    result = run(registry, base, questions, share=0.9)
+    assert result["composition"] == 0 and result["card"]["alone"]["accuracy"]["mean"] == 1
+    (row,) = result["card"]["loaded"]
+    assert row["loaded"] == 2 and not row["passed"]
+    assert min(row[place]["accuracy_change"]["mean"] for place in ("first", "last")) < -0.1
+    entry = registry.resolve("harbour")
+    assert entry.version == before and entry.manifest.composition == 0
+    assert entry.manifest.composition_card == result["card"]
+    # The bar is a setting; with none to keep, the test passes with as many as were loaded.
+    assert run(registry, base, questions, share=0.0)["composition"] == 1
+    assert registry.resolve("harbour").manifest.composition == 1
+
+
+def test_a_cartridge_that_knows_nothing_passes_nothing(base, registry, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"question": "Who?", "answers": ["no such words at all"]}) + "\n")
+    assert run(registry, base, str(file), share=0.0, partners=("mill",))["composition"] == 0
+    registry.annotate("harbour", composition=1)
+
+
+def test_it_is_not_its_own_partner(base, registry, questions):
+    with pytest.raises(UserError, match="own partner"):
+        run(registry, base, questions, 0.5, partners=("harbour@latest",))
