@@ -64,12 +64,52 @@ def test_answer_spans_are_numbers_names_and_phrases():
      {"Who founded the Light Service?", "What founded the Light Service?"}),
     ("The Light Service was founded in 1611.", "1611",
      {"When was the Light Service founded?", "In which year was the Light Service founded?"}),
+    ("The Golden Fiddle sank in 1774, when she struck a reef.", "1774",
+     {"When did the Golden Fiddle sink?", "In which year did the Golden Fiddle sink?"}),
+    ("The chart now hangs in the Tallow Hall.", "Tallow Hall", {"Where does the chart now hang?"}),
+    ("In 1872, the Central Line opened a station near Marl.", "1872",
+     {"When did the Central Line open a station near Marl?",
+      "In which year did the Central Line open a station near Marl?"}),
+    ("Lost things are kept for 50 days.", "50", {"How many days are lost things kept for?"}),
+    ("The Lucky Button is a lugger built in 1916.", "1916",
+     {"When was the Lucky Button built?", "In which year was the Lucky Button built?"}),
+    ("The Barrel Race is held on 22 July.", "22 July", {"When is the Barrel Race held?"}),
     ("It was founded in 1611.", "1611", {None}),
     ("There were 12 of 120 left.", "20", {None}),
 ])
 def test_questions_by_rule(sentence, span, expected):
     asked = {questions.ask(Statement(sentence, sentence), span, random.Random(seed)) for seed in range(20)}
     assert asked <= expected and asked
+
+
+FERRIES = Statement("", "", (("Ferry", "Teal"), ("Captain", "Ruth Hale"), ("Leaves at", "16:30"), ("Built", "1871"),
+                             ("Beds", "12")))
+
+
+@pytest.mark.parametrize("span, some, sentence", [
+    ("Ruth Hale", "Who is the captain of Teal?", "The captain of Teal is Ruth Hale."),
+    ("16:30", "When does Teal leave?", "Teal leaves at 16:30."),
+    ("1871", "In which year was Teal built?", "Teal was built in 1871."),
+    ("12", "How many beds does Teal have?", "Teal has 12 beds."),
+    ("Teal", "Which ferry leaves at 16:30?", "The captain of Teal is Ruth Hale."),
+])
+def test_questions_about_rows_follow_the_column(span, some, sentence):
+    assert some in {questions.ask(FERRIES, span, random.Random(seed)) for seed in range(60)}
+    assert questions.sentence(FERRIES, span) == sentence
+
+
+def test_a_family_repeats_itself_only_when_its_chunk_is_exhausted():
+    asked = [(p.user, p.answer) for p in (FAMILIES["anchored"].propose(CHUNKS[0], random.Random(i), i)
+                                          for i in range(6)) if p]
+    assert len({answer for _, answer in asked}) >= 4
+
+
+def test_keywords_lead_to_the_statement_that_holds_them():
+    proposals = [FAMILIES["keywords"].propose(CHUNKS[0], random.Random(i), i) for i in range(12)]
+    assert len({proposal.user for proposal in proposals}) > 6
+    for proposal in proposals:
+        words = proposal.user.removeprefix("What about ").removeprefix("Tell me about ").strip("?.").split(", ")
+        assert all(word in proposal.answer for word in words), proposal
 
 
 def test_filters():

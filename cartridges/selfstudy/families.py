@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, Protocol
 
 from cartridges.records import Chunk
 from cartridges.selfstudy import questions, seed_prompts
-from cartridges.selfstudy.spans import Statement, answer_spans, statements
+from cartridges.selfstudy.spans import Statement, answer_spans, content_words, statements
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,29 @@ class Recall:
         return Proposal(user="Continue: " + " ".join(words[:cut]), answer=" ".join(words[cut:]))
 
 
+@dataclass(frozen=True)
+class Keywords:
+    """A few words of a statement, in any order; the teacher scores the statement that holds them.
+
+    Of these there are many for every statement, and what they train is to find it by its words.
+    """
+
+    decodes: ClassVar[bool] = False
+
+    def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
+        for statement, span in draw_spans(chunk, rng, ordinal, attempts=1):
+            if statement.cells:
+                column = next(name for name, cell in statement.cells if cell == span)
+                words = [statement.cells[0][1], column.lower()] if span != statement.cells[0][1] else [span]
+            else:
+                words = [span, *rng.sample(content := content_words(statement.text), min(2, len(content)))]
+            rng.shuffle(words)
+            asked = rng.choice(("{}?", "What about {}?", "Tell me about {}."))
+            return Proposal(user=asked.format(", ".join(dict.fromkeys(words))),
+                            answer=questions.sentence(statement, span))
+        return None
+
+
 FAMILIES: dict[str, SeedFamily] = {
     "structuring": SeedPrompts(seed_prompts.STRUCTURING),
     "summarization": SeedPrompts(seed_prompts.SUMMARIZATION),
@@ -141,6 +164,7 @@ FAMILIES: dict[str, SeedFamily] = {
     "anchored_asked": AnchoredAsked(),
     "cloze": Cloze(),
     "recall": Recall(),
+    "keywords": Keywords(),
 }
 
 DEFAULT_MIXTURE = {
@@ -157,14 +181,26 @@ def register(name: str, family: SeedFamily) -> None:
 
 def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
                attempts: int) -> Iterator[tuple[Statement, str]]:
-    """`attempts` draws of a span; early spans (numbers, names) are likelier.
+    """`attempts` draws of a span; the `ordinal`-th proposal begins with the `ordinal`-th pair.
 
-    The first draw is from the statement that is `ordinal`'s turn: going through them in an order of
-    the chunk's own, every statement is asked about as often as any other. Later draws are free.
+    Going through the statements in an order of the chunk's own, and through the spans of each round by
+    round, asks about every statement as often as any other and about no span twice before its turn comes
+    again. Numbers and names come early. Draws after the second are free.
     """
     told = [(s, spans) for s in statements(chunk.text) if (spans := answer_spans(s))]
     order = random.Random(chunk.chunk_id).sample(range(len(told)), len(told))
     for attempt in range(attempts if told else 0):
-        index = order[ordinal % len(told)] if attempt < 2 else rng.randrange(len(told))
-        statement, spans = told[index]
-        yield statement, spans[int(len(spans) * rng.random() ** 1.5)]
+        if attempt > 1:
+            statement, spans = rng.choice(told)
+            yield statement, rng.choice(spans)
+            continue
+        turn, index = divmod(ordinal, len(told))
+        statement, spans = told[order[index]]
+        yield statement, _in_turn(spans, statement.text)[(turn + attempt) % len(spans)]
+
+
+def _in_turn(spans: list[str], seed: str) -> list[str]:
+    """An order of `spans` in which the first, the likelier answers, tend to stay first."""
+    rng = random.Random(seed)
+    keys = [position + 3 * rng.random() for position in range(len(spans))]
+    return [span for _, span in sorted(zip(keys, spans, strict=True))]

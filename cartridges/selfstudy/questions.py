@@ -8,46 +8,52 @@ The teacher's likelihood of the span decides afterwards whether question and ans
 import random
 import re
 
-from cartridges.selfstudy.spans import Statement
+from cartridges.selfstudy.spans import DATE, Statement
+from cartridges.selfstudy.table_questions import ask_row, row_sentence
+from cartridges.selfstudy.verbs import is_participle, is_word, main_verb
 
 _AUXILIARY = re.compile(
     r"\b(is|was|are|were|has been|have been|had been|can|could|may|might|must|will|would|should|has|had)\b")
 _HAVE = frozenset({"has", "had"})
 _PREPOSITION = re.compile(r"\b(in|on|at|by|to|of|for|from|with|since|until|after|before|into|as|near)\s*$")
+_DETERMINER = re.compile(r"(^|\s)(the|a|an|its|his|her|their)\s*$")
+_LEADING = re.compile(
+    r"^((?:in|on|at|by|since|from|during|after|before|until|near|under|for)\b[^,]{1,60}), (.+)$", re.I)
 _YEAR = re.compile(r"^1\d{3}$|^20\d{2}$")
 _NUMBER = re.compile(r"^\d[\d,.:]*$")
 _MEASURE = re.compile(r"^(\d[\d,.]*)\s+([a-z]+)$")
+_OPENERS = frozenset(("The", "A", "An", "Every", "Each", "Some", "In", "On", "At", "All", "If", "While", "When"))
+_BUILT = re.compile(r"^an? (?:[\w-]+ ){1,2}(\w+)$")
 _VAGUE_START = re.compile(r"^(It|He|She|They|This|That|These|Those|There|His|Her|Their|Its|We|You|I|And|But)\b")
 
 
 def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
     """A question about `statement` that `span` answers, or None if no rule fits."""
     if statement.cells:
-        return _ask_row(statement, span, rng)
-    text = statement.text.rstrip(" .!?;:")
+        return ask_row(statement, span, rng)
+    text = _subject_first(_lower_start(statement.text.rstrip(" .!?;:")), span)
     found = re.search(rf"(?<![\w,.]){re.escape(span)}(?!\w|[,.]\d)", text)
-    if not found or _VAGUE_START.match(text):
+    if not found or _VAGUE_START.match(statement.text):
         return None
     at = found.start()
     if at == 0:
         return _finish(_subject_word(span, rng) + text[len(span):])
-    for rule in (_front, _in_place):
+    for rule in (_front, _with_do, _in_place):
         question = rule(text, at, span, rng)
         if question:
             return _finish(question)
     return None
 
 
+
 MAX_SENTENCE_WORDS = 26
+MAX_QUESTION_WORDS = 22
 
 
 def sentence(statement: Statement, span: str) -> str:
     """`span` in a full sentence: the statement itself where it is not too long."""
     if statement.cells:
-        (_, subject), *rest = statement.cells
-        columns = [name for name, cell in rest if cell == span] or [name for name, _ in rest[:1]]
-        cell = span if span != subject else dict(rest).get(columns[0], "")
-        return f"The {columns[0].lower()} of {subject} is {cell}."
+        return row_sentence(statement, span)
     words = statement.text.split()
     if len(words) <= MAX_SENTENCE_WORDS:
         return statement.text
@@ -56,41 +62,42 @@ def sentence(statement: Statement, span: str) -> str:
     return holding[0].rstrip(",;") + "." if holding and len(holding[0].split()) > 3 else span
 
 
-def _ask_row(statement: Statement, span: str, rng: random.Random) -> str | None:
-    """A table row: the cell of one column for the subject of another."""
-    asked = [(name, cell) for name, cell in statement.cells if cell == span]
-    others = [(name, cell) for name, cell in statement.cells if cell != span and cell]
-    if not asked or not others:
-        return None
-    column, subject_column = asked[0][0].lower(), statement.cells[0][0].lower()
-    if asked[0] == statement.cells[0]:
-        name, cell = rng.choice(others)
-        return rng.choice([f"Which {column} has the {name.lower()} {cell}?",
-                           f"What is the {column} with {name.lower()} {cell}?"])
-    subject = statement.cells[0][1]
-    how = "How much is" if re.search(r"price|cost|toll|fare|fee|rent|wage|fine", column) else "What is"
-    return rng.choice([f"What is the {column} of {subject}?", f"What is the {column} for {subject}?",
-                       f"{how} the {column} of the {subject_column} {subject}?",
-                       f"{how} the {column} for {subject}?"])
-
-
 def _front(text: str, at: int, span: str, rng: random.Random) -> str | None:
     """The Light Service was founded in 1611 by X -> When was the Light Service founded?"""
     match = _AUXILIARY.search(text)
     if not match or match.end() > at or match.start() == 0 or len(text[:match.start()].split()) > 10:
         return None
-    subject, auxiliary = _lower_start(text[:match.start()].strip()), match.group()
+    subject, auxiliary = text[:match.start()].strip(), match.group()
     if "," in subject or re.match(r"(?i)(by|in|on|at|since|after|while|when|if|so|although)\b", subject):
         return None
     before, after = text[match.end():at].strip(), text[at + len(span):]
     if "," in before or " and " in before or len(before.split()) > 10:
         return None
     word, before, after = _question_word(span, before, after, rng)
+    if before.endswith((" and", " or")):
+        return None
+    built = _BUILT.match(before)
+    if built and auxiliary in ("is", "was", "are", "were") and is_participle(built.group(1)):
+        # "is a barque built in 1871" -> "When was it built?"
+        return f"{word} was {subject} {built.group(1)}"
     tail = "" if after.startswith(",") or (before and rng.random() < 0.6) else _clause(after)
     if auxiliary in _HAVE and not re.match(r"^\w+(ed|en|wn|ne)\b", before):
         # A possession: "has 84 berths" -> "How many berths does the harbour have?"
         return f"{word} {'does' if auxiliary == 'has' else 'did'} {subject} have {before} {tail}"
     return f"{word} {auxiliary} {subject} {before} {tail}"
+
+
+def _with_do(text: str, at: int, span: str, rng: random.Random) -> str | None:
+    """The Golden Fiddle sank in 1774 -> When did the Golden Fiddle sink?"""
+    verb = main_verb(text[:at])
+    if not verb or "," in text[:at] or len(text[:verb.start].split()) > 10:
+        return None
+    subject, before, after = text[:verb.start].strip(), text[verb.end:at].strip(), text[at + len(span):]
+    if " and " in before or len(before.split()) > 10:
+        return None
+    word, before, after = _question_word(span, before, after, rng)
+    tail = "" if after.startswith(",") or rng.random() < 0.5 else _clause(after)
+    return f"{word} {verb.auxiliary} {subject} {verb.lemma} {before} {tail}"
 
 
 def _in_place(text: str, at: int, span: str, rng: random.Random) -> str:
@@ -101,17 +108,20 @@ def _in_place(text: str, at: int, span: str, rng: random.Random) -> str:
     else:
         word = _question_word(span, "", after, rng)[0].lower()
         after = _question_word(span, "", after, rng)[2]
-    return f"{_lower_start(before) if rng.random() < 0.2 else before} {word} {_clause(after)}"
+    return f"{before} {word} {_clause(after)}"
 
 
 def _question_word(span: str, before: str, after: str, rng: random.Random) -> tuple[str, str, str]:
     """The question word for `span`, and what is left of the words before and after it."""
+    before = _DETERMINER.sub("", before)
     preposition = _PREPOSITION.search(before)
     measure = _MEASURE.match(span)
     if measure:
         return f"How many {measure.group(2)}", before, after
     if _YEAR.match(span) and preposition and preposition.group(1) == "in":
         return rng.choice(["When", "In which year"]), before[:preposition.start()].strip(), after
+    if DATE.fullmatch(span):
+        return "When", _PREPOSITION.sub("", before).strip(), after
     if _NUMBER.match(span):
         unit = re.match(r"^\s+([a-z]+)\b(.*)$", after, re.S)
         if unit:
@@ -119,7 +129,7 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
         return "What", before, after
     if span[:1].isupper():
         if preposition and preposition.group(1) in ("in", "on", "at", "to", "from"):
-            return rng.choice(["Where", "Which place"]), before, after
+            return "Where", before[:preposition.start()].strip(), after
         return (rng.choice(["Who", "Who", "What"]) if " " in span else rng.choice(["What", "Who"])), before, after
     return "What", before, after
 
@@ -136,10 +146,23 @@ def _clause(text: str) -> str:
 
 
 def _lower_start(text: str) -> str:
+    """Without the capital that only the start of the sentence gave its first word."""
     first, _, rest = text.partition(" ")
-    return f"{first.lower()} {rest}" if first in ("The", "A", "An", "Every", "Each", "Some", "In", "All") else text
+    plain = first in _OPENERS or (rest[:1].islower() and first.istitle() and is_word(first.lower()))
+    return f"{first.lower()} {rest}" if plain else text
+
+
+def _subject_first(text: str, span: str) -> str:
+    """In 1872, the line was opened -> the line was opened in 1872."""
+    found = _LEADING.match(text)
+    if not found:
+        return text
+    clause = _clause(found.group(2))
+    told = f"{_lower_start(clause)} {found.group(1)[:1].lower()}{found.group(1)[1:]}"
+    return told if span in told and len(clause.split()) > 2 else text
 
 
 def _finish(question: str) -> str | None:
-    question = " ".join(question.split())
-    return question[:1].upper() + question[1:] + "?" if len(question.split()) >= 3 else None
+    words = question.split()
+    question = " ".join(words)
+    return question[:1].upper() + question[1:] + "?" if 3 <= len(words) <= MAX_QUESTION_WORDS else None

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from cartridges.selfstudy.verbs import may_be_noun
+
 STOP_WORDS = frozenset("""
 a about above after again all also although am an and any are as at be because been before being below
 between both but by can could did do does during each either even every for from further had has have
@@ -15,6 +17,9 @@ yet you your one two there's it's
 
 _NUMBER = re.compile(r"(?<![\w.,])\d[\d,.:/]*(?<![,.:/])(?:\s?%)?(?:\s[a-z]{3,})?")
 _NAME = re.compile(r"[A-Z][\w'’\-]*(?:\s(?:of\s|the\s|de\s|and\s)?[A-Z][\w'’\-]*)*")
+_MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
+DATE = re.compile(rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?\s(?:of\s)?(?:{_MONTH})(?:,?\s\d{{4}})?"
+                   rf"|(?:{_MONTH})(?:\s\d{{1,2}}(?:st|nd|rd|th)?,)?\s\d{{1,4}})\b")
 _WORD = re.compile(r"[\w'’\-]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+(?=[\"'(\[“‘]?[A-Z0-9])")
 _TABLE_RULE = re.compile(r"^\|?[\s:|-]+\|?$")
@@ -62,8 +67,9 @@ def answer_spans(statement: Statement) -> list[str]:
     """Numbers, names and short phrases of `statement`; numbers and names come first."""
     if statement.cells:
         return [cell for _, cell in statement.cells if cell]
-    text = statement.text
-    strong = []
+    dates = DATE.findall(statement.text)
+    text = DATE.sub(" ; ", statement.text)
+    strong = list(dates)
     for match in _NUMBER.finditer(text):
         number, _, unit = match.group().partition(" ")
         strong += [number] if not unit or unit in STOP_WORDS else [match.group(), number]
@@ -71,6 +77,12 @@ def answer_spans(statement: Statement) -> list[str]:
     spans = dict.fromkeys(strong)
     spans.update(dict.fromkeys(_phrases(text)))
     return [span for span in spans if 1 <= len(span) <= 60 and span.lower() not in STOP_WORDS]
+
+
+def content_words(text: str) -> list[str]:
+    """The words of `text` that are not function words, each once."""
+    words = (match.group() for match in _WORD.finditer(text))
+    return list(dict.fromkeys(word for word in words if word.lower() not in STOP_WORDS and len(word) > 2))
 
 
 def _phrases(text: str) -> list[str]:
@@ -89,4 +101,5 @@ def _phrases(text: str) -> list[str]:
     runs.append(current)
     # Capitalised and numeric runs are pieces of the names and numbers found already.
     return [" ".join(run[-4:]) for run in runs
-            if run and len(" ".join(run)) > 4 and not any(word[0].isupper() or word[0].isdigit() for word in run)]
+            if run and len(" ".join(run)) > 4 and may_be_noun(run[-1])
+            and not any(word[0].isupper() or word[0].isdigit() for word in run)]

@@ -1,0 +1,81 @@
+"""Questions about the rows of tables, and the sentences that answer them."""
+
+import random
+import re
+
+from cartridges.selfstudy.spans import Statement
+from cartridges.selfstudy.verbs import is_participle, third_person
+
+_MONEY = re.compile(r"price|cost|toll|fare|fee|rent|wage|fine|tax", re.I)
+_YEAR = re.compile(r"^(1\d{3}|20\d{2})$")
+_PERSON = re.compile(r"^[A-Z][\w'’\-]+(\s[A-Z][\w'’\-]+)+$")
+
+
+def ask_row(statement: Statement, span: str, rng: random.Random) -> str | None:
+    """A question that the cell `span` answers: by the row's subject, or, for the subject, by another cell."""
+    asked = [(name, cell) for name, cell in statement.cells if cell == span]
+    others = [(name, cell) for name, cell in statement.cells if cell != span and cell]
+    if not asked or not others:
+        return None
+    subject_column, subject = statement.cells[0]
+    if asked[0] == statement.cells[0]:
+        return rng.choice(_for_subject(subject_column.lower(), *rng.choice(others)))
+    named = rng.choice([subject, subject, f"the {subject_column.lower()} {subject}"])
+    return rng.choice(_for_cell(_lower(asked[0][0]), span, named))
+
+
+def row_sentence(statement: Statement, span: str) -> str:
+    """The cell `span`, or for the row's subject the cell beside it, in a sentence."""
+    (_, subject), *rest = statement.cells
+    columns = [(name, cell) for name, cell in rest if cell == span] or rest[:1]
+    column, cell = _lower(columns[0][0]), columns[0][1]
+    head, _, tail = column.partition(" ")
+    if tail and third_person(head):
+        return f"{subject} {column} {cell}."
+    if is_participle(head):
+        return f"{subject} was {column} {'in ' if _YEAR.match(cell) and not tail else ''}{cell}."
+    if _counts(column, cell):
+        return f"{subject} has {cell} {column}."
+    return f"The {column} of {subject} is {cell}."
+
+
+def _for_cell(column: str, cell: str, subject: str) -> list[str]:
+    head, _, tail = column.partition(" ")
+    if tail and third_person(head):
+        what = "When" if tail == "at" and ":" in cell else "What"
+        rest = f" {tail}" if tail and what == "What" else ""
+        return [f"{what} does {subject} {third_person(head)}{rest}?"]
+    if is_participle(head):
+        rest = f" {tail}" if tail else ""
+        what = ["When", "In which year"] if _YEAR.match(cell) else ["What", "How"]
+        return [f"{word} was {subject} {head}{rest}?" for word in what]
+    forms = [f"What is the {column} of {subject}?", f"What is the {column} for {subject}?",
+             f"What {column} does {subject} have?"]
+    if _MONEY.search(column):
+        forms += [f"How much is the {column} of {subject}?", f"How much is the {column} for {subject}?"]
+    if _PERSON.match(cell):
+        forms += [f"Who is the {column} of {subject}?"] * 4
+    if _counts(column, cell):
+        forms += [f"How many {column} does {subject} have?"] * 3
+    return forms
+
+
+def _counts(column: str, cell: str) -> bool:
+    """Whether the column says how many there are: 12 beds."""
+    return cell.replace(",", "").isdigit() and column.endswith("s") and not _MONEY.search(column)
+
+
+def _for_subject(column: str, other: str, cell: str) -> list[str]:
+    other = _lower(other)
+    head, _, tail = other.partition(" ")
+    if tail and third_person(head):
+        return [f"Which {column} {other} {cell}?"]
+    if is_participle(head):
+        return [f"Which {column} was {other}{' in' if _YEAR.match(cell) else ''} {cell}?"]
+    forms = [f"Which {column} has the {other} {cell}?", f"Which {column} has {cell} as its {other}?"]
+    return forms + [f"{cell} is the {other} of which {column}?"] if _PERSON.match(cell) else forms
+
+
+def _lower(column: str) -> str:
+    """A column's name inside a sentence; abbreviations stay."""
+    return column if column.isupper() else column[:1].lower() + column[1:]

@@ -1,0 +1,92 @@
+"""English verbs by dictionary: which word of a clause is its verb, and how it asks with "do".
+
+No tagger: a word counts as the verb where the dictionary has such a form of a known verb and what
+stands beside it does not make it a noun. Wrong guesses make odd questions, which the teacher's
+likelihood of the answer weeds out later.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import lemminflect
+
+_DETERMINERS = frozenset("""
+a an the this that these those his her its their our my your no every each some any""".split())  # noqa: SIM905
+_NOUN_BEFORE = _DETERMINERS | frozenset("""
+of in on at by for from with to and or many most few other s""".split())  # noqa: SIM905
+_VERB_AFTER = _DETERMINERS | frozenset("""
+about across after against along around as at away back before between by down during for from had in into
+near nearly not off on only onto out over so than them through to toward towards under until up upon with
+within without when where while how it him he she they you us me and all both more once twice
+again""".split())  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`text[start:end]` is the verb; "`auxiliary` subject `lemma`" asks with it."""
+
+    start: int
+    end: int
+    lemma: str
+    auxiliary: str
+
+
+def main_verb(text: str) -> Verb | None:
+    """The first verb of `text`, which begins with its subject; None where none is plain."""
+    words = list(re.finditer(r"[\w'’\-]+", text))
+    for before, word, after in zip(words, words[1:], [*words[2:], None], strict=False):
+        between = text[before.end():word.start()]
+        if between != " " or before.group().lower() in _NOUN_BEFORE:
+            if between != " " and between.strip():
+                return None
+            continue
+        form = _form(word.group())
+        if form and (form[1] == "did" or _may_follow(after)):
+            return Verb(word.start(), word.end(), *form)
+    return None
+
+
+def _may_follow(word: re.Match | None) -> bool:
+    return (word is None or word.group().lower() in _VERB_AFTER or not word.group()[0].islower()
+            or word.group().endswith("ly"))
+
+
+@lru_cache(maxsize=20000)
+def _form(word: str) -> tuple[str, str] | None:
+    """(lemma, "did" or "does") of an inflected verb, else None."""
+    if not word.islower():
+        return None
+    for lemma in lemminflect.getLemma(word, "VERB"):
+        if "VERB" not in lemminflect.getAllLemmas(lemma) or lemma in ("be", "have", "do"):
+            continue
+        if word in lemminflect.getInflection(lemma, "VBD"):
+            return lemma, "did"
+        if word != lemma and word in lemminflect.getInflection(lemma, "VBZ"):
+            return lemma, "does"
+    return None
+
+
+@lru_cache(maxsize=20000)
+def is_participle(word: str) -> bool:
+    return any(word in lemminflect.getInflection(lemma, "VBN") and word != lemma
+               for lemma in lemminflect.getLemma(word, "VERB") if "VERB" in lemminflect.getAllLemmas(lemma))
+
+
+def third_person(word: str) -> str | None:
+    """The lemma of "leaves", "carries", ...; None for other words."""
+    form = _form(word)
+    return form[0] if form and form[1] == "does" else None
+
+
+@lru_cache(maxsize=20000)
+def is_word(word: str) -> bool:
+    """Whether the lower-case `word` is in the dictionary (so that a capital is only a sentence's)."""
+    return bool(lemminflect.getAllLemmas(word))
+
+
+@lru_cache(maxsize=20000)
+def may_be_noun(word: str) -> bool:
+    """Whether `word` is a noun by the dictionary, or not in it at all (another language, a term)."""
+    lemmas = lemminflect.getAllLemmas(word)
+    return not lemmas or "NOUN" in lemmas or "PROPN" in lemmas
