@@ -204,11 +204,23 @@ class ServeSettings(Settings):
     """Seconds that running requests have to finish when the service is stopped."""
 
 
+class CurriculumSettings(Settings):
+    rounds: int = Field(1, ge=1)
+    """Most rounds of synthesis and training; 1 is a plain build. Every further one plans as many
+    conversations again, more of them on the chunks that the cartridge has learned least, and trains on."""
+    sharpness: float = Field(1.0, ge=0)
+    """A chunk's share of the next round's conversations grows with its remaining KL to this power."""
+    min_gain: float = 0.01
+    """Nats a token by which a round must lower the NLL of the held-out questions, or it is the last and
+    its cartridge is not taken."""
+
+
 class BuildSettings(Settings):
     model: ModelSettings = ModelSettings()
     corpus: CorpusSettings = CorpusSettings()
     synthesize: SynthesizeSettings = SynthesizeSettings()
     train: TrainSettings = TrainSettings()
+    curriculum: CurriculumSettings = CurriculumSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
     budget: str | None = None

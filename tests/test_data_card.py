@@ -62,7 +62,7 @@ def dataset(tmp_path, tiny_model_dir):
     write_part(tmp_path / "parts", "a.parquet", [
         info(first, known=1.0, teacher_nll=1.0, **grounded),
         info(conversation(2, "When?"), teacher_nll=3.0, **{**grounded, "ungrounded_numbers": 1.0}),
-        info(conversation(3, "Where?"), known=1.0, teacher_nll=2.0, **grounded),
+        info(conversation(3, "Where?"), known=1.0, teacher_nll=2.0, retries=1, **grounded),
         conversation(4, "Where?"),
         Dropped("c005", "recall", "empty", "chunk", ({"role": "user", "content": "A & B"},)),
         Dropped("c006", "recall", "error: KeyError: x", "chunk"),
@@ -89,6 +89,7 @@ def test_card_counts_reasons_repeats_and_ungrounded_answers(dataset):
     assert card["topk_mass"]["quantiles"]["0.5"] == pytest.approx(0.8, abs=1e-3)
     assert card["teacher_nll"]["mean"] == 2 and card["answer_tokens"]["mean"] == 2
     assert [row["error"] for row in card["failures"]] == ["KeyError: x", "ValueError: y"]
+    assert card["retried"] == 1
 
 
 def test_the_command_prints_tables_or_json(dataset, capfd):

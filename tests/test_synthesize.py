@@ -43,7 +43,7 @@ def tiny_settings(model_dir, **synthesize) -> BuildSettings:
     """Families that a random model passes: known answers, no filter by likelihood."""
     wanted = {"num_conversations": 48, "batch_size": 4, "topk": 3, "chunk": {"max_tokens": 48},
               "families": {"cloze": 0.7, "recall": 0.3}, "max_teacher_nll": 1e9,
-              "min_information_gain": None, **synthesize}
+              "min_information_gain": None, "threads_per_actor": 1, **synthesize}
     return BuildSettings.model_validate({
         "model": {"name": str(model_dir), "dtype": "float32"}, "synthesize": wanted, "seed": 3})
 

@@ -72,11 +72,12 @@ def _settle(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSetting
     say(f"corpus {corpus.corpus_id}: {len(corpus.documents)} documents, {tokens} tokens; "
         f"cartridge: {p} tokens, {tokens / p:.1f}x smaller")
     count = settings.synthesize.num_conversations
+    each = f" a round, at most {settings.curriculum.rounds} rounds" if settings.curriculum.rounds > 1 else ""
     if known is None:
-        say(f"plan: {count} conversations, {_steps_in_words(settings)}")
+        say(f"plan: {count} conversations, {_steps_in_words(settings)}{each}")
     else:
         steps, seconds = budget.estimate(settings, known)
-        say(f"plan: {count} conversations, {steps} steps; about {human_seconds(seconds)} for both at this "
+        say(f"plan: {count} conversations, {steps} steps{each}; about {human_seconds(seconds)} for both at this "
             "machine's rates")
     return settings
 
@@ -94,7 +95,7 @@ def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSet
             say("measuring this machine's rates for the budget")
             known = rates.calibrate(corpus, settings)
             rates.keep(settings, known)
-        fitted = budget.fit(settings, known, seconds)
+        fitted = budget.fit(settings, known, seconds / settings.curriculum.rounds)
         decided = {"num_conversations": fitted.synthesize.num_conversations, "steps": fitted.train.steps}
         write_manifest(file, decided)
     return budget.with_plan(settings, decided["num_conversations"], decided["steps"])
@@ -121,6 +122,8 @@ def _make_cartridge(corpus: str, loaded: Corpus, name: str, settings: BuildSetti
     of_dataset = dataset_fingerprint(loaded, settings)
     dataset_dir = work / f"synthesize-{of_dataset}"
     train_dir = work / f"train-{train_fingerprint(of_dataset, settings)}"
+    if settings.curriculum.rounds > 1:
+        return _make_by_rounds(corpus, loaded, name, settings, work)
     with ExitStack() as stack:
         if not ((dataset_dir / DATASET).is_file() and (train_dir / TRAINING).is_file()):
             stack.enter_context(local_ray())  # one Ray for both stages
@@ -128,6 +131,18 @@ def _make_cartridge(corpus: str, loaded: Corpus, name: str, settings: BuildSetti
         trained = train(str(dataset_dir), corpus, str(train_dir), settings, job=name)
     rates.remember(settings, dataset, trained)
     return dataset, trained, train_dir / "cartridge"
+
+
+def _make_by_rounds(corpus: str, loaded: Corpus, name: str, settings: BuildSettings,
+                    work: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    from workflows import rates
+    from workflows.curriculum import joined, run_rounds
+    from workflows.local_ray import local_ray
+
+    with local_ray():  # one Ray for all rounds
+        rounds = run_rounds(corpus, loaded, name, settings, work, say)
+    rates.remember(settings, rounds[0].dataset, rounds[0].trained)
+    return *joined(rounds), rounds[-1].train_dir / "cartridge"
 
 
 def _evaluate(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: BuildSettings, work: Path,
@@ -144,7 +159,8 @@ def _evaluate(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: 
     if done is not None:
         return done
     made = {"seconds": {"synthesize": dataset["seconds"], "train": trained["seconds"]},
-            "conversations": dataset["conversations"], "tokens": dataset["tokens"]}
+            "conversations": dataset["conversations"], "tokens": dataset["tokens"],
+            **({"rounds": trained["rounds"]} if "rounds" in trained else {})}
     start = time.monotonic()
     with track("evaluate", name, settings.model_dump(mode="json"), work) as run:
         report = _report(corpus, asked, name, settings, store, cartridge, source, made)

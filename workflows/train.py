@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from cartridges.errors import UserError
 from cartridges.records import Corpus
 from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
 from workflows.synthesize import MANIFEST as DATASET_MANIFEST
-from workflows.synthesize import ProgressCallback, corpus_tokens
+from workflows.synthesize import ProgressCallback, corpus_tokens, fingerprints
 
 MANIFEST = "train.json"
 MAX_FAILURES = 2
@@ -36,10 +37,12 @@ POLL_SECONDS = 0.5
 
 
 def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSettings,
-          progress: ProgressCallback | None = None, job: str | None = None) -> dict[str, Any]:
+          progress: ProgressCallback | None = None, job: str | None = None,
+          earlier: Sequence[str] = (), held_out: str | None = None) -> dict[str, Any]:
     """A cartridge from the conversations in `dataset_dir`, in `output_dir/cartridge`; returns the manifest.
 
-    `job` groups the W&B runs of one build.
+    `job` groups the W&B runs of one build. The conversations of the data sets `earlier` are trained on as
+    well; the questions of the file `held_out`, where one is given, are kept out in place of drawn ones.
 
     Raises `UserError` where the data set is unfinished or of another corpus, or where `output_dir`
     holds another training.
@@ -47,7 +50,7 @@ def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSetting
     dataset, output = Path(dataset_dir), Path(output_dir)
     loaded = load_corpus(corpus, settings.corpus.corpus_id)
     made_of = _dataset_manifest(dataset, loaded)
-    expected = train_fingerprint(made_of["fingerprint"], settings)
+    expected = train_fingerprint(made_of["fingerprint"], settings, earlier, held_out)
     done = read_manifest(output / MANIFEST)
     require_match(done, expected, output)
     if done is not None:
@@ -58,7 +61,8 @@ def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSetting
     write_manifest(output / "started.json", {"fingerprint": expected})
     from workflows.tracking import track
 
-    config = {"dataset": str(dataset.resolve()), "corpus": str(Path(corpus).resolve()),
+    config = {"datasets": [str(Path(one).resolve()) for one in (dataset_dir, *earlier)],
+              "held_out": held_out and str(Path(held_out).resolve()), "corpus": str(Path(corpus).resolve()),
               "output": str(output.resolve()), "settings": settings.model_dump(mode="json"),
               "corpus_record": made_of["corpus"], "synthesize": made_of["settings"]}
     with track("train", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
@@ -81,12 +85,14 @@ def _dataset_manifest(dataset: Path, corpus: Corpus) -> dict[str, Any]:
     return manifest
 
 
-def train_fingerprint(dataset_fingerprint: str, settings: BuildSettings) -> str:
+def train_fingerprint(dataset_fingerprint: str, settings: BuildSettings, earlier: Sequence[str] = (),
+                      held_out: str | None = None) -> str:
     """Changes with whatever changes the cartridge, and with nothing else."""
     how = {"num_workers", "threads_per_worker", "zero_stage", "checkpoint_every", "keep_checkpoints"}
     start = settings.train.init_cartridge
+    follows = {"earlier": fingerprints(earlier), "held_out": read_manifest(Path(held_out))} if held_out else {}
     return fingerprint({
-        "dataset": dataset_fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
+        **follows, "dataset": dataset_fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
         "train": settings.train.model_dump(mode="json", exclude=how),
         "init_cartridge": read_artifact_manifest(start).digest if start else None,
     })
@@ -192,14 +198,18 @@ def train_worker(config: dict[str, Any]) -> None:
 def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
     """`(base, cartridge at its start, conversations)`; the first worker writes down what is held out."""
     from cartridges.models import load_base_model
-    from cartridges.selfstudy.held_out import split
+    from cartridges.selfstudy.held_out import split, without
     from cartridges.selfstudy.storage import load_conversations
 
     base = load_base_model(settings.model)
-    conversations, held_out = split(
-        load_conversations(Path(config["dataset"]) / "shards"), settings.train.held_out, settings.seed)
-    if rank == 0:
+    made = [one for dataset in config["datasets"] for one in load_conversations(Path(dataset) / "shards")]
+    if config["held_out"]:
+        questions = read_manifest(Path(config["held_out"]))["questions"]
+        conversations = without(made, [row["question"] for row in questions])
+    else:
+        conversations, held_out = split(made, settings.train.held_out, settings.seed)
         questions = [asdict(question) for question in held_out]
+    if rank == 0:
         write_manifest(Path(config["output"]) / "held_out.json", {"questions": questions})
     corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
     return base, start_cartridge(base, corpus, settings), conversations
