@@ -168,8 +168,9 @@ FAMILIES: dict[str, SeedFamily] = {
 }
 
 DEFAULT_MIXTURE = {
-    "anchored_sentence": 0.58, "anchored": 0.20, "recall": 0.14, "cloze": 0.03, "anchored_written": 0.02,
-    "question": 0.01, "structuring": 0.005, "summarization": 0.005, "use_case": 0.005, "creative": 0.005,
+    "anchored_sentence": 0.48, "anchored": 0.27, "recall": 0.10, "keywords": 0.08, "cloze": 0.03,
+    "anchored_written": 0.01, "question": 0.01, "structuring": 0.005, "summarization": 0.005, "use_case": 0.005,
+    "creative": 0.005,
 }
 """Shares of the planned conversations, for a small asking model; see docs/log.md."""
 
