@@ -100,7 +100,7 @@ class OptimizerSettings(Settings):
     final_lr_share: float = Field(0.02, ge=0, le=1)
     """Linear decay ends at this share of the peak."""
     betas: tuple[float, float] = (0.9, 0.99)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(0.5, gt=0)
 
 
 class TrainSettings(Settings):
@@ -119,7 +119,7 @@ class TrainSettings(Settings):
     """Share of the target given to the known next token where the answer is known from the text; the
     rest is the teacher's distribution."""
     optimizer: OptimizerSettings = OptimizerSettings()
-    row_tokens: int = Field(64, ge=16)
+    row_tokens: int = Field(128, ge=16)
     """Length of a row: conversations are packed into rows of this many tokens (longer ones into
     rows of twice, four times, ... that length)."""
     pack_tokens: int = Field(512, ge=64)
@@ -128,7 +128,7 @@ class TrainSettings(Settings):
     packs_per_step: int = Field(1, ge=1)
     steps: int = Field(0, ge=0)
     """Optimiser steps; 0 derives them from `epochs`."""
-    epochs: float = Field(14.0, gt=0)
+    epochs: float = Field(8.0, gt=0)
     num_workers: int = Field(1, ge=1)
     threads_per_worker: int = Field(0, ge=0)
     """CPU threads of a worker; 0 shares the machine's cores among the workers."""
