@@ -15,7 +15,17 @@ from cartridges.config import BuildSettings
 from cartridges.engines.base import Engine, Request
 from cartridges.errors import UserError
 from cartridges.forward import round_up
-from workflows.bench.arms import BLOCK, Arm, Cartridges, Contexts, Sizes, fit_contexts, make_arms, questions
+from workflows.bench.arms import (
+    BLOCK,
+    Arm,
+    Cartridges,
+    Contexts,
+    Sizes,
+    batch_size,
+    fit_contexts,
+    make_arms,
+    questions,
+)
 from workflows.bench.extrapolate import extrapolate
 from workflows.console import Progress
 
@@ -46,10 +56,10 @@ def bench_serve(settings: BuildSettings, contexts: Sequence[int], num_tokens: in
     sizes = fit_contexts(contexts, num_tokens, own, base.identity.max_position_embeddings, bytes_per_token)
     corpora = ("one each", "one") if one_corpus else ("one each",)
     plans = [(size, kind) for size in sizes for kind in corpora]
+    for size in sizes:  # a budget that is too small is found before anything is measured
+        batch_size("full_context", size, "one each", kv_budget, max_batch)
     cartridges = Cartridges(base, max(size.cartridge for size in sizes), max_batch)
     texts, where = Contexts(base.template), machine(base)
-    for size, kind in plans:  # a budget that is too small is found before anything is measured
-        make_arms(size, kind, kv_budget, 1, texts, cartridges)
     kind_of_engine = choose_engine(settings.serve.engine)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
