@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from cartridges.errors import UserError
 
@@ -16,8 +16,8 @@ Ask = Callable[[list[dict[str, str]]], Iterator[str]]
 
 
 def chat(name: str, message: str | None, registry: str, url: str | None = None,
-         model: str | None = None) -> dict[str, Any] | None:
-    """Ask the cartridge `name`; the answer is printed on stdout as it comes, and returned.
+         model: str | None = None, out: TextIO | None = None) -> dict[str, Any] | None:
+    """Ask the cartridge `name`; the answer is printed on `out` (None: stdout) as it comes, and returned.
 
     `url` is the service to ask. Without one, a service on this machine's port 8000 is asked if it
     offers the name; else the cartridge is loaded from `registry` with its own base model (or
@@ -25,12 +25,12 @@ def chat(name: str, message: str | None, registry: str, url: str | None = None,
     """
     ask = _over_http(name, url) if url or _is_served(name) else _in_process(name, registry, model)
     if message is not None:
-        return {"model": name, "answer": _print(ask([{"role": "user", "content": message}]))}
-    _converse(name, ask)
+        return {"model": name, "answer": _print(ask([{"role": "user", "content": message}]), out)}
+    _converse(name, ask, out)
     return None
 
 
-def _converse(name: str, ask: Ask) -> None:
+def _converse(name: str, ask: Ask, out: TextIO | None) -> None:
     messages: list[dict[str, str]] = []
     if sys.stdin.isatty():
         print(f"asking {name}; an empty line or Ctrl-D ends it", file=sys.stderr)
@@ -39,7 +39,7 @@ def _converse(name: str, ask: Ask) -> None:
         if not question:
             return
         messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": _print(ask(messages))})
+        messages.append({"role": "assistant", "content": _print(ask(messages), out)})
 
 
 def _read_question() -> str:
@@ -49,12 +49,12 @@ def _read_question() -> str:
         return ""
 
 
-def _print(pieces: Iterator[str]) -> str:
+def _print(pieces: Iterator[str], out: TextIO | None) -> str:
     answer = []
     for piece in pieces:
         answer.append(piece)
-        print(piece, end="", flush=True)
-    print(flush=True)
+        print(piece, end="", flush=True, file=out)
+    print(flush=True, file=out)
     return "".join(answer)
 
 

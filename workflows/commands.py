@@ -6,6 +6,7 @@ answer at once.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ def run_keys_revoke(args: argparse.Namespace) -> dict[str, Any]:
 def run_chat(args: argparse.Namespace) -> dict[str, Any] | None:
     from workflows.chat import chat
 
-    return chat(args.name, args.message, args.registry, args.url)
+    # With --json stdout holds one JSON object and nothing else.
+    return chat(args.name, args.message, args.registry, args.url, out=sys.stderr if args.json else None)
 
 
 def run_submit(args: argparse.Namespace) -> dict[str, Any]:
