@@ -272,7 +272,7 @@ def test_too_many_requests_are_told_to_wait(base, engine, registry):
 
     async def run():
         transport = httpx.ASGITransport(app=create_app(service))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             body = {"model": "base", "messages": ASK, "max_tokens": 30}
             return await asyncio.gather(*[client.post("/v1/chat/completions", json=body) for _ in range(3)])
 

@@ -50,7 +50,7 @@ def calling(service, *calls, peer: str = "127.0.0.1"):
     """The responses to `(method, path, key, body)` sent one after the other."""
     async def run():
         transport = httpx.ASGITransport(create_app(service), client=(peer, 1), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [await client.request(method, path, json=body,
                                          headers={"Authorization": f"Bearer {key}"} if key else {})
                     for method, path, key, body in calls]
@@ -167,6 +167,11 @@ def test_without_keys_only_this_machine_is_answered(base, engine, registry):
     asked = ("GET", "/v1/models", None, None)
     assert [calling(service, asked, peer=peer)[0].status_code for peer in ("127.0.0.1", "::1", "10.1.2.3")] \
         == [200, 200, 403]
+    gate = Gate(None)
+    assert all(gate.admit("127.0.0.1", None, host) for host in ("127.0.0.1:8000", "localhost", "[::1]:80", "[::1]"))
+    for host in ("rebound.example:8000", "rebound.example", "10.1.2.3:8000", ""):
+        with pytest.raises(ApiError, match="only on its own machine"):
+            gate.admit("127.0.0.1", None, host)
     opened = make_service(base, registry, engine, open_to_network=True)
     assert calling(opened, asked, peer="10.1.2.3")[0].status_code == 200
     assert [is_loopback(host) for host in ("localhost", "127.3.2.1", "0.0.0.0", "::", "example.org", "")] \

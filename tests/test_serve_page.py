@@ -26,7 +26,7 @@ def app(tiny_model_dir, tmp_path_factory):
 
 def get(app, *paths: str) -> list[httpx.Response]:
     async def run():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return [await client.get(path) for path in paths]
 
     return asyncio.run(run())

@@ -53,10 +53,14 @@ class Gate:
         self._looked, self._stamp = time.monotonic(), self._stamp_now()
         self._buckets: dict[str, Bucket] = {}
 
-    def admit(self, peer: str, authorization: str | None) -> Caller:
-        """`peer` is the client's address, `authorization` its header. ApiError 401, 403 or 429."""
+    def admit(self, peer: str, authorization: str | None, host: str = "localhost") -> Caller:
+        """`peer` is the client's address; `authorization` and `host` are its headers.
+
+        ApiError 401, 403 or 429.
+        """
         if self.path is None:
-            if not (self.open_to_network or is_loopback(peer)):
+            # The Host too: a web page can point a name of its own at 127.0.0.1 and have the browser call it.
+            if not (self.open_to_network or is_loopback(peer) and is_loopback(_without_port(host))):
                 raise ApiError(403, "this service has no API keys and answers only on its own machine", "no_keys")
             return ANYONE
         self._refresh()
@@ -132,6 +136,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _without_port(host: str) -> str:
+    """Of a Host header: `a:80` is a, `[::1]:80` is [::1]."""
+    return host if host.endswith("]") else host.rpartition(":")[0] or host
 
 
 def _bearer(authorization: str | None) -> str:

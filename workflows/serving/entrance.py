@@ -58,11 +58,12 @@ class Entrance:
         peer = (scope.get("client") or ("",))[0]
         try:
             try:
-                caller = self.gate.admit(peer, Headers(scope=scope).get("authorization"))
+                headers = Headers(scope=scope)
+                caller = self.gate.admit(peer, headers.get("authorization"), headers.get("host", ""))
             except ApiError as error:
                 # The body is not read, so the connection cannot be used again.
-                headers = error.headers | {"Connection": "close"}
-                return await JSONResponse(error.body(), error.status, headers=headers)(scope, receive, watched)
+                refusal = JSONResponse(error.body(), error.status, headers=error.headers | {"Connection": "close"})
+                return await refusal(scope, receive, watched)
             note |= {"key": caller.key_id, "tenant": caller.tenant} if caller.key_id else {}
             await self.app(_with_state(scope, caller=caller, note=note), receive, watched)
         except Exception:  # It is answered further out.

@@ -128,7 +128,7 @@ function Answer({ way, answer }) {
   const { state, text, context, usage } = answer;
   return html`<section class=${`way ${way.id}`} data-way=${way.id} data-state=${state}>
     <h4>${way.title} <small>${way.about}</small></h4>
-    <p class="text">${text}${state === "asking" && html`<span class="cursor" aria-hidden="true"></span>`}</p>
+    <p class="text">${text?.trimStart()}${state === "asking" && html`<span class="cursor" aria-hidden="true"></span>`}</p>
     ${state === "waiting" && html`<p class="note">waits its turn</p>`}
     ${state === "stopped" && html`<p class="note">stopped</p>`}
     ${state === "failed" && html`<p class="problem" role="alert">${answer.error}</p>`}
