@@ -141,8 +141,10 @@ def test_serve_on_the_command_line(settings, capfd):
     (["serve", "--num-tokens", "2048", "--contexts", "1024"], "no shorter"),
     (["serve", "--runs", "0"], "whole number"),
     (["train", "--data", "nowhere"], "not a directory"),
+    (["train", "--data", "."], "holds no conversations"),
 ])
-def test_mistakes_are_one_line(tiny_model_dir, capfd, options, says):
+def test_mistakes_are_one_line(tiny_model_dir, tmp_path, monkeypatch, capfd, options, says):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) if "--runs" in options else nullcontext():
         assert main(["bench", *options, "--model", str(tiny_model_dir)]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
@@ -182,3 +184,11 @@ def test_extrapolation_finds_the_line_it_was_given():
              for arm, tokens in (("full_context", 131072), ("cartridge", 2048))}
     assert ratio["decode"] == pytest.approx(32 * steps["full_context"] / steps["cartridge"], rel=1e-3)
     assert ratio["ttft"] == pytest.approx((0.05 + 1.31072) / (0.05 + 0.02048), rel=1e-3)
+
+
+def test_conversations_longer_than_a_pack_are_left_out():
+    conversations = [conversation(0, own=20), conversation(1, own=300), conversation(2, own=40)]
+    settings = BuildSettings(train=TRAIN)
+    assert {one.conversation_id for one in choose_work(conversations, settings, 1).chosen} == {"c0", "c2"}
+    with pytest.raises(UserError, match="raise --pack-tokens"):
+        choose_work(conversations[1:2], settings, 1)

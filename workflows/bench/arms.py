@@ -78,7 +78,7 @@ def fit_contexts(wanted: Sequence[int], num_tokens: int | None, own: int, window
             raise UserError(f"a cartridge of {p} tokens is no shorter than a context of {context}; "
                             "choose longer --contexts or fewer --num-tokens")
         found.append(Sizes(context, p, own, bytes_per_token))
-    return found
+    return list(dict.fromkeys(found))  # two that were cut to the window are one
 
 
 def questions() -> list[str]:

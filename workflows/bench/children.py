@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from cartridges.errors import UserError
+
 WATCH_SECONDS = 0.05
 
 
@@ -30,7 +32,8 @@ class Child:
         self._send(json.dumps(job))
 
     def ask(self, request: str) -> dict[str, Any]:
-        """Raises `RuntimeError` if the process ended instead of answering; why is on stderr."""
+        """Raises `RuntimeError` if the process ended instead of answering (why is on stderr), and the
+        `UserError` that it answers with as `mistake`."""
         self._send(request)
         return self.answer()
 
@@ -40,7 +43,10 @@ class Child:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.module} ended with exit code {self._process.wait()}; see above")
-        return json.loads(line)
+        reply = json.loads(line)
+        if "mistake" in reply:
+            raise UserError(reply["mistake"])
+        return reply
 
     def resident_bytes(self) -> int:
         return self._watched.memory_info().rss

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cartridges.config import BuildSettings
-from cartridges.distill.packing import PackPlan
+from cartridges.distill.packing import PackPlan, own_lengths
 from cartridges.distill.schedule import Order
+from cartridges.errors import UserError
 from cartridges.models import BaseModel
 from cartridges.records import Conversation
 
@@ -38,7 +39,17 @@ class Work:
 
 
 def choose_work(conversations: Sequence[Conversation], settings: BuildSettings, steps: int) -> Work:
-    """The first `steps` steps of our trainer. Every side and every round takes the same."""
+    """The first `steps` steps of our trainer. Every side and every round takes the same.
+
+    Conversations longer than a pack are left out: ours would cut them, the peers would not. Raises
+    `UserError` where none remains.
+    """
+    lengths = own_lengths(conversations)
+    conversations = [one for one, length in zip(conversations, lengths, strict=True)
+                     if length <= settings.train.pack_tokens]
+    if not conversations:
+        raise UserError(f"every conversation is longer than a pack of {settings.train.pack_tokens} tokens; "
+                        "raise --pack-tokens")
     order = Order(conversations, settings.train, settings.seed)
     plans = [order.plans(step) for step in range(steps)]
     chosen = [conversations[index] for step in plans for plan in step for row in plan.rows for index in row]

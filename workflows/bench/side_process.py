@@ -2,7 +2,7 @@
 
     python -m workflows.bench.side_process
 
-JSON lines: the job on stdin, `{"ready": ...}` on stdout; then a line with what to do, and its result.
+JSON lines: the job on stdin, what it is ready for on stdout; then a line with what to do, and its result.
 """
 
 import json
@@ -11,12 +11,16 @@ import sys
 from typing import Any
 
 from cartridges.config import BuildSettings
+from cartridges.errors import UserError
 
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no reply
-    runner = Runner(json.loads(sys.stdin.readline()))
+    try:
+        runner = Runner(json.loads(sys.stdin.readline()))
+    except UserError as mistake:  # one line for the person, whose command is another process
+        return _reply(replies, {"mistake": str(mistake)})
     _reply(replies, runner.description())
     for line in sys.stdin:
         _reply(replies, {"round": runner.round, "bare": runner.bare}[line.strip()]())
@@ -30,12 +34,15 @@ class Runner:
     """`job`: `side`, `conversations` (a directory), `settings` (of `BuildSettings`), `steps`."""
 
     def __init__(self, job: dict[str, Any]):
+        from transformers.utils.logging import disable_progress_bar
+
         from cartridges.distill.packing import collate
         from cartridges.models import load_base_model
         from cartridges.selfstudy.storage import load_conversations
         from workflows.bench.conversations import choose_work
         from workflows.bench.sides import make_side
 
+        disable_progress_bar()
         self.settings = BuildSettings.model_validate(job["settings"])
         self.base = load_base_model(self.settings.model)
         self.work = choose_work(load_conversations(job["conversations"]), self.settings, job["steps"])
@@ -58,7 +65,7 @@ class Runner:
             "peer_batch_size": self.work.batch_size,
             "flops_needed": sum(flops(model, needed(pack, p)) for pack in self.packs),
             "flops_computed": sum(flops(model, computed(pack, p)) for pack in self.packs)}
-        return {"ready": True, "work": work, "machine": machine(self.base), "memory": self._memory()}
+        return {"work": work, "machine": machine(self.base), "memory": self._memory()}
 
     def round(self) -> dict[str, Any]:
         return {"seconds": self.side.round(), "memory": self._memory()}

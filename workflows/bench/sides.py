@@ -120,8 +120,8 @@ class Peft:
         return stopwatch.seconds
 
     def _trainer(self, stopwatch):
+        from transformers import PrinterCallback, TrainingArguments
         from transformers import Trainer as HuggingFaceTrainer
-        from transformers import TrainingArguments
 
         side, wanted = self, self.settings
 
@@ -136,9 +136,11 @@ class Peft:
             lr_scheduler_type="linear", train_sampling_strategy="sequential", remove_unused_columns=False,
             dataloader_pin_memory=False, save_strategy="no", logging_strategy="no", report_to="none",
             disable_tqdm=True, use_cpu=not self.base.device.startswith("cuda"))
-        return DistillationTrainer(
+        trainer = DistillationTrainer(
             model=self.model, args=arguments, train_dataset=self.work.chosen, callbacks=[stopwatch],
             data_collator=lambda rows: pad(rows, wanted.row_tokens, wanted.label_share))
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
 
 def _stopwatch(device: str):
