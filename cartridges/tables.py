@@ -43,7 +43,7 @@ def open_table(where: Path) -> Table:
 
     try:
         return _open_dataset(where) if where.is_dir() and _is_dataset(where) else _open_parquet(where)
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         raise UserError(f"{where} cannot be read as a table: {str(error).splitlines()[0]}") from None
 
 
@@ -77,7 +77,9 @@ def _open_dataset(where: Path) -> Table:
 
 
 def _is_dataset(folder: Path) -> bool:
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+    """By the files that `save_to_disk` writes; a folder of documents may have a state.json of its own."""
+    parts = (folder / "state.json", folder / "dataset_info.json")
+    return all(part.is_file() for part in parts) or (folder / "dataset_dict.json").is_file()
 
 
 def _parquet_files(folder: Path) -> list[Path]:

@@ -82,9 +82,13 @@ def test_each_table_mistake_has_its_line(tmp_path):
     splits.save_to_disk(tmp_path / "splits")
     one_line(lambda: load_corpus(str(tmp_path / "splits")), "several splits", "splits/test", "splits/train")
     assert load_corpus(str(tmp_path / "splits" / "train")).corpus_id == "x/0"
+    for file in (tmp_path / "splits" / "test").glob("*.arrow"):
+        file.unlink()
+    one_line(lambda: load_corpus(str(tmp_path / "splits" / "test")), "splits/test", "cannot be read as a table")
 
 
 def test_a_folder_of_other_files_too_is_walked(tmp_path):
     write_parquet(tmp_path / "data.parquet", ROWS)
     (tmp_path / "notes.md").write_text("notes")
+    (tmp_path / "state.json").write_text("")  # as a dataset on disk has, but this is none
     assert load_corpus(str(tmp_path)).text == "notes"

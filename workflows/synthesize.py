@@ -31,6 +31,7 @@ from workflows.stage import Clock, fingerprint, read_manifest, require_match, wr
 MANIFEST = "dataset.json"
 CARD = "data_card.json"
 POLL_SECONDS = 1.0
+logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[int, int, str], None]
 """`(done, total, label)`."""
@@ -272,6 +273,9 @@ def _finish(output: Path, settings: BuildSettings, planned: dict[str, Any],
                      None if "near_duplicate" in wanted.filters_off else wanted.near_duplicate,
                      [file for dataset in earlier for file in sorted((Path(dataset) / "shards").glob("*.parquet"))])
     require_few(summary.dropped["error"], planned["conversations"], wanted.max_failed_share, work)
+    if summary.errors:
+        logger.warning("%d conversations raised and were left out; `cartridges inspect %s` lists them",
+                       summary.dropped["error"], output)
     temporary.rename(output / "shards")
     manifest = {**planned, **summary.as_dict(), "planned": planned["conversations"], **speed}
     write_manifest(output / CARD, data_card(summary, manifest, _model_record(settings)))
