@@ -91,11 +91,11 @@ FERRIES = Statement("", "", (("Ferry", "Teal"), ("Captain", "Ruth Hale"), ("Leav
     ("16:30", "When does Teal leave?", "Teal leaves at 16:30."),
     ("1871", "In which year was Teal built?", "Teal was built in 1871."),
     ("12", "How many beds does Teal have?", "Teal has 12 beds."),
-    ("Teal", "Which ferry leaves at 16:30?", "The captain of Teal is Ruth Hale."),
+    ("Teal", "Which ferry leaves at 16:30?", "Teal leaves at 16:30."),
 ])
 def test_questions_about_rows_follow_the_column(span, some, sentence):
     assert some in {questions.ask(FERRIES, span, random.Random(seed)) for seed in range(60)}
-    assert questions.sentence(FERRIES, span) == sentence
+    assert questions.sentence(FERRIES, span, some) == sentence
 
 
 def test_a_family_repeats_itself_only_when_its_chunk_is_exhausted():
@@ -108,8 +108,8 @@ def test_keywords_lead_to_the_statement_that_holds_them():
     proposals = [FAMILIES["keywords"].propose(CHUNKS[0], random.Random(i), i) for i in range(12)]
     assert len({proposal.user for proposal in proposals}) > 6
     for proposal in proposals:
-        words = proposal.user.removeprefix("What about ").removeprefix("Tell me about ").strip("?.").split(", ")
-        assert all(word in proposal.answer for word in words), proposal
+        words = proposal.user.strip("?.").partition(" about ")[2] or proposal.user.strip("?.").partition(" of ")[2]
+        assert all(word in proposal.answer for word in words.split(", ")), proposal
 
 
 def test_filters():

@@ -81,7 +81,7 @@ class Anchored:
             if question and self.answer == "written":
                 return Proposal(user=question, must_contain=span)
             if question and self.answer == "sentence":
-                return Proposal(user=question, answer=questions.sentence(statement, span))
+                return Proposal(user=question, answer=questions.sentence(statement, span, question))
             if question:
                 return Proposal(user=question, answer=span, short=True)
         return None
@@ -145,9 +145,9 @@ class Keywords:
             else:
                 words = [span, *rng.sample(content := content_words(statement.text), min(2, len(content)))]
             rng.shuffle(words)
-            asked = rng.choice(("{}?", "What about {}?", "Tell me about {}."))
-            return Proposal(user=asked.format(", ".join(dict.fromkeys(words))),
-                            answer=questions.sentence(statement, span))
+            asked = rng.choice(("What about {}?", "Tell me about {}.", "What is known of {}?"))
+            user = asked.format(", ".join(dict.fromkeys(words)))
+            return Proposal(user=user, answer=questions.sentence(statement, span, user))
         return None
 
 

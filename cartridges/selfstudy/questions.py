@@ -50,10 +50,10 @@ MAX_SENTENCE_WORDS = 26
 MAX_QUESTION_WORDS = 22
 
 
-def sentence(statement: Statement, span: str) -> str:
-    """`span` in a full sentence: the statement itself where it is not too long."""
+def sentence(statement: Statement, span: str, question: str) -> str:
+    """`span` as the answer to `question` in a full sentence: the statement itself where it is not too long."""
     if statement.cells:
-        return row_sentence(statement, span)
+        return row_sentence(statement, span, question)
     words = statement.text.split()
     if len(words) <= MAX_SENTENCE_WORDS:
         return statement.text

@@ -24,10 +24,11 @@ def ask_row(statement: Statement, span: str, rng: random.Random) -> str | None:
     return rng.choice(_for_cell(_lower(asked[0][0]), span, named))
 
 
-def row_sentence(statement: Statement, span: str) -> str:
-    """The cell `span`, or for the row's subject the cell beside it, in a sentence."""
+def row_sentence(statement: Statement, span: str, question: str) -> str:
+    """The cell `span` in a sentence; for the row's subject, the cell that `question` names."""
     (_, subject), *rest = statement.cells
-    columns = [(name, cell) for name, cell in rest if cell == span] or rest[:1]
+    columns = [(name, cell) for name, cell in rest if cell == span]
+    columns = columns or [(name, cell) for name, cell in rest if cell and cell in question] or rest[:1]
     column, cell = _lower(columns[0][0]), columns[0][1]
     head, _, tail = column.partition(" ")
     if tail and third_person(head):
