@@ -28,7 +28,7 @@ def merged_attention(query, key, value, prefix_key, prefix_value, prefix_bias, o
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, prefix_key, prefix_value, prefix_bias, own_bias, scaling):
-        (B, HG, T, D), (N, H, P, _), S = query.shape, prefix_key.shape, key.shape[2]
+        (B, HG, T, D), (N, H), S = query.shape, prefix_key.shape[:2], key.shape[2]
         ctx.dims = M, G = B // N, HG // H
         query = query.reshape(B, H, G * T, D)
         own_bias = own_bias[:, None, None].expand(B, 1, G, T, S).reshape(B, 1, G * T, S)
