@@ -12,7 +12,7 @@ from cartridges.errors import UserError
 from cartridges.prompts import example_messages
 from cartridges.records import Chunk, Conversation
 from cartridges.selfstudy import filters, questions
-from cartridges.selfstudy.families import FAMILIES, Proposal, register
+from cartridges.selfstudy.families import FAMILIES, Proposal, draw_spans, register
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.spans import Statement, answer_spans, statements
 from cartridges.selfstudy.storage import from_row, load_conversations, schema, to_row
@@ -99,9 +99,29 @@ def test_questions_about_rows_follow_the_column(span, some, sentence):
 
 
 def test_a_family_repeats_itself_only_when_its_chunk_is_exhausted():
-    asked = [(p.user, p.answer) for p in (FAMILIES["anchored"].propose(CHUNKS[0], random.Random(i), i)
-                                          for i in range(6)) if p]
-    assert len({answer for _, answer in asked}) >= 4
+    pairs = sum(len(answer_spans(statement)) for statement in statements(PROSE))
+    told = len(statements(PROSE))
+    shortest = min(len(answer_spans(statement)) for statement in statements(PROSE))
+    first = [next(draw_spans(CHUNKS[0], random.Random(i), i, attempts=1)) for i in range(told * shortest)]
+    assert len(set(first)) == len(first), "a pair came again while every statement still had others"
+    rounds = [next(draw_spans(CHUNKS[0], random.Random(i), i, attempts=1)) for i in range(10 * pairs)]
+    assert len(set(rounds)) == pairs, "every pair has its turn"
+
+
+@pytest.mark.parametrize("row", ["| Teal |", "| | Ann |", "| Teal | |"])
+def test_a_row_that_says_nothing_of_its_subject_is_passed_over(row):
+    columns = row.count("|") - 1
+    header = "| Name | Keeper |" if columns == 2 else "| Name |"
+    text = "\n".join([header, "|" + "---|" * columns, row])
+    chunk = Chunk("c" * 16, "d", 0, len(text), text)
+    for family in ("anchored_sentence", "keywords"):
+        assert [FAMILIES[family].propose(chunk, random.Random(i), i) for i in range(6)] == [None] * 6
+
+
+def test_the_cell_that_answers_is_the_one_in_the_question():
+    row = Statement("", "", (("Boat", "Teal"), ("Keeper", ""), ("Pilots", "2"), ("Length", "120 feet")))
+    assert questions.sentence(row, "Teal", "Which boat has the length 120 feet?") == "The length of Teal is 120 feet."
+    assert questions.sentence(row, "Teal", "Which boat?") == "Teal has 2 pilots."
 
 
 def test_keywords_lead_to_the_statement_that_holds_them():

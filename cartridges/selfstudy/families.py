@@ -81,7 +81,8 @@ class Anchored:
             if question and self.answer == "written":
                 return Proposal(user=question, must_contain=span)
             if question and self.answer == "sentence":
-                return Proposal(user=question, answer=questions.sentence(statement, span, question))
+                told = questions.sentence(statement, span, question)
+                return Proposal(user=question, answer=told) if told else None
             if question:
                 return Proposal(user=question, answer=span, short=True)
         return None
@@ -132,7 +133,7 @@ class Recall:
 class Keywords:
     """A few words of a statement, in any order; the teacher scores the statement that holds them.
 
-    Of these there are many for every statement, and what they train is to find it by its words.
+    Of these there are many for every statement, and none depends on a rule of grammar.
     """
 
     decodes: ClassVar[bool] = False
@@ -147,7 +148,8 @@ class Keywords:
             rng.shuffle(words)
             asked = rng.choice(("What about {}?", "Tell me about {}.", "What is known of {}?"))
             user = asked.format(", ".join(dict.fromkeys(words)))
-            return Proposal(user=user, answer=questions.sentence(statement, span, user))
+            told = questions.sentence(statement, span, user)
+            return Proposal(user=user, answer=told) if told else None
         return None
 
 
@@ -185,8 +187,9 @@ def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
     """`attempts` draws of a span; the `ordinal`-th proposal begins with the `ordinal`-th pair.
 
     Going through the statements in an order of the chunk's own, and through the spans of each round by
-    round, asks about every statement as often as any other and about no span twice before its turn comes
-    again. Numbers and names come early. Draws after the second are free.
+    round, asks about every statement as often as any other and begins with no pair twice before all have
+    had their turn. Numbers and names come early. The second draw is the statement's next span, whose own
+    turn comes a round later; those after it are free.
     """
     told = [(s, spans) for s in statements(chunk.text) if (spans := answer_spans(s))]
     order = random.Random(chunk.chunk_id).sample(range(len(told)), len(told))

@@ -24,8 +24,7 @@ def question_faults(question: str, short: bool) -> Iterator[str]:
 
 def gives_answer_away(question: str, answer: str) -> bool:
     """The answer stands in the question, so that answering teaches nothing."""
-    pattern = rf"(?<!\w){re.escape(answer.lower())}(?!\w)"
-    return re.search(pattern, question.lower()) is not None
+    return says(question, answer)
 
 
 def ungrounded_numbers(answer: str, chunk: str, question: str) -> list[str]:
@@ -62,9 +61,9 @@ def groundedness(answer: str, chunk: str, question: str) -> dict[str, float]:
     }
 
 
-def says(answer: str, span: str) -> bool:
-    """`span` occurs in `answer` as whole words."""
-    return re.search(rf"(?<!\w){re.escape(span.lower())}(?!\w)", answer.lower()) is not None
+def says(text: str, span: str) -> bool:
+    """`span` occurs in `text` as whole words."""
+    return re.search(rf"(?<!\w){re.escape(span.lower())}(?!\w)", text.lower()) is not None
 
 
 def information_gain(with_chunk: np.ndarray, without: np.ndarray) -> float:

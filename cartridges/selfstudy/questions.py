@@ -26,6 +26,11 @@ _OPENERS = frozenset(("The", "A", "An", "Every", "Each", "Some", "In", "On", "At
 _BUILT = re.compile(r"^an? (?:[\w-]+ ){1,2}(\w+)$")
 _VAGUE_START = re.compile(r"^(It|He|She|They|This|That|These|Those|There|His|Her|Their|Its|We|You|I|And|But)\b")
 
+MAX_SENTENCE_WORDS = 26
+"""A longer statement answers with its clause: a small model told a long one loses what was asked for."""
+MAX_QUESTION_WORDS = 22
+"""A longer question comes from a sentence that no rule understood."""
+
 
 def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
     """A question about `statement` that `span` answers, or None if no rule fits."""
@@ -45,13 +50,11 @@ def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
     return None
 
 
+def sentence(statement: Statement, span: str, question: str) -> str | None:
+    """`span` as the answer to `question` in a full sentence: the statement itself where it is not too long.
 
-MAX_SENTENCE_WORDS = 26
-MAX_QUESTION_WORDS = 22
-
-
-def sentence(statement: Statement, span: str, question: str) -> str:
-    """`span` as the answer to `question` in a full sentence: the statement itself where it is not too long."""
+    None for a table row that says nothing of its subject.
+    """
     if statement.cells:
         return row_sentence(statement, span, question)
     words = statement.text.split()

@@ -3,6 +3,7 @@
 import random
 import re
 
+from cartridges.selfstudy.filters import says
 from cartridges.selfstudy.spans import Statement
 from cartridges.selfstudy.verbs import is_participle, third_person
 
@@ -15,20 +16,26 @@ def ask_row(statement: Statement, span: str, rng: random.Random) -> str | None:
     """A question that the cell `span` answers: by the row's subject, or, for the subject, by another cell."""
     asked = [(name, cell) for name, cell in statement.cells if cell == span]
     others = [(name, cell) for name, cell in statement.cells if cell != span and cell]
-    if not asked or not others:
-        return None
     subject_column, subject = statement.cells[0]
+    if not asked or not others or not subject:
+        return None
     if asked[0] == statement.cells[0]:
         return rng.choice(_for_subject(subject_column.lower(), *rng.choice(others)))
     named = rng.choice([subject, subject, f"the {subject_column.lower()} {subject}"])
     return rng.choice(_for_cell(_lower(asked[0][0]), span, named))
 
 
-def row_sentence(statement: Statement, span: str, question: str) -> str:
-    """The cell `span` in a sentence; for the row's subject, the cell that `question` names."""
+def row_sentence(statement: Statement, span: str, question: str) -> str | None:
+    """The cell `span` in a sentence; for the row's subject, the cell that `question` names.
+
+    None for a row that says nothing of its subject: a table of one column, or one filled cell.
+    """
     (_, subject), *rest = statement.cells
-    columns = [(name, cell) for name, cell in rest if cell == span]
-    columns = columns or [(name, cell) for name, cell in rest if cell and cell in question] or rest[:1]
+    told = [(name, cell) for name, cell in rest if cell]
+    if not subject or not told:
+        return None
+    columns = [pair for pair in told if pair[1] == span]
+    columns = columns or [pair for pair in told if says(question, pair[1])] or told
     column, cell = _lower(columns[0][0]), columns[0][1]
     head, _, tail = column.partition(" ")
     if tail and third_person(head):
