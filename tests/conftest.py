@@ -97,6 +97,32 @@ def tiny_base_model(tiny_model_dir):
     return load_base_model(ModelSettings(name=str(tiny_model_dir), dtype="float32"), device="cpu")
 
 
+@pytest.fixture(scope="module")
+def base(tiny_model_dir):
+    """The tiny model with its own attention, as a service loads it."""
+    from serve_support import load_stock
+
+    return load_stock(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def engine(base):
+    """The streaming engine of a service on `base`."""
+    from cartridges.engines.stream import TransformersStreamingEngine
+
+    engine = TransformersStreamingEngine(base)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def registry(base, tmp_path_factory):
+    """A registry of the exact-KV cartridges of `serve_support.TEXTS`."""
+    from serve_support import make_registry
+
+    return make_registry(base, tmp_path_factory.mktemp("registry"), tmp_path_factory.mktemp("scratch"))
+
+
 @pytest.fixture(scope="session")
 def evaldata() -> Path:
     """Directory of evaluation corpora: `$CARTRIDGES_EVALDATA`, or beside the repository; else skip."""

@@ -7,22 +7,12 @@ import pytest
 
 from cartridges.engines.stream import TransformersStreamingEngine
 from cartridges.errors import UserError
-from tests.serve_support import listening, load_stock, make_registry, make_service
+from tests.serve_support import listening, make_service
 from workflows import chat as chat_module
 from workflows.chat import chat
 from workflows.cli import main
 
 QUESTION = "Who is the harbour master?"
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model_dir):
-    return load_stock(tiny_model_dir)
-
-
-@pytest.fixture(scope="module")
-def registry(base, tmp_path_factory):
-    return make_registry(base, tmp_path_factory.mktemp("registry"), tmp_path_factory.mktemp("scratch"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import pytest
 from cartridges.compose import compose
 from cartridges.config import BuildSettings
 from cartridges.engines.base import CartridgePrefix, Request
-from cartridges.engines.stream import TransformersStreamingEngine
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
 from cartridges.models import rope_frequencies
@@ -19,18 +18,6 @@ from workflows.compose_test import compose_test
 
 ASK = [{"role": "user", "content": "What is known?"}]
 MORE = TEXTS | {"mill": "The mill of Tarn grinds 12 sacks a day for Ove Lind."}
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model_dir):
-    return load_stock(tiny_model_dir)
-
-
-@pytest.fixture(scope="module")
-def engine(base):
-    engine = TransformersStreamingEngine(base)
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")

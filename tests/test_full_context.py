@@ -9,26 +9,13 @@ import pytest
 from cartridges import artifact
 from cartridges.corpus_text import TEXT, keep_text
 from cartridges.engines.base import Request, TextPrefix
-from cartridges.engines.stream import TransformersStreamingEngine
 from cartridges.errors import UserError
 from cartridges.evaluation.arms import text_within
 from cartridges.registry import Registry
-from tests.serve_support import TEXTS, listening, load_stock, make_service, publish, value_of
+from tests.serve_support import TEXTS, listening, make_service, publish, value_of
 
 ASK = [{"role": "user", "content": "What is known?"}]
 LONG = " ".join(f"Berth {n} of Quell holds {n * 3} boats." for n in range(900))
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model_dir):
-    return load_stock(tiny_model_dir)
-
-
-@pytest.fixture(scope="module")
-def engine(base):
-    engine = TransformersStreamingEngine(base)
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")

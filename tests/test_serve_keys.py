@@ -10,9 +10,8 @@ import pytest
 import yaml
 
 from cartridges.config import BuildSettings
-from cartridges.engines.stream import TransformersStreamingEngine
 from cartridges.errors import UserError
-from tests.serve_support import load_stock, make_registry, make_service
+from tests.serve_support import make_service
 from workflows.cli import main
 from workflows.serve import start_service
 from workflows.serving import access
@@ -27,23 +26,6 @@ ASK = {"messages": [{"role": "user", "content": "A secret question?"}], "max_tok
 @pytest.fixture
 def file(tmp_path) -> Path:
     return tmp_path / "keys.yaml"
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model_dir):
-    return load_stock(tiny_model_dir)
-
-
-@pytest.fixture(scope="module")
-def engine(base):
-    engine = TransformersStreamingEngine(base)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def registry(base, tmp_path_factory):
-    return make_registry(base, tmp_path_factory.mktemp("registry"), tmp_path_factory.mktemp("scratch"))
 
 
 def calling(service, *calls, peer: str = "127.0.0.1"):

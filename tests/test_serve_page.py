@@ -7,8 +7,7 @@ from importlib.resources import files
 import httpx
 import pytest
 
-from cartridges.engines.stream import TransformersStreamingEngine
-from tests.serve_support import load_stock, make_registry, make_service
+from tests.serve_support import make_service
 from workflows.serving.app import create_app
 from workflows.serving.page import FOLDER
 
@@ -16,12 +15,8 @@ SCRIPTS = ("app.js", "api.js", "report.js")
 
 
 @pytest.fixture(scope="module")
-def app(tiny_model_dir, tmp_path_factory):
-    base = load_stock(tiny_model_dir)
-    engine = TransformersStreamingEngine(base)
-    registry = make_registry(base, tmp_path_factory.mktemp("registry"), tmp_path_factory.mktemp("scratch"))
-    yield create_app(make_service(base, registry, engine))
-    engine.close()
+def app(base, engine, registry):
+    return create_app(make_service(base, registry, engine))
 
 
 def get(app, *paths: str) -> list[httpx.Response]:

@@ -5,22 +5,9 @@ import shutil
 
 import pytest
 
-from cartridges.engines.stream import TransformersStreamingEngine
 from tests.serve_support import TEXTS, load_stock, make_registry, make_service, publish, value_of
 from workflows.serving.api import ChatRequest
 from workflows.serving.errors import ApiError
-
-
-@pytest.fixture(scope="module")
-def base(tiny_model_dir):
-    return load_stock(tiny_model_dir)
-
-
-@pytest.fixture(scope="module")
-def engine(base):
-    engine = TransformersStreamingEngine(base)
-    yield engine
-    engine.close()
 
 
 @pytest.fixture

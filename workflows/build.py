@@ -119,11 +119,11 @@ def _make_cartridge(corpus: str, loaded: Corpus, name: str, settings: BuildSetti
     from workflows.train import MANIFEST as TRAINING
     from workflows.train import train, train_fingerprint
 
+    if settings.curriculum.rounds > 1:
+        return _make_by_rounds(corpus, loaded, name, settings, work)
     of_dataset = dataset_fingerprint(loaded, settings)
     dataset_dir = work / f"synthesize-{of_dataset}"
     train_dir = work / f"train-{train_fingerprint(of_dataset, settings)}"
-    if settings.curriculum.rounds > 1:
-        return _make_by_rounds(corpus, loaded, name, settings, work)
     with ExitStack() as stack:
         if not ((dataset_dir / DATASET).is_file() and (train_dir / TRAINING).is_file()):
             stack.enter_context(local_ray())  # one Ray for both stages

@@ -14,8 +14,9 @@ from cartridges.distill.schedule import Order
 from cartridges.errors import UserError
 from cartridges.models import BaseModel
 from cartridges.records import Conversation
+from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES
 
-FAMILIES = {"anchored_sentence": 0.62, "anchored": 0.22, "recall": 0.16}
+BY_RULE = {name: share for name, share in DEFAULT_MIXTURE.items() if not FAMILIES[name].decodes}
 """The families of the default mixture for which nothing has to be decoded, in its proportions."""
 
 
@@ -73,7 +74,7 @@ def write_conversations(base: BaseModel, settings: BuildSettings, count: int, di
 
     # Speed does not depend on whether the teacher likes the answer.
     wanted = settings.synthesize.model_copy(
-        update={"num_conversations": count, "families": FAMILIES, "max_teacher_nll": float("inf"),
+        update={"num_conversations": count, "families": BY_RULE, "max_teacher_nll": float("inf"),
                 "min_information_gain": None})
     chunks = chunk_corpus(sample_corpus(), base.tokenizer, wanted.chunk)
     by_id = {chunk.chunk_id: chunk for chunk in chunks}

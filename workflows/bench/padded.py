@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from cartridges.distill.losses import TINY
 from cartridges.distill.packing import with_label
 from cartridges.forward import round_up
 from cartridges.records import Conversation
-
-TINY = 1e-6
 
 
 def pad(conversations: Sequence[Conversation], multiple: int, label_share: float) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """What clients may send: OpenAI's chat and completions requests, and our cartridge management."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -51,7 +52,7 @@ class StreamOptions(Body):
     include_obfuscation: bool = False
 
 
-class Generation(Body):
+class Generation(Body, ABC):
     """What chat and completions share."""
 
     model: Name
@@ -85,9 +86,9 @@ class Generation(Body):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def topk(self) -> int | None:
         """Top logprobs per token; None when no logprobs were asked for."""
-        raise NotImplementedError
 
 
 class TextPart(BaseModel):
