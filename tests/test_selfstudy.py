@@ -17,6 +17,7 @@ from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.spans import Statement, answer_spans, statements
 from cartridges.selfstudy.storage import from_row, load_conversations, schema, to_row
 from cartridges.selfstudy.synthesizer import Dropped, Synthesizer
+from cartridges.selfstudy.verbs import agent_verb
 
 PROSE = ("The Light Service was founded in 1611 by Perrin Voss, a fisherman. The harbour of Marl has 84 berths. "
          "It was repaired later.")
@@ -34,9 +35,13 @@ def test_plan_is_deterministic_and_proportional():
     assert tasks == plan(CHUNKS, settings(count=200), seed=1)
     assert tasks != plan(CHUNKS, settings(count=200), seed=2)
     assert len({task.conversation_id for task in tasks}) == 200
-    owners = Counter(task.chunk_id for task in tasks)
-    share = len(PROSE) / (len(PROSE) + len(TABLE))
-    assert owners["a" * 16] == pytest.approx(200 * share, abs=1.5)
+
+
+def test_a_chunk_s_share_goes_by_its_tokens_not_its_letters():
+    texts = "harbour lighthouse breakwater ferryman. " * 5, "a b 1 2. " * 5
+    chunks = [Chunk(str(i) * 16, "d", 0, len(text), text) for i, text in enumerate(texts)]
+    owners = Counter(task.chunk_id for task in plan(chunks, settings(count=200), seed=1))
+    assert owners["0" * 16] == pytest.approx(100, abs=1.5)
 
 
 def test_unknown_family_is_named():
@@ -63,18 +68,20 @@ def test_answer_spans_are_numbers_names_and_phrases():
     ("Perrin Voss founded the Light Service.", "Perrin Voss",
      {"Who founded the Light Service?", "What founded the Light Service?"}),
     ("The Light Service was founded in 1611.", "1611",
-     {"When was the Light Service founded?", "In which year was the Light Service founded?"}),
+     {f"{when} was the Light Service founded?" for when in ("When", "In which year", "In what year")}),
     ("The Golden Fiddle sank in 1774, when she struck a reef.", "1774",
-     {"When did the Golden Fiddle sink?", "In which year did the Golden Fiddle sink?"}),
+     {f"{when} did the Golden Fiddle sink?" for when in ("When", "In which year", "In what year")}),
     ("The chart now hangs in the Tallow Hall.", "Tallow Hall", {"Where does the chart now hang?"}),
     ("In 1872, the Central Line opened a station near Marl.", "1872",
-     {"When did the Central Line open a station near Marl?",
-      "In which year did the Central Line open a station near Marl?"}),
+     {f"{when} did the Central Line open a station near Marl?"
+      for when in ("When", "In which year", "In what year")}),
     ("Lost things are kept for 50 days.", "50", {"How many days are lost things kept for?"}),
     ("The Lucky Button is a lugger built in 1916.", "1916",
-     {"When was the Lucky Button built?", "In which year was the Lucky Button built?"}),
+     {f"{when} was the Lucky Button built?" for when in ("When", "In which year", "In what year")}),
     ("The Barrel Race is held on 22 July.", "22 July", {"When is the Barrel Race held?"}),
     ("It was founded in 1611.", "1611", {None}),
+    ("Bread for the lonely keeper near Marl is hauled up in a bucket.", "lonely keeper", {None}),
+    ("The pie of Marl is made of eels and leeks.", "leeks", {"The pie of Marl is made of eels and what?"}),
     ("There were 12 of 120 left.", "20", {None}),
 ])
 def test_questions_by_rule(sentence, span, expected):
@@ -83,7 +90,7 @@ def test_questions_by_rule(sentence, span, expected):
 
 
 FERRIES = Statement("", "", (("Ferry", "Teal"), ("Captain", "Ruth Hale"), ("Leaves at", "16:30"), ("Built", "1871"),
-                             ("Beds", "12")))
+                             ("Beds", "12"), ("Length", "120 feet"), ("Owner", "Ann Oak"), ("Fare", "9 dabs")))
 
 
 @pytest.mark.parametrize("span, some, sentence", [
@@ -92,6 +99,11 @@ FERRIES = Statement("", "", (("Ferry", "Teal"), ("Captain", "Ruth Hale"), ("Leav
     ("1871", "In which year was Teal built?", "Teal was built in 1871."),
     ("12", "How many beds does Teal have?", "Teal has 12 beds."),
     ("Teal", "Which ferry leaves at 16:30?", "Teal leaves at 16:30."),
+    ("16:30", "At what time does Teal leave?", "Teal leaves at 16:30."),
+    ("120 feet", "How long is Teal?", "The length of Teal is 120 feet."),
+    ("120 feet", "How many feet is the length of Teal?", "The length of Teal is 120 feet."),
+    ("Ann Oak", "Who owns Teal?", "The owner of Teal is Ann Oak."),
+    ("9 dabs", "How much is Teal?", "The fare of Teal is 9 dabs."),
 ])
 def test_questions_about_rows_follow_the_column(span, some, sentence):
     assert some in {questions.ask(FERRIES, span, random.Random(seed)) for seed in range(60)}
@@ -116,6 +128,22 @@ def test_a_row_that_says_nothing_of_its_subject_is_passed_over(row):
     chunk = Chunk("c" * 16, "d", 0, len(text), text)
     for family in ("anchored_sentence", "keywords"):
         assert [FAMILIES[family].propose(chunk, random.Random(i), i) for i in range(6)] == [None] * 6
+
+
+def test_what_every_statement_says_is_not_asked_for():
+    text = "\n".join(f"The port number of {name} is {i}." for i, name in enumerate(["echo", "time", "talk", "smtp"], 7))
+    chunk = Chunk("c" * 16, "d", 0, len(text), text)
+    spans = {next(draw_spans(chunk, random.Random(i), i, attempts=1))[1] for i in range(40)}
+    assert {"7", "8", "9", "10"} <= spans and not any("number" in span for span in spans)
+    shown = {FAMILIES["recall"].propose(chunk, random.Random(i), i).user for i in range(40)}
+    assert shown == {f"Continue: The port number of {name}" for name in ("echo", "time", "talk", "smtp")}
+
+
+@pytest.mark.parametrize("noun, verb", [
+    ("keeper", "keeps"), ("owner", "owns"), ("driver", "drives"), ("runner", "runs"), ("editor", "edits"),
+    ("captain", None), ("officer", None), ("master", None)])
+def test_an_agent_s_verb(noun, verb):
+    assert agent_verb(noun) == verb
 
 
 def test_the_cell_that_answers_is_the_one_in_the_question():

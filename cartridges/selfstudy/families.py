@@ -7,6 +7,7 @@ cloze families are for models too small to ask well, and know the answer from th
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
@@ -121,11 +122,15 @@ class Recall:
     decodes: ClassVar[bool] = False
 
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
-        told = [s for s in statements(chunk.text) if len(s.verbatim.split()) >= 6]
+        told = [s.verbatim.split(" ") for s in statements(chunk.text) if len(s.verbatim.split()) >= 6]
         if not told:
             return None
-        words = told[ordinal % len(told)].verbatim.split(" ")
-        cut = rng.randint(3, max(3, len(words) - 3))
+        words = told[ordinal % len(told)]
+        shared = max((_same_start(words, others) for others in told if others is not words), default=0)
+        first = max(3, shared + 1)  # from here on no other statement begins so
+        if first >= len(words):
+            return None
+        cut = rng.randint(first, max(first, len(words) - 3))
         return Proposal(user="Continue: " + " ".join(words[:cut]), answer=" ".join(words[cut:]))
 
 
@@ -182,6 +187,11 @@ def register(name: str, family: SeedFamily) -> None:
     FAMILIES[name] = family
 
 
+def _same_start(words: list[str], others: list[str]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(words, others, strict=False)) if a != b),
+                min(len(words), len(others)))
+
+
 def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
                attempts: int) -> Iterator[tuple[Statement, str]]:
     """`attempts` draws of a span; the `ordinal`-th proposal begins with the `ordinal`-th pair.
@@ -191,7 +201,7 @@ def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
     had their turn. Numbers and names come early. The second draw is the statement's next span, whose own
     turn comes a round later; those after it are free.
     """
-    told = [(s, spans) for s in statements(chunk.text) if (spans := answer_spans(s))]
+    told = [(s, spans) for s, spans in _told(chunk.text) if spans]
     order = random.Random(chunk.chunk_id).sample(range(len(told)), len(told))
     for attempt in range(attempts if told else 0):
         if attempt > 1:
@@ -201,6 +211,21 @@ def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
         turn, index = divmod(ordinal, len(told))
         statement, spans = told[order[index]]
         yield statement, _in_turn(spans, statement.text)[(turn + attempt) % len(spans)]
+
+
+def _told(text: str) -> Iterator[tuple[Statement, list[str]]]:
+    """The statements with their spans, but for those that half of them hold: they tell nothing apart.
+
+    The cells of a row come twice as often as its subject, because that is how tables are asked about.
+    """
+    found = statements(text)
+    counts = Counter(span for statement in found for span in set(answer_spans(statement)))
+    for statement in found:
+        spans = [span for span in answer_spans(statement) if counts[span] <= max(2, len(found) // 2)]
+        if statement.cells:
+            subject = statement.cells[0][1]
+            spans = 2 * [span for span in spans if span != subject] + [span for span in spans if span == subject]
+        yield statement, spans
 
 
 def _in_turn(spans: list[str], seed: str) -> list[str]:

@@ -1,6 +1,7 @@
 """What is to be generated: a deterministic list of tasks, before any model is loaded."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from cartridges.errors import UserError
 from cartridges.records import Chunk
 from cartridges.selfstudy import general
 from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES
+
+_PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")
+"""About a token, whatever the tokenizer. Characters would slight tables, which say more in fewer."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int,
          weights: Mapping[str, float] | None = None) -> list[Task]:
     """`settings.num_conversations` tasks; a function of its arguments and of nothing else.
 
-    Every chunk gets conversations in proportion to its length, times its weight where `weights` has one
+    Every chunk gets conversations in proportion to its length in tokens, times its weight where `weights` has one
     by its id (systematic sampling: edges as often as the middle), every family its share. Tasks of a
     chunk stand together, so that those in flight share its prefill; those for which a model has to
     write come last, the general ones at the end.
@@ -58,7 +62,7 @@ def _about_chunks(chunks: Sequence[Chunk], settings: SynthesizeSettings, total: 
     if not chunks or not sum(shares.values()):
         return []
     rng = np.random.default_rng(seed)
-    lengths = [len(chunk.text) * weights.get(chunk.chunk_id, 1.0) for chunk in chunks]
+    lengths = [len(_PIECE.findall(chunk.text)) * weights.get(chunk.chunk_id, 1.0) for chunk in chunks]
     ends = np.cumsum(lengths) / sum(lengths)
     points = (np.arange(total) + rng.random()) / max(total, 1)
     owners = np.minimum(np.searchsorted(ends, points, side="right"), len(chunks) - 1)

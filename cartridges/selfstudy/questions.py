@@ -24,6 +24,7 @@ _NUMBER = re.compile(r"^\d[\d,.:]*$")
 _MEASURE = re.compile(r"^(\d[\d,.]*)\s+([a-z]+)$")
 _OPENERS = frozenset(("The", "A", "An", "Every", "Each", "Some", "In", "On", "At", "All", "If", "While", "When"))
 _BUILT = re.compile(r"^an? (?:[\w-]+ ){1,2}(\w+)$")
+_LIST = re.compile(r"\b(and|or)\b")
 _VAGUE_START = re.compile(r"^(It|He|She|They|This|That|These|Those|There|His|Her|Their|Its|We|You|I|And|But)\b")
 
 MAX_SENTENCE_WORDS = 26
@@ -43,7 +44,9 @@ def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
     at = found.start()
     if at == 0:
         return _finish(_subject_word(span, rng) + text[len(span):])
-    for rule in (_front, _with_do, _in_place):
+    # A question word in the middle of a sentence is how nobody asks.
+    last = [_in_place] if len(text[:at].split()) > 3 and not _clause(text[at + len(span):]) else []
+    for rule in (_front, _with_do, *last):
         question = rule(text, at, span, rng)
         if question:
             return _finish(question)
@@ -74,11 +77,9 @@ def _front(text: str, at: int, span: str, rng: random.Random) -> str | None:
     if "," in subject or re.match(r"(?i)(by|in|on|at|since|after|while|when|if|so|although)\b", subject):
         return None
     before, after = text[match.end():at].strip(), text[at + len(span):]
-    if "," in before or " and " in before or len(before.split()) > 10:
+    if "," in before or _LIST.search(before) or len(before.split()) > 10:
         return None
     word, before, after = _question_word(span, before, after, rng)
-    if before.endswith((" and", " or")):
-        return None
     built = _BUILT.match(before)
     if built and auxiliary in ("is", "was", "are", "were") and is_participle(built.group(1)):
         # "is a barque built in 1871" -> "When was it built?"
@@ -93,10 +94,10 @@ def _front(text: str, at: int, span: str, rng: random.Random) -> str | None:
 def _with_do(text: str, at: int, span: str, rng: random.Random) -> str | None:
     """The Golden Fiddle sank in 1774 -> When did the Golden Fiddle sink?"""
     verb = main_verb(text[:at])
-    if not verb or "," in text[:at] or len(text[:verb.start].split()) > 10:
+    if not verb or "," in text[:at] or len(text[:verb.start].split()) > 10 or _AUXILIARY.search(text[:verb.start]):
         return None
     subject, before, after = text[:verb.start].strip(), text[verb.end:at].strip(), text[at + len(span):]
-    if " and " in before or len(before.split()) > 10:
+    if _LIST.search(before) or len(before.split()) > 10:
         return None
     word, before, after = _question_word(span, before, after, rng)
     tail = "" if after.startswith(",") or rng.random() < 0.5 else _clause(after)
@@ -122,7 +123,7 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
     if measure:
         return f"How many {measure.group(2)}", before, after
     if _YEAR.match(span) and preposition and preposition.group(1) == "in":
-        return rng.choice(["When", "In which year"]), before[:preposition.start()].strip(), after
+        return rng.choice(["When", "In which year", "In what year"]), before[:preposition.start()].strip(), after
     if DATE.fullmatch(span):
         return "When", _PREPOSITION.sub("", before).strip(), after
     if _NUMBER.match(span):

@@ -5,10 +5,15 @@ import re
 
 from cartridges.selfstudy.filters import says
 from cartridges.selfstudy.spans import Statement
-from cartridges.selfstudy.verbs import is_participle, third_person
+from cartridges.selfstudy.verbs import agent_verb, is_participle, third_person
 
 _MONEY = re.compile(r"price|cost|toll|fare|fee|rent|wage|fine|tax", re.I)
 _YEAR = re.compile(r"^(1\d{3}|20\d{2})$")
+_MEASURE = re.compile(r"^\d[\d,.]*\s([a-z]+)$")
+_TIME = re.compile(r"^\d{1,2}:\d{2}$")
+_HOW = {"height": ("high", "tall"), "length": ("long",), "width": ("wide",), "depth": ("deep",), "age": ("old",),
+        "weight": ("heavy",), "size": ("big", "large"), "distance": ("far",), "duration": ("long",)}
+"""What is asked for a quantity instead of its noun."""
 _PERSON = re.compile(r"^[A-Z][\w'’\-]+(\s[A-Z][\w'’\-]+)+$")
 
 
@@ -50,21 +55,44 @@ def row_sentence(statement: Statement, span: str, question: str) -> str | None:
 def _for_cell(column: str, cell: str, subject: str) -> list[str]:
     head, _, tail = column.partition(" ")
     if tail and third_person(head):
-        what = "When" if tail == "at" and ":" in cell else "What"
-        rest = f" {tail}" if tail and what == "What" else ""
-        return [f"{what} does {subject} {third_person(head)}{rest}?"]
+        timed = tail == "at" and ":" in cell
+        asks = ["When", "At what time", "What time"] if timed else ["What"]
+        rest = f" {tail}" if tail and not timed else ""
+        return [f"{ask} does {subject} {third_person(head)}{rest}?" for ask in asks]
     if is_participle(head):
         rest = f" {tail}" if tail else ""
-        what = ["When", "In which year"] if _YEAR.match(cell) else ["What", "How"]
-        return [f"{word} was {subject} {head}{rest}?" for word in what]
-    forms = [f"What is the {column} of {subject}?", f"What is the {column} for {subject}?",
-             f"What {column} does {subject} have?"]
+        asks = ["When", "In which year", "In what year"] if _YEAR.match(cell) else ["What", "How"]
+        return [f"{ask} was {subject} {head}{rest}?" for ask in asks]
+    return _plainly(column, subject) + _by_kind(column, cell, subject)
+
+
+def _plainly(column: str, subject: str) -> list[str]:
+    """Questions that any column allows."""
+    return [f"What is the {column} of {subject}?", f"What is the {column} for {subject}?",
+            f"What {column} does {subject} have?", f"What is {subject}'s {column}?",
+            f"Which {column} belongs to {subject}?", f"{subject}: what is the {column}?",
+            f"Can you tell me the {column} of {subject}?"]
+
+
+def _by_kind(column: str, cell: str, subject: str) -> list[str]:
+    """Questions as people ask for a price, a person, a quantity or a time."""
+    forms = []
     if _MONEY.search(column):
-        forms += [f"How much is the {column} of {subject}?", f"How much is the {column} for {subject}?"]
+        forms += [f"How much is the {column} of {subject}?", f"How much is the {column} for {subject}?",
+                  f"How much is {subject}?", f"How much must be paid for {subject}?"]
     if _PERSON.match(cell):
-        forms += [f"Who is the {column} of {subject}?"] * 4
+        forms += [f"Who is the {column} of {subject}?"] * 4 + [f"Who is {subject}'s {column}?"]
+        doing = agent_verb(column)
+        forms += [f"Who {doing} {subject}?"] * 2 if doing else []
+    unit = _MEASURE.match(cell)
+    if unit:
+        forms += [f"How many {unit.group(1)} is the {column} of {subject}?",
+                  f"What is the {column} of {subject} in {unit.group(1)}?"]
+    forms += [f"How {word} is {subject}?" for word in _HOW.get(column, ())] * 2
     if _counts(column, cell):
         forms += [f"How many {column} does {subject} have?"] * 3
+    if _TIME.match(cell):
+        forms += [f"At what time is the {column} of {subject}?", f"When is the {column} of {subject}?"]
     return forms
 
 

@@ -80,6 +80,19 @@ def third_person(word: str) -> str | None:
 
 
 @lru_cache(maxsize=20000)
+def agent_verb(noun: str) -> str | None:
+    """What a keeper does: keeps. None for nouns that are not made of a verb."""
+    if not noun.endswith(("er", "or")) or not noun.islower() or noun == "master":  # who does not mast
+        return None
+    stem = noun[:-2]
+    for lemma in (stem, noun[:-1], stem[:-1] if stem[-1:] == stem[-2:-1] else stem):
+        known = "VERB" in lemminflect.getAllLemmas(lemma) and lemminflect.getInflection(lemma, "VBZ")
+        if known and lemma in lemminflect.getLemma(known[0], "VERB"):
+            return known[0]
+    return None
+
+
+@lru_cache(maxsize=20000)
 def is_word(word: str) -> bool:
     """Whether the lower-case `word` is in the dictionary (so that a capital is only a sentence's)."""
     return bool(lemminflect.getAllLemmas(word))
