@@ -108,7 +108,7 @@ class TrainSettings(Settings):
     """p: slots of the cartridge."""
     num_frozen_tokens: int = Field(1, ge=0)
     """Slots never trained; slot 0 is the attention sink."""
-    init: Literal["prefix", "sampled_chunks", "unrelated", "random", "cartridge"] = "prefix"
+    init: Literal["prefix", "sampled_chunks", "unrelated", "random", "cartridge"] = "sampled_chunks"
     """Start: KV of the corpus prefix, of sampled chunks, of unrelated text, random vectors, or an
     existing cartridge."""
     init_cartridge: str | None = None

@@ -38,7 +38,7 @@ def start_ids(base: BaseModel, text: str, settings: TrainSettings, seed: int) ->
     p = settings.num_tokens
     if settings.init == "unrelated":
         return _closed_turn(base, UNRELATED * (p // 20 + 1), p)
-    if settings.init == "sampled_chunks":
+    if settings.init == "sampled_chunks" and len(base.template.system_ids(text)) > p:
         return _closed_turn(base, _sample_chunks(base, text, p, seed), p)
     return _closed_turn(base, text, p)
 
@@ -63,10 +63,13 @@ def _common_end(a: list[int], b: list[int]) -> int:
 
 
 def _sample_chunks(base: BaseModel, text: str, p: int, seed: int) -> str:
+    """At least `p` tokens in stretches of about `CHUNK_TOKENS`, in order: one from each of as many equal parts."""
     ids = base.tokenizer.encode(text, add_special_tokens=False)
-    rng = np.random.default_rng(seed)
-    starts = sorted(rng.integers(0, max(1, len(ids) - CHUNK_TOKENS), size=p // CHUNK_TOKENS + 2).tolist())
-    return "\n".join(base.tokenizer.decode(ids[start:start + CHUNK_TOKENS]) for start in starts)
+    count = max(1, round(p / CHUNK_TOKENS))
+    length = -(-p // count) + 1  # one more, because joined text may take fewer tokens than its parts
+    parts = np.arange(count) + np.random.default_rng(seed).random(count)
+    starts = (parts / count * max(0, len(ids) - length)).astype(int).tolist()
+    return "\n".join(base.tokenizer.decode(ids[start:start + length]) for start in starts)
 
 
 def _random_like(tensor: torch.Tensor, seed: int) -> torch.Tensor:

@@ -1,16 +1,19 @@
 """Which requests share a forward pass: groups of one prefix, in a few recurring shapes."""
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Requests (by index) that share a prefix; they fill `rows` rows, the rest of them idle."""
+    """Requests (by index) that share a prefix; they fill `rows` rows, the rest of them idle. `longest`: the
+    tokens of the longest."""
 
     prefix: Hashable
     indices: tuple[int, ...]
     rows: int
+    longest: int
 
 
 def power_of_two(n: int) -> int:
@@ -26,14 +29,29 @@ def pieces(prefixes: Sequence[Hashable], lengths: Sequence[int], max_rows: int) 
     for prefix, indices in groups.items():
         for start in range(0, len(indices), max_rows):
             part = tuple(indices[start:start + max_rows])
-            made.append(Piece(prefix, part, power_of_two(len(part))))
+            made.append(Piece(prefix, part, power_of_two(len(part)), lengths[part[-1]]))
     return made
 
 
+def decoding_pieces(prefixes: Sequence[Hashable], lengths: Sequence[int], max_rows: int) -> list[Piece]:
+    """As `pieces`, all of as many rows: the number with which they make the fewest batches.
+
+    A step of decoding reads all of the model's weights, so its cost hardly depends on the rows.
+    """
+    sizes = Counter(prefixes).values()
+
+    def passes(rows: int) -> int:
+        return -(-sum(-(-size // rows) for size in sizes) // (max_rows // rows))
+
+    choices = [1 << i for i in range(max_rows.bit_length())]
+    rows = min(choices, key=lambda rows: (passes(rows), -rows))
+    return [replace(piece, rows=rows) for piece in pieces(prefixes, lengths, rows)]
+
+
 def batches(all_pieces: Sequence[Piece], max_rows: int) -> Iterator[list[Piece]]:
-    """Batches of pieces with equally many rows, `max_rows` rows at most together."""
+    """Batches of pieces with equally many rows and alike in length, `max_rows` rows at most together."""
     by_rows: dict[int, list[Piece]] = {}
-    for piece in all_pieces:
+    for piece in sorted(all_pieces, key=lambda piece: piece.longest):
         by_rows.setdefault(piece.rows, []).append(piece)
     for rows, same in sorted(by_rows.items()):
         step = max(1, max_rows // rows)

@@ -18,13 +18,15 @@ from cartridges.engines.base import (
     ScoreRequest,
     TextPrefix,
 )
-from cartridges.engines.batching import Piece, batches, common_starts, pieces
+from cartridges.engines.batching import Piece, batches, common_starts, decoding_pieces, pieces
 from cartridges.engines.sampling import Draws, sample
 from cartridges.forward import PrefixKV, extend, hidden_states, prefill, round_up, row_bias, stack_prefixes
 from cartridges.models import BaseModel
 
 ATTENTION_BUDGET = 1 << 26
 """Most attention weights of one layer at a time (elements): bounds memory when a prefix is long."""
+PIECE_ROWS = 16
+"""Most rows of one prefix that are padded to the same length when scoring: fewer waste less on padding."""
 LOGITS_BUDGET = 512
 """Most positions whose full-vocabulary logits exist at a time."""
 
@@ -47,8 +49,8 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         results: dict[int, Completion] = {}
         rows = _trimmed(requests, [len(request.input_ids) - 1 for request in requests])
-        for batch in batches(pieces([row.key for row in rows], [len(row.input_ids) for row in rows],
-                                    self.max_rows), self.max_rows):
+        parts = decoding_pieces([row.key for row in rows], [len(row.input_ids) for row in rows], self.max_rows)
+        for batch in batches(parts, self.max_rows):
             for index, completion in self._generate_batch(requests, rows, batch):
                 results[index] = completion
         return [results[index] for index in range(len(requests))]
@@ -58,7 +60,8 @@ class TransformersEngine:
         results: dict[int, Score] = {}
         rows = _trimmed(requests, [_first_loss(request) for request in requests])
         most = self._score_rows(rows)
-        for batch in batches(pieces([row.key for row in rows], [len(row.input_ids) for row in rows], most), most):
+        parts = pieces([row.key for row in rows], [len(row.input_ids) for row in rows], min(most, PIECE_ROWS))
+        for batch in batches(parts, most):
             for index, score in self._score_batch(requests, rows, batch):
                 results[index] = score
         return [results[index] for index in range(len(requests))]
