@@ -15,9 +15,9 @@ from transformers import DynamicCache
 
 from cartridges.attention import NAME
 from cartridges.engines.base import CartridgePrefix, Prefix, Request, TokenEvent
+from cartridges.engines.decoding import stop_token_ids
 from cartridges.engines.detokenize import TextStream
 from cartridges.engines.sampling import Draws, sample
-from cartridges.engines.transformers import stop_token_ids
 from cartridges.errors import UserError
 from cartridges.models import BaseModel
 

@@ -1,6 +1,5 @@
 """The reference engine: a Hugging Face model, any machine, batches of shared prefixes."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,19 +7,11 @@ import numpy as np
 import torch
 
 from cartridges.attention import OwnKV, install
-from cartridges.engines.base import (
-    CartridgePrefix,
-    Completion,
-    Prefix,
-    RawPrefix,
-    Request,
-    Score,
-    ScoreRequest,
-    TextPrefix,
-)
-from cartridges.engines.batching import Piece, batches, common_starts, decoding_pieces, pieces
-from cartridges.engines.sampling import Draws, sample
-from cartridges.forward import PrefixKV, extend, hidden_states, prefill, round_up, row_bias, stack_prefixes
+from cartridges.engines.base import Completion, Request, Score, ScoreRequest
+from cartridges.engines.batching import Piece, batches, decoding_pieces, pieces
+from cartridges.engines.decoding import Decoding, stop_token_ids
+from cartridges.engines.prefix_cache import PrefixCache, Trimmed, trim
+from cartridges.forward import hidden_states, round_up, row_bias, stack_prefixes
 from cartridges.models import BaseModel
 
 ATTENTION_BUDGET = 1 << 26
@@ -48,7 +39,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         results: dict[int, Completion] = {}
-        rows = _trimmed(requests, [len(request.input_ids) - 1 for request in requests])
+        rows = trim(requests, [len(request.input_ids) - 1 for request in requests])
         parts = decoding_pieces([row.key for row in rows], [len(row.input_ids) for row in rows], self.max_rows)
         for batch in batches(parts, self.max_rows):
             for index, completion in self._generate_batch(requests, rows, batch):
@@ -58,7 +49,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         results: dict[int, Score] = {}
-        rows = _trimmed(requests, [_first_loss(request) for request in requests])
+        rows = trim(requests, [_first_loss(request) for request in requests])
         most = self._score_rows(rows)
         parts = pieces([row.key for row in rows], [len(row.input_ids) for row in rows], min(most, PIECE_ROWS))
         for batch in batches(parts, most):
@@ -66,7 +57,7 @@ class TransformersEngine:
                 results[index] = score
         return [results[index] for index in range(len(requests))]
 
-    def _score_rows(self, rows: list["_Trimmed"]) -> int:
+    def _score_rows(self, rows: list["Trimmed"]) -> int:
         """Rows that keep the attention weights of the longest request within the budget."""
         if not rows:
             return self.max_rows
@@ -133,7 +124,7 @@ class TransformersEngine:
         longest = max(len(trimmed[i].input_ids) for piece in batch for i in piece.indices)
         slots = round_up(longest, 16)
         rows = self._rows(trimmed, batch, slots)
-        decoding = _Decoding([requests[index] for index in rows.indices], self.base.tokenizer,
+        decoding = Decoding([requests[index] for index in rows.indices], self.base.tokenizer,
                              self.stop_ids)
         context, own_bias = rows.context, rows.context.own_bias
         room = round_up(max(r.max_tokens for r in decoding.requests), 16)
@@ -165,30 +156,6 @@ class TransformersEngine:
         return OwnKV(make(), make())
 
 
-@dataclass(frozen=True)
-class _Trimmed:
-    """A request without its first tokens: `common`, shared with others, is part of its prefix."""
-
-    prefix: Prefix
-    common: tuple[int, ...]
-    input_ids: tuple[int, ...]
-
-    @property
-    def key(self):
-        return prefix_key(self.prefix), self.common
-
-
-def _trimmed(requests: Sequence[Request | ScoreRequest], limits: list[int]) -> list[_Trimmed]:
-    starts = common_starts([prefix_key(r.prefix) for r in requests], [r.input_ids for r in requests], limits)
-    return [_Trimmed(r.prefix, tuple(r.input_ids[:start]), tuple(r.input_ids[start:]))
-            for r, start in zip(requests, starts, strict=True)]
-
-
-def _first_loss(request: ScoreRequest) -> int:
-    """Tokens before the first predicting position."""
-    return request.loss_mask.index(True) if True in request.loss_mask else len(request.input_ids) - 1
-
-
 @dataclass
 class _Rows:
     ids: torch.Tensor
@@ -206,111 +173,6 @@ def _starts(batch: list[Piece]):
         start += piece.rows
 
 
-class _Decoding:
-    """What the rows of a batch have produced so far, and whether they are done."""
-
-    def __init__(self, requests: list[Request], tokenizer, stop_ids: frozenset[int]):
-        self.requests, self.tokenizer, self.stop_ids = requests, tokenizer, stop_ids
-        self.outputs: list[list[int]] = [[] for _ in requests]
-        self.reasons: list[str | None] = [None] * len(requests)
-        self.kept: list[list[tuple]] = [[] for _ in requests]
-        self.draws = [Draws(request.seed) for request in requests]
-        self.temperatures = torch.tensor([request.temperature for request in requests])
-        self.topk = max(request.topk for request in requests)
-
-    def step(self, logprobs: torch.Tensor) -> torch.Tensor | None:
-        """Take the next token of every row from T=1 `logprobs` `[B, V]`; None when all are done."""
-        draws = torch.tensor([draw.next() for draw in self.draws])
-        tokens = sample(logprobs, self.temperatures.to(logprobs.device),
-                        [request.top_p for request in self.requests], draws)
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0].cpu().numpy()
-        if self.topk:
-            top = logprobs.topk(self.topk, dim=-1)
-            top_ids, top_logprobs = top.indices.cpu().numpy(), top.values.cpu().numpy()
-        for row, token in enumerate(tokens.tolist()):
-            if self.reasons[row] is None:
-                self.outputs[row].append(token)
-                k = self.requests[row].topk
-                self.kept[row].append((chosen[row], top_ids[row, :k], top_logprobs[row, :k]) if k
-                                      else (chosen[row],))
-                self.reasons[row] = self._reason(row, token)
-        return None if all(self.reasons) else tokens
-
-    def _reason(self, row: int, token: int) -> str | None:
-        request = self.requests[row]
-        if token in self.stop_ids and not request.ignore_end:
-            return "stop"
-        if request.stop and any(stop in self._text(row) for stop in request.stop):
-            return "stop"
-        return "length" if len(self.outputs[row]) >= request.max_tokens else None
-
-    def _text(self, row: int) -> str:
-        return self.tokenizer.decode(self.outputs[row], skip_special_tokens=True)
-
-    def completion(self, row: int) -> Completion:
-        request, kept = self.requests[row], self.kept[row]
-        text = self._text(row)
-        cuts = [text.index(stop) for stop in request.stop if stop in text]
-        text = text[: min(cuts)] if cuts else text
-        logprobs = np.array([item[0] for item in kept], np.float32)
-        top_ids = np.stack([item[1] for item in kept]).astype(np.int32) if request.topk else None
-        top_logprobs = np.stack([item[2] for item in kept]) if request.topk else None
-        return Completion(tuple(self.outputs[row]), text, self.reasons[row], logprobs, top_ids, top_logprobs)
-
-
-class PrefixCache:
-    """KV of prefixes, least recently used out first once they exceed `max_bytes`."""
-
-    def __init__(self, base: BaseModel, max_bytes: int):
-        self.base, self.max_bytes = base, max_bytes
-        self.entries: OrderedDict[object, PrefixKV] = OrderedDict()
-
-    def get(self, row: _Trimmed) -> PrefixKV:
-        """The KV of a row's prefix and of what it shares with other rows."""
-        before = self._get(prefix_key(row.prefix), lambda: self._make(row.prefix))
-        if not row.common:
-            return before
-        return self._get(row.key, lambda: extend(self.base.model, before, row.common))
-
-    def num_tokens(self, row: _Trimmed) -> int:
-        return self.get(row).num_tokens
-
-    def _get(self, key, make) -> PrefixKV:
-        if key not in self.entries:
-            self.entries[key] = make()
-            while len(self.entries) > 1 and sum(kv.num_bytes for kv in self.entries.values()) > self.max_bytes:
-                self.entries.popitem(last=False)
-        self.entries.move_to_end(key)
-        return self.entries[key]
-
-    def _make(self, prefix: Prefix) -> PrefixKV:
-        if isinstance(prefix, CartridgePrefix):
-            keys, values = prefix.cartridge.keys_values()
-            to = dict(dtype=self.base.dtype, device=self.base.device)
-            return PrefixKV(keys.detach().to(**to), values.detach().to(**to))
-        ids = prefix_ids(self.base, prefix)
-        if not ids:
-            shape = self.base.shape
-            empty = torch.zeros(shape.num_layers, shape.num_key_value_heads, 0, shape.head_dim,
-                                dtype=self.base.dtype, device=self.base.device)
-            return PrefixKV(empty, empty)
-        return prefill(self.base.model, ids)
-
-
-def prefix_ids(base: BaseModel, prefix: TextPrefix | RawPrefix | None) -> list[int]:
-    """The tokens of a prefix that is text."""
-    if isinstance(prefix, RawPrefix):
-        return base.tokenizer.encode(prefix.text, add_special_tokens=False)
-    return base.template.system_ids(prefix.text) if prefix else base.template.default_ids()
-
-
-def prefix_key(prefix: Prefix):
-    """What makes two prefixes the same: the text, or the digest of the cartridge's bytes."""
-    return prefix.digest if isinstance(prefix, CartridgePrefix) else prefix
-
-
-def stop_token_ids(base: BaseModel) -> frozenset[int]:
-    """End-of-turn tokens: the model's generation settings and the tokenizer's EOS."""
-    declared = base.model.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in [*declared, base.tokenizer.eos_token_id] if i is not None)
+def _first_loss(request: ScoreRequest) -> int:
+    """Tokens before the first predicting position."""
+    return request.loss_mask.index(True) if True in request.loss_mask else len(request.input_ids) - 1
