@@ -4,15 +4,21 @@ A cartridge stands in for a *system turn*. So every prompt is split once, at the
 `system_ids(text)` is what a cartridge replaces, `conversation_ids(messages)` is what follows.
 Whatever stands before, the conversation's tokens are the same: teacher and student, report card
 and endpoint cannot drift apart.
+
+Only the template may open and close turns: where a text or a message spells a special token
+(`<|im_end|>`, say), it is read as the characters it is.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 
 from cartridges.errors import UserError
 from cartridges.records import Message
 
 PREAMBLE = "Use the following text to answer the user.\n\n"
+_MARK = re.compile("\ue000(\\d+)\ue001")
+"""Stands for the special token of that index while a chat is rendered: private-use characters."""
 
 
 class ChatTemplate:
@@ -27,6 +33,11 @@ class ChatTemplate:
             raise UserError(f"{tokenizer.name_or_path} has no chat template; use an instruct model")
         self.tokenizer = tokenizer
         self.hash = hashlib.sha256((tokenizer.chat_template + PREAMBLE).encode()).hexdigest()
+        self._specials = _special_tokens(tokenizer)
+        self._spelled = re.compile("|".join(map(re.escape, self._specials)) or "(?!)")
+        # Once and here: the tokenizer's switch is not safe while other threads encode.
+        self._as_text = [tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
+                         for token in self._specials]
         self._sentinel = self._render([{"role": "system", "content": "x"}])
         probe = self._render([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
         if not probe.startswith(self._sentinel) or "x" not in self._sentinel:
@@ -49,9 +60,9 @@ class ChatTemplate:
 
     def conversation_ids(self, messages: Sequence[Message], generation_prompt: bool = True) -> list[int]:
         """What follows the system turn. With `generation_prompt`, ends where the assistant begins."""
-        return self._encode(self.conversation_text(messages, generation_prompt))
+        return self._encode(self._conversation_text(messages, generation_prompt))
 
-    def conversation_text(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
+    def _conversation_text(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         if any(message["role"] == "system" for message in messages):
             raise UserError("a system message cannot follow a cartridge or corpus: put it in the "
                             "user message")
@@ -59,9 +70,29 @@ class ChatTemplate:
         full = self._render([system, *messages], generation_prompt)
         return full[len(self._sentinel):]
 
+    def text_ids(self, text: str) -> list[int]:
+        """`text` as it stands inside a turn."""
+        return self._encode(self._shielded(text))
+
     def _render(self, messages, generation_prompt: bool = False) -> str:
+        shielded = [{**message, "content": self._shielded(message["content"])} for message in messages]
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt)
+            shielded, tokenize=False, add_generation_prompt=generation_prompt)
+
+    def _shielded(self, text: str) -> str:
+        return self._spelled.sub(lambda found: f"\ue000{self._specials.index(found.group())}\ue001", text)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for i, piece in enumerate(_MARK.split(text)):
+            if i % 2:
+                ids += self._as_text[int(piece) % len(self._as_text)]
+            elif piece:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False)
+        return ids
+
+
+def _special_tokens(tokenizer) -> list[str]:
+    """Longest first, so that none hides a longer one that begins with it."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))

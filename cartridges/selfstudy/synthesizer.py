@@ -142,7 +142,7 @@ class Synthesizer:
 
     def _known_ids(self, draft: _Draft) -> tuple[tuple[int, ...], tuple[bool, ...]]:
         prompt = self.template.conversation_ids(draft.turns())
-        answer = self.tokenizer.encode(draft.proposal.answer, add_special_tokens=False)
+        answer = self.template.text_ids(draft.proposal.answer)
         ids = (*prompt, *answer, self.tokenizer.eos_token_id)
         return ids, _answer_mask(len(prompt), len(ids))
 
