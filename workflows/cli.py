@@ -6,20 +6,17 @@ Exit code 0 is success, 2 a user's mistake (one line on stderr), 130 Ctrl-C, 1 a
 
 import argparse
 import contextlib
-import errno
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from cartridges.errors import UserError
 from workflows import commands
+from workflows.exits import exit_code
 
 RESUMABLE = ("build", "synthesize", "train")
 REFERENCE = "NAME, NAME@VERSION or NAME@ALIAS"
 CORPUS = "folder, text/Markdown/HTML/PDF file, JSONL, Parquet, or Hugging Face dataset on disk"
-
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,28 +30,13 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parse(argv)
-    try:
-        with _terminated_like_interrupted(), _clean_stdout(args.json):
+
+    def run() -> None:
+        with _clean_stdout(args.json):
             result = args.run(args)
         _report(args, result)
-        return 0
-    except UserError as error:
-        print(f"cartridges: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        again = "; the same command goes on where it stopped" if args.command in RESUMABLE else ""
-        print(f"cartridges: interrupted{again}", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        again = "; then run the same command again" if args.command in RESUMABLE else ""
-        print(f"cartridges: {_one_line(error)}: free space or give a directory that can be written{again}",
-              file=sys.stderr)
-        return 1
+
+    return exit_code(run, resumable=args.command in RESUMABLE)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -321,20 +303,6 @@ def _clean_stdout(as_json: bool) -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that what a stage started is stopped by it."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _version() -> str:

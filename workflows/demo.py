@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from cartridges.config import BuildSettings, load
+from workflows.exits import exit_code
 
 QUESTIONS = 2
 WORK = Path("runs/demo")
@@ -78,4 +79,4 @@ def _ask(client, question: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, resumable=True))
