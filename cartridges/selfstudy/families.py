@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal, Protocol
 
 from cartridges.records import Chunk
@@ -197,11 +198,11 @@ def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
     """`attempts` draws of a span; the `ordinal`-th proposal begins with the `ordinal`-th pair.
 
     Going through the statements in an order of the chunk's own, and through the spans of each round by
-    round, asks about every statement as often as any other and begins with no pair twice before all have
-    had their turn. Numbers and names come early. The second draw is the statement's next span, whose own
-    turn comes a round later; those after it are free.
+    round, asks about every statement as often as any other and begins with no span of a sentence twice
+    before all of them have had their turn. Numbers and names come early. The second draw is the statement's
+    next span, whose own turn comes a round later; those after it are free.
     """
-    told = [(s, spans) for s, spans in _told(chunk.text) if spans]
+    told = _told(chunk.text)
     order = random.Random(chunk.chunk_id).sample(range(len(told)), len(told))
     for attempt in range(attempts if told else 0):
         if attempt > 1:
@@ -213,19 +214,23 @@ def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
         yield statement, _in_turn(spans, statement.text)[(turn + attempt) % len(spans)]
 
 
-def _told(text: str) -> Iterator[tuple[Statement, list[str]]]:
+@lru_cache(maxsize=64)
+def _told(text: str) -> tuple[tuple[Statement, list[str]], ...]:
     """The statements with their spans, but for those that half of them hold: they tell nothing apart.
 
     The cells of a row come twice as often as its subject, because that is how tables are asked about.
     """
-    found = statements(text)
-    counts = Counter(span for statement in found for span in set(answer_spans(statement)))
-    for statement in found:
-        spans = [span for span in answer_spans(statement) if counts[span] <= max(2, len(found) // 2)]
+    found = [(statement, answer_spans(statement)) for statement in statements(text)]
+    counts = Counter(span for _, spans in found for span in set(spans))
+    told = []
+    for statement, spans in found:
+        spans = [span for span in spans if counts[span] <= max(2, len(found) // 2)]
         if statement.cells:
             subject = statement.cells[0][1]
             spans = 2 * [span for span in spans if span != subject] + [span for span in spans if span == subject]
-        yield statement, spans
+        if spans:
+            told.append((statement, spans))
+    return tuple(told)
 
 
 def _in_turn(spans: list[str], seed: str) -> list[str]:
