@@ -3,6 +3,7 @@
 `load(BuildSettings, file, overrides)` merges defaults < YAML file < `stage.key=value` overrides.
 """
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -250,7 +251,20 @@ def load(kind: type[S], file: str | None = None, overrides: list[str] | None = N
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"there is no setting {where}{_nearest(kind, first['loc'])}") from None
         raise UserError(f"setting {where}: {first['msg']}") from None
+
+
+def _nearest(kind: type[Settings], path: tuple[int | str, ...]) -> str:
+    """What may have been meant by the last name of `path`, or what there is."""
+    for part in path[:-1]:
+        field = kind.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Settings)):
+            return ""
+        kind = field.annotation
+    near = get_close_matches(str(path[-1]), kind.model_fields, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(kind.model_fields)}"
 
 
 def _read_yaml(file: str) -> dict[str, Any]:

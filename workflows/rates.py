@@ -16,6 +16,9 @@ from workflows.stage import fingerprint
 
 BATCHES = 3
 """Of conversations, and steps, in a calibration; the first of each only warms up."""
+WORKER_SLOWDOWN = 1.2
+"""What a training step takes in Ray's worker, beside Ray's other processes, over what it takes here: measured
+on two cores (docs/log.md). Where a build has finished, its own rate is remembered instead."""
 
 
 def remembered(settings: BuildSettings) -> Rates | None:
@@ -50,7 +53,8 @@ def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
     chunks = chunk_corpus(corpus, base.tokenizer, settings.synthesize.chunk)
     conversations, conversation_seconds, kept = _time_synthesis(base, chunks, settings)
     tokens = sum(len(conversation.input_ids) for conversation in conversations) / len(conversations)
-    return Rates(conversation_seconds, _time_steps(base, corpus, conversations, settings), kept, tokens)
+    pack_seconds = WORKER_SLOWDOWN * _time_steps(base, corpus, conversations, settings)
+    return Rates(conversation_seconds, pack_seconds, kept, tokens)
 
 
 def _time_synthesis(base, chunks: Sequence[Chunk],
