@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import shutil
+import signal
 import statistics
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,24 @@ def _fit(config: dict[str, Any], settings: BuildSettings, run, progress: Progres
         stack.enter_context(local_ray())
         stack.enter_context(_Following(Path(config["output"]) / "metrics.jsonl", run, progress, clock))
         try:
-            _torch_trainer(config, settings).fit()
+            with _own_interrupt():
+                _torch_trainer(config, settings).fit()
         except TrainingFailedError as error:
             raise _cause(error) from error
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Ctrl-C stays a `KeyboardInterrupt`: Ray Train takes the signal, ends in `SystemExit`, and keeps it."""
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGINT) if in_main else None
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main:
+            signal.signal(signal.SIGINT, previous)
 
 
 def _cause(error) -> Exception:
