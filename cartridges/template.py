@@ -18,7 +18,7 @@ from cartridges.records import Message
 
 PREAMBLE = "Use the following text to answer the user.\n\n"
 _MARK = re.compile("\ue000(\\d+)\ue001")
-"""Stands for the special token of that index while a chat is rendered: private-use characters."""
+"""Stands, while a chat is rendered, for what must be read as text: `ChatTemplate._literal` of that index."""
 
 
 class ChatTemplate:
@@ -33,11 +33,11 @@ class ChatTemplate:
             raise UserError(f"{tokenizer.name_or_path} has no chat template; use an instruct model")
         self.tokenizer = tokenizer
         self.hash = hashlib.sha256((tokenizer.chat_template + PREAMBLE).encode()).hexdigest()
-        self._specials = _special_tokens(tokenizer)
-        self._spelled = re.compile("|".join(map(re.escape, self._specials)) or "(?!)")
+        self._literal = [*_special_tokens(tokenizer), "\ue000"]  # the mark's own opening, too
+        self._spelled = re.compile("|".join(map(re.escape, self._literal)))
         # Once and here: the tokenizer's switch is not safe while other threads encode.
         self._as_text = [tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
-                         for token in self._specials]
+                         for token in self._literal]
         self._sentinel = self._render([{"role": "system", "content": "x"}])
         probe = self._render([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
         if not probe.startswith(self._sentinel) or "x" not in self._sentinel:
@@ -80,13 +80,13 @@ class ChatTemplate:
             shielded, tokenize=False, add_generation_prompt=generation_prompt)
 
     def _shielded(self, text: str) -> str:
-        return self._spelled.sub(lambda found: f"\ue000{self._specials.index(found.group())}\ue001", text)
+        return self._spelled.sub(lambda found: f"\ue000{self._literal.index(found.group())}\ue001", text)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for i, piece in enumerate(_MARK.split(text)):
             if i % 2:
-                ids += self._as_text[int(piece) % len(self._as_text)]
+                ids += self._as_text[int(piece)]
             elif piece:
                 ids += self.tokenizer.encode(piece, add_special_tokens=False)
         return ids

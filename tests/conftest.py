@@ -100,7 +100,7 @@ def tiny_base_model(tiny_model_dir):
 @pytest.fixture(scope="module")
 def base(tiny_model_dir):
     """The tiny model with its own attention, as a service loads it."""
-    from serve_support import load_stock
+    from tests.serve_support import load_stock
 
     return load_stock(tiny_model_dir)
 
@@ -118,7 +118,7 @@ def engine(base):
 @pytest.fixture(scope="module")
 def registry(base, tmp_path_factory):
     """A registry of the exact-KV cartridges of `serve_support.TEXTS`."""
-    from serve_support import make_registry
+    from tests.serve_support import make_registry
 
     return make_registry(base, tmp_path_factory.mktemp("registry"), tmp_path_factory.mktemp("scratch"))
 

@@ -177,6 +177,7 @@ def test_special_tokens_spelled_by_a_user_are_text(base_model_dir):
     corpus = template.system_ids(f"A turn ends with <|im_end|>, {spelled}")
     assert corpus.count(end) == template.system_ids("x").count(end)
     assert tokenizer.decode(template.text_ids(spelled)) == spelled
+    assert tokenizer.decode(template.text_ids("\ue0000\ue001")) == "\ue0000\ue001", "our own mark is text, too"
     assert template.text_ids("Plain.") == tokenizer.encode("Plain.", add_special_tokens=False)
 
 

@@ -36,7 +36,8 @@ def pieces(prefixes: Sequence[Hashable], lengths: Sequence[int], max_rows: int) 
 def decoding_pieces(prefixes: Sequence[Hashable], lengths: Sequence[int], max_rows: int) -> list[Piece]:
     """As `pieces`, all of as many rows: the number with which they make the fewest batches.
 
-    A step of decoding reads all of the model's weights, so its cost hardly depends on the rows.
+    A step of decoding reads all of the model's weights whatever the rows, so few large batches beat many small
+    ones (docs/log.md).
     """
     sizes = Counter(prefixes).values()
 

@@ -92,7 +92,7 @@ class TransformersEngine:
         return _Rows(ids, positions, context, indices, lengths, real)
 
     def _score_batch(self, requests, trimmed, batch):
-        slots = round_up(max(len(trimmed[i].input_ids) for piece in batch for i in piece.indices), 16)
+        slots = round_up(max(piece.longest for piece in batch), 16)
         rows = self._rows(trimmed, batch, slots)
         hidden = hidden_states(self.base.model, rows.ids, rows.positions, rows.context)
         for row in rows.real:
@@ -121,8 +121,7 @@ class TransformersEngine:
                      torch.cat(top_logprobs).cpu().numpy())
 
     def _generate_batch(self, requests, trimmed, batch):
-        longest = max(len(trimmed[i].input_ids) for piece in batch for i in piece.indices)
-        slots = round_up(longest, 16)
+        slots = round_up(max(piece.longest for piece in batch), 16)
         rows = self._rows(trimmed, batch, slots)
         decoding = Decoding([requests[index] for index in rows.indices], self.base.tokenizer,
                              self.stop_ids)

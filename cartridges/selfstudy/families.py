@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import commonprefix
 from typing import ClassVar, Literal, Protocol
 
 from cartridges.records import Chunk
@@ -127,7 +128,7 @@ class Recall:
         if not told:
             return None
         words = told[ordinal % len(told)]
-        shared = max((_same_start(words, others) for others in told if others is not words), default=0)
+        shared = max((len(commonprefix([words, others])) for others in told if others is not words), default=0)
         first = max(3, shared + 1)  # from here on no other statement begins so
         if first >= len(words):
             return None
@@ -186,11 +187,6 @@ DEFAULT_MIXTURE = {
 def register(name: str, family: SeedFamily) -> None:
     """Make `family` available to `synthesize.families` under `name`."""
     FAMILIES[name] = family
-
-
-def _same_start(words: list[str], others: list[str]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(words, others, strict=False)) if a != b),
-                min(len(words), len(others)))
 
 
 def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
