@@ -200,10 +200,10 @@ synthesize(sys.argv[1], sys.argv[2], BuildSettings.model_validate(json.loads(sys
 
 
 @contextmanager
-def in_a_process(code, *arguments):
+def in_a_process(code, *arguments, stderr=None):
     """A driver of its own session, gone at the end."""
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], start_new_session=True,
-                               env={**os.environ, "WANDB_MODE": "disabled"})
+                               env={**os.environ, "WANDB_MODE": "disabled"}, stderr=stderr)
     try:
         yield process
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 
 import numpy as np
@@ -141,6 +142,28 @@ def test_workers_and_kills_do_not_change_the_result(dataset, corpus_file, settin
     assert len(json.loads((tmp_path / "one" / "held_out.json").read_text())["questions"]) > 0
     assert not (tmp_path / "one" / "work").exists()
 
+
+@pytest.mark.slow
+def test_ctrl_c_while_training_is_one_line_and_keeps_the_checkpoint(dataset, corpus_file, settings, tmp_path):
+    output, config, said = tmp_path / "out", tmp_path / "settings.yaml", tmp_path / "stderr"
+    config.write_text(settings.model_copy(
+        update={"train": settings.train.model_copy(update={"steps": 5000})}).model_dump_json())
+    command = ["train", dataset, "--corpus", corpus_file, "--output", output, "--config", config]
+    with open(said, "w") as stderr, in_a_process(_COMMAND, *command, stderr=stderr) as process:
+        wait_for(lambda: list(output.glob("work/run/checkpoint_*")), process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 130
+    lines = said.read_text().splitlines()
+    assert lines[-1] == "cartridges: interrupted; the same command goes on where it stopped"
+    assert not any("Traceback" in line for line in lines)
+    assert list(output.glob("work/run/checkpoint_*")) and not (output / "cartridge").exists()
+
+
+_COMMAND = """
+import sys
+from workflows.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 _TRAIN = """
 import json, sys
