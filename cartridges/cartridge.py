@@ -25,34 +25,50 @@ class Cartridge(nn.Module):
     attention sink and stays frozen, or training diverges; all other slots are free parameters.
 
     `keys` and `values` are `[num_layers, num_key_value_heads, p, head_dim]`. The first
-    `num_frozen_tokens` slots are buffers, the rest are float32 parameters, so that an optimiser
-    given `parameters()` never sees the sink and small updates are not lost to bfloat16.
+    `num_frozen_tokens` slots are buffers, and so is all of the first `num_frozen_layers` layers; the
+    rest are float32 parameters, so that an optimiser given `parameters()` never sees the sink and
+    small updates are not lost to bfloat16. What is frozen matters to training only, and an artifact
+    keeps the sink's length alone.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_frozen_tokens: int = 1):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_frozen_tokens: int = 1,
+                 num_frozen_layers: int = 0):
         super().__init__()
         if keys.shape != values.shape or keys.dim() != 4:
             raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)} must be "
                              "[num_layers, num_key_value_heads, p, head_dim] alike")
         if not 0 <= num_frozen_tokens <= keys.shape[2]:
             raise ValueError(f"num_frozen_tokens {num_frozen_tokens} is not in 0..{keys.shape[2]}")
-        self.num_frozen_tokens = num_frozen_tokens
+        if not 0 <= num_frozen_layers < keys.shape[0]:
+            raise ValueError(f"num_frozen_layers {num_frozen_layers} is not in 0..{keys.shape[0] - 1}")
+        self.num_frozen_tokens, self.num_frozen_layers = num_frozen_tokens, num_frozen_layers
         for name, tensor in (("keys", keys), ("values", values)):
             tensor = tensor.detach().float()
-            self.register_buffer(f"frozen_{name}", tensor[:, :, :num_frozen_tokens].clone())
+            lower, upper = tensor[:num_frozen_layers], tensor[num_frozen_layers:]
+            self.register_buffer(f"lower_{name}", lower.clone())
+            self.register_buffer(f"frozen_{name}", upper[:, :, :num_frozen_tokens].clone())
             self.register_parameter(
-                f"trainable_{name}", nn.Parameter(tensor[:, :, num_frozen_tokens:].clone()))
+                f"trainable_{name}", nn.Parameter(upper[:, :, num_frozen_tokens:].clone()))
 
     @property
     def num_tokens(self) -> int:
-        return self.num_frozen_tokens + self.trainable_keys.shape[2]
+        return self.frozen_keys.shape[2] + self.trainable_keys.shape[2]
 
     @property
     def shape(self) -> KVShape:
-        layers, heads, _, head_dim = self.trainable_keys.shape
-        return KVShape(layers, heads, head_dim)
+        upper, heads, _, head_dim = self.trainable_keys.shape
+        return KVShape(self.num_frozen_layers + upper, heads, head_dim)
 
     def keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Both `[num_layers, num_key_value_heads, p, head_dim]`, float32, differentiable."""
+        keys, values = self.upper_keys_values()
+        return torch.cat([self.lower_keys, keys]), torch.cat([self.lower_values, values])
+
+    def upper_keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`keys_values()` of the layers from `num_frozen_layers` on."""
         return (torch.cat([self.frozen_keys, self.trainable_keys], dim=2),
                 torch.cat([self.frozen_values, self.trainable_values], dim=2))
+
+    def with_frozen_layers(self, num_frozen_layers: int) -> "Cartridge":
+        """The same keys and values, of which the first `num_frozen_layers` layers are frozen."""
+        return Cartridge(*self.keys_values(), self.num_frozen_tokens, num_frozen_layers)

@@ -92,11 +92,13 @@ class SynthesizeSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    lr: float = Field(0.03, gt=0)
-    """Adam's peak learning rate. The paper's is 0.02 for p <= 2048 and 64k tokens a step; our steps are
-    small (docs/log.md)."""
+    name: Literal["orthogonal_adam", "adam"] = "orthogonal_adam"
+    """Adam with orthogonalised steps (`distill.optimizer`), or Adam as in the paper."""
+    lr: float = Field(0.01, gt=0)
+    """Peak learning rate. For plain Adam take 0.03: the paper's is 0.02 for p <= 2048 and 64k tokens a
+    step, and our steps are small (docs/log.md)."""
     key_lr_scale: float = Field(3.0, gt=0)
-    """Keys learn at `lr` times this: after RoPE they are larger than values, and Adam's steps are not."""
+    """Keys learn at `lr` times this: after RoPE they are larger than values, and the steps are not."""
     warmup_share: float = Field(0.02, ge=0, le=1)
     final_lr_share: float = Field(0.02, ge=0, le=1)
     """Linear decay ends at this share of the peak."""
@@ -116,6 +118,9 @@ class TrainSettings(Settings):
     """Directory of the cartridge that `init=cartridge` continues from."""
     loss: Literal["distillation", "next_token", "none"] = "distillation"
     """`next_token` is the baseline; `none` publishes the start as an instant draft."""
+    trained_layers: float = Field(0.5, gt=0, le=1)
+    """Share of the layers, from the top, whose slots are trained; below them the start stays. A
+    conversation's way to the first of them is computed once, so half of the layers is twice the steps."""
     label_share: float = Field(0.5, ge=0, le=1)
     """Share of the target given to the known next token where the answer is known from the text; the
     rest is the teacher's distribution."""

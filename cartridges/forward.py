@@ -35,9 +35,35 @@ def round_up(length: int, multiple: int = MULTIPLE) -> int:
 def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor,
                   context: AttentionContext) -> torch.Tensor:
     """Last hidden states `[B, T, hidden]` of `input_ids` `[B, T]` at `position_ids` `[B, T]`."""
+    hidden = model.base_model.embed_tokens(input_ids)
+    return model.base_model.norm(through_layers(model, hidden, position_ids, context))
+
+
+def through_layers(model: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor,
+                   context: AttentionContext, first: int = 0, last: int | None = None) -> torch.Tensor:
+    """What decoder layers `first` to `last` (not included; None: the end) make of `hidden` `[B, T, hidden]`.
+
+    The supported model types are plain stacks: embedding, these layers, a norm, the head.
+    """
     install(model)
-    return model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
-                            context=context).last_hidden_state
+    body = model.base_model
+    rotation = body.rotary_emb(hidden, position_ids)
+    for layer in body.layers[first:last]:
+        hidden = layer(hidden, position_embeddings=rotation, position_ids=position_ids, use_cache=False,
+                       context=context)
+    return hidden
+
+
+def read_after(model: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor,
+               context: AttentionContext, first: int = 0, last: int | None = None) -> torch.Tensor:
+    """As `through_layers`, for one row that joins the prefix: `context` is extended by its keys and values."""
+    context.collected = []
+    hidden = through_layers(model, hidden, position_ids, context, first, last)
+    for layer, (key, value) in enumerate(context.collected, start=first):
+        context.prefix_keys[layer] = torch.cat([context.prefix_keys[layer], key], dim=2)
+        context.prefix_values[layer] = torch.cat([context.prefix_values[layer], value], dim=2)
+    context.collected = None
+    return hidden
 
 
 @torch.no_grad()

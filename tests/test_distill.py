@@ -8,7 +8,9 @@ import torch
 
 from cartridges.cartridge import Cartridge
 from cartridges.config import OptimizerSettings, TrainSettings
+from cartridges.distill import lower_layers
 from cartridges.distill.losses import distillation, next_token
+from cartridges.distill.optimizer import orthogonalized
 from cartridges.distill.packing import collate, count_truncated, own_lengths, plan_packs, with_label
 from cartridges.distill.schedule import Order, learning_rate
 from cartridges.distill.student import Student
@@ -32,9 +34,10 @@ def conversation(index: int, shared: int = 0, own: int | None = None) -> Convers
                         np.log(logprobs).astype(np.float32), shared)
 
 
-def cartridge(p: int = 8, seed: int = 0) -> Cartridge:
+def cartridge(p: int = 8, seed: int = 0, num_frozen_layers: int = 0) -> Cartridge:
     generator = torch.Generator().manual_seed(seed)
-    return Cartridge(*(torch.randn(2, 2, p, 16, generator=generator) for _ in range(2)))
+    return Cartridge(*(torch.randn(2, 2, p, 16, generator=generator) for _ in range(2)),
+                     num_frozen_layers=num_frozen_layers)
 
 
 def gradients(student: Student, packs) -> tuple[float, list[torch.Tensor]]:
@@ -101,6 +104,64 @@ def test_sharing_the_first_turns_changes_nothing(tiny_model):
     plain = gradients(student, [collate(whole, plan, 128) for plan in plan_packs(whole, 32, 128, 0)])
     assert shared[0] == pytest.approx(plain[0], rel=1e-4)
     torch.testing.assert_close(shared[1][0], plain[1][0], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shared", [0, 11])
+def test_states_kept_below_the_trained_layers_change_nothing(any_tiny_model, shared):
+    made = [conversation(i, shared) for i in range(12)]
+    loss, grads = gradients(Student(any_tiny_model, cartridge()), packs(made, seed=0))
+    student = Student(any_tiny_model, cartridge(num_frozen_layers=1))
+    for seed in (0, 0, 5):  # computed, read again, read in other packs
+        upper_loss, upper = gradients(student, packs(made, seed))
+        assert upper_loss == pytest.approx(loss, rel=1e-4)
+        for whole, part in zip(grads, upper, strict=True):
+            torch.testing.assert_close(part, whole[1:], atol=1e-5, rtol=1e-3)
+
+
+def packs(made, seed):
+    return [collate(made, plan, 128) for plan in plan_packs(made, 32, 128, seed)]
+
+
+@torch.no_grad()
+def test_states_are_read_and_not_computed_again(tiny_model, monkeypatch):
+    made = packs([conversation(i) for i in range(12)], 0)
+    passes: list[int] = []
+    hook = tiny_model.base_model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    student = Student(tiny_model, cartridge(num_frozen_layers=1))
+    first = [float(student(pack).loss) for pack in made]
+    computed = len(passes)
+    assert [float(student(pack).loss) for pack in made] == pytest.approx(first, rel=1e-4)
+    assert computed and len(passes) == computed
+    monkeypatch.setattr(lower_layers, "MOST_BYTES", 0)
+    student = Student(tiny_model, cartridge(num_frozen_layers=1))
+    for _ in range(2):
+        assert [float(student(pack).loss) for pack in made] == pytest.approx(first, rel=1e-4)
+    hook.remove()
+    assert len(passes) == 3 * computed, "without memory they are computed each time"
+
+
+def test_frozen_layers_stay_and_the_others_learn(tiny_model):
+    made = [conversation(i) for i in range(8)]
+    student = Student(tiny_model, cartridge(num_frozen_layers=1))
+    Trainer(TorchStepper(student, SETTINGS), made, SETTINGS, seed=0).run()
+    for before, after in zip(cartridge().keys_values(), student.cartridge.keys_values(), strict=True):
+        assert torch.equal(before[0], after[0])
+        assert not torch.equal(before[1], after[1])
+    assert student.cartridge.shape == cartridge().shape
+    assert student.cartridge.num_tokens == 8
+
+
+def test_an_orthogonal_step_moves_every_direction_alike():
+    generator = torch.Generator().manual_seed(0)
+    strengths = torch.logspace(0, -1.5, 16)
+    matrices = torch.linalg.qr(torch.randn(3, 2, 40, 16, generator=generator)).Q * strengths
+    values = torch.linalg.svdvals(orthogonalized(matrices)) / 40**0.5
+    assert values.max() < 1.25 and values.min() > 0.6
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    cosine = torch.nn.functional.cosine_similarity(
+        orthogonalized(matrices).flatten(2), (left @ right).flatten(2), dim=-1)
+    assert cosine.min() > 0.97
+    assert torch.equal(orthogonalized(torch.zeros(2, 5, 4)), torch.zeros(2, 5, 4))
 
 
 def test_only_trainable_slots_get_gradient_and_the_sink_stays(tiny_model):

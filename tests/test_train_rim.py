@@ -11,7 +11,7 @@ import torch
 
 from cartridges import artifact
 from cartridges.chunking import chunk_corpus
-from cartridges.config import BuildSettings
+from cartridges.config import BuildSettings, OptimizerSettings
 from cartridges.corpus import load_corpus
 from cartridges.distill.student import Student
 from cartridges.distill.trainer import TorchStepper, Trainer
@@ -85,7 +85,8 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
     from workflows.deepspeed_stepper import DeepSpeedStepper
 
     corpus = load_corpus(str(corpus_file))
-    wanted = settings.train.model_copy(update={"zero_stage": stage})
+    optimizer = OptimizerSettings(name="adam", lr=0.03) if stage else OptimizerSettings()
+    wanted = settings.train.model_copy(update={"zero_stage": stage, "optimizer": optimizer})
     conversations = load_conversations(dataset / "shards")
     curves, cartridges = [], []
     for stepper_class in (TorchStepper, DeepSpeedStepper):
@@ -182,6 +183,8 @@ def test_mistakes_are_named_before_ray_starts(dataset, corpus_file, settings, tm
         attempt(num_workers=3)
     with pytest.raises(UserError, match="shorter than num_tokens"):
         attempt(num_tokens=4096)
+    with pytest.raises(UserError, match="optimizer.name=adam"):
+        attempt(zero_stage=1)
     with pytest.raises(UserError, match="init_cartridge"):
         attempt(init="cartridge")
     with pytest.raises(UserError, match="no finished conversations"):

@@ -16,9 +16,9 @@ from torch import nn
 
 from cartridges.config import TrainSettings
 from cartridges.distill.losses import LossSums
+from cartridges.distill.optimizer import make_optimizer, set_learning_rate
 from cartridges.distill.packing import Pack
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import make_optimizer, set_learning_rate
 
 TAG = "state"
 
@@ -47,11 +47,11 @@ class DeepSpeedStepper:
         self.max_grad_norm = settings.optimizer.max_grad_norm
         self.world_size = torch.distributed.get_world_size()
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        adam = make_optimizer(student, settings)
+        optimizer = make_optimizer(student, settings.optimizer)
         self._norm = 0.0
         if self.stage == 0:
-            adam.register_step_pre_hook(self._clip)
-        self.engine = _initialize(_WithoutBase(student), adam, trainable, self._config())
+            optimizer.register_step_pre_hook(self._clip)
+        self.engine = _initialize(_WithoutBase(student), optimizer, trainable, self._config())
 
     @property
     def device(self) -> torch.device:

@@ -80,7 +80,7 @@ def _time_synthesis(base, chunks: Sequence[Chunk],
 
 def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
                 settings: BuildSettings) -> float:
-    """Seconds for a pack of a training step."""
+    """Seconds for a pack of a training step, of conversations that were seen before."""
     from cartridges.distill.student import Student
     from cartridges.distill.trainer import TorchStepper, Trainer
     from workflows.train import start_cartridge
@@ -88,13 +88,16 @@ def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
     wanted = settings.train.model_copy(update={"steps": BATCHES})
     student = Student(base.model, start_cartridge(base, corpus, settings), wanted.loss)
     trainer = Trainer(TorchStepper(student, wanted), conversations, wanted, settings.seed, base.device)
+    trainer.run()
+    trainer.next_step = 0
     seconds: list[float] = []
     trainer.run(lambda metrics: seconds.append(metrics.seconds))
-    return sum(seconds[1:]) / (len(seconds) - 1) / wanted.packs_per_step
+    return sum(seconds) / len(seconds) / wanted.packs_per_step
 
 
 def _file(settings: BuildSettings) -> Path:
-    shape = ("num_tokens", "row_tokens", "pack_tokens", "loss", "init", "num_workers", "zero_stage")
+    shape = ("num_tokens", "trained_layers", "row_tokens", "pack_tokens", "loss", "init", "num_workers",
+             "zero_stage")
     synthesis = settings.synthesize.model_dump(mode="json", exclude={"num_conversations"})
     key = fingerprint([settings.model.model_dump(mode="json"), synthesis, os.uname().nodename, os.cpu_count(),
                        [getattr(settings.train, name) for name in shape]])

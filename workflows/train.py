@@ -112,6 +112,10 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     if wanted.zero_stage == 3:
         raise UserError("train.zero_stage=3 (a base model partitioned over workers) is not supported yet; "
                         "use 0, 1 or 2")
+    if wanted.zero_stage and wanted.optimizer.name != "adam":
+        raise UserError(f"train.zero_stage={wanted.zero_stage} cuts the optimiser's state up, and "
+                        f"{wanted.optimizer.name} needs it whole; use 0, or train.optimizer.name=adam with "
+                        "train.optimizer.lr=0.03")
     if wanted.init == "cartridge":
         if wanted.init_cartridge is None:
             raise UserError("train.init=cartridge needs train.init_cartridge, the directory of a cartridge")
@@ -234,10 +238,11 @@ def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
 def start_cartridge(base, corpus: Corpus, settings: BuildSettings):
     """The cartridge before its first step, by `train.init`."""
     from cartridges import artifact
-    from cartridges.distill.initialize import initialize
+    from cartridges.distill.initialize import frozen_layers, initialize
 
     if settings.train.init == "cartridge":
-        return artifact.load(settings.train.init_cartridge).cartridge
+        before = artifact.load(settings.train.init_cartridge).cartridge
+        return before.with_frozen_layers(frozen_layers(before.shape.num_layers, settings.train))
     return initialize(base, corpus.text, settings.train, settings.seed)
 
 

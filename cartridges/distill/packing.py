@@ -99,6 +99,14 @@ def count_truncated(conversations: Sequence[Conversation], pack_tokens: int) -> 
     return sum(length > pack_tokens for length in own_lengths(conversations))
 
 
+def segment_bias(segment_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`[R, T, T]`: 0 where a token may look (its own conversation, not ahead), -inf elsewhere."""
+    T = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    seen = same & torch.ones(T, T, dtype=torch.bool, device=segment_ids.device).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=segment_ids.device).masked_fill(~seen, float("-inf"))
+
+
 def _row_length(length: int, row_tokens: int, pack_tokens: int) -> int:
     while row_tokens < min(length, pack_tokens):
         row_tokens *= 2

@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 from cartridges.attention import AttentionContext, install
 from cartridges.cartridge import Cartridge
 from cartridges.distill.losses import LossSums, distillation, next_token
-from cartridges.distill.packing import Pack
-from cartridges.forward import hidden_states
+from cartridges.distill.lower_layers import LowerLayers
+from cartridges.distill.packing import Pack, segment_bias
+from cartridges.forward import read_after, through_layers
 
 
 class Student(nn.Module):
@@ -24,36 +25,26 @@ class Student(nn.Module):
         self.model = model.requires_grad_(False)
         self.cartridge = cartridge
         self.loss = loss
+        self.lower = LowerLayers(self.model, cartridge)
 
     def forward(self, pack: Pack) -> LossSums:
         """Sums over the pack's loss positions. Divide by the global number of loss tokens."""
-        keys, values = (tensor.to(self.model.dtype).unsqueeze(1) for tensor in self.cartridge.keys_values())
-        context = AttentionContext(list(keys), list(values))
-        if len(pack.shared_ids):
-            self._read_shared(pack.shared_ids, context)
-        context.own_bias = segment_bias(pack.segment_ids, self.model.dtype)
-        before = self.cartridge.num_tokens + len(pack.shared_ids)
-        hidden = hidden_states(self.model, pack.input_ids, pack.position_ids + before, context)
-        at_loss = hidden.flatten(0, 1)[pack.loss_positions]
+        at_loss = self._hidden_states(pack).flatten(0, 1)[pack.loss_positions]
         head = self.model.get_output_embeddings().weight
         if self.loss == "next_token":
             return next_token(at_loss, head, pack.targets)
         return distillation(at_loss, head, pack.topk_ids, pack.topk_logprobs)
 
-    def _read_shared(self, shared_ids: torch.Tensor, context: AttentionContext) -> None:
-        """Extend the prefix by the KV of the shared turns, once for all rows; gradients flow through."""
-        positions = self.cartridge.num_tokens + torch.arange(len(shared_ids), device=shared_ids.device)
-        context.collected = []
-        hidden_states(self.model, shared_ids[None], positions[None], context)
-        for layer, (key, value) in enumerate(context.collected):
-            context.prefix_keys[layer] = torch.cat([context.prefix_keys[layer], key], dim=2)
-            context.prefix_values[layer] = torch.cat([context.prefix_values[layer], value], dim=2)
-        context.collected = None
-
-
-def segment_bias(segment_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`[R, T, T]`: 0 where a token may look (its own conversation, not ahead), -inf elsewhere."""
-    T = segment_ids.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    seen = same & torch.ones(T, T, dtype=torch.bool, device=segment_ids.device).tril()
-    return torch.zeros(seen.shape, dtype=dtype, device=segment_ids.device).masked_fill(~seen, float("-inf"))
+    def _hidden_states(self, pack: Pack) -> torch.Tensor:
+        """`[R, T, hidden]`, differentiable in the cartridge."""
+        first = self.lower.count
+        keys, values = (tensor.to(self.model.dtype).unsqueeze(1)
+                        for tensor in self.cartridge.upper_keys_values())
+        context = AttentionContext([None] * first + list(keys), [None] * first + list(values))
+        shared = self.lower.shared(pack)
+        if len(pack.shared_ids):  # once for all rows; gradients flow through
+            read_after(self.model, shared.states, shared.positions, context, first)
+        positions = pack.position_ids + self.cartridge.num_tokens + len(pack.shared_ids)
+        context.own_bias = segment_bias(pack.segment_ids, self.model.dtype)
+        hidden = self.lower.states(pack, shared, positions)
+        return self.model.base_model.norm(through_layers(self.model, hidden, positions, context, first))

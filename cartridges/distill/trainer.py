@@ -11,6 +11,7 @@ import torch
 
 from cartridges.config import TrainSettings
 from cartridges.distill.losses import LossSums
+from cartridges.distill.optimizer import make_optimizer, set_learning_rate
 from cartridges.distill.packing import Pack, collate
 from cartridges.distill.schedule import Order, learning_rate
 from cartridges.distill.student import Student
@@ -55,13 +56,13 @@ class Stepper(Protocol):
 
 
 class TorchStepper:
-    """One process, torch's Adam on the cartridge's trainable slots (float32 master and moments)."""
+    """One process; the optimiser is on the cartridge's trainable slots (float32 master and moments)."""
 
     def __init__(self, student: Student, settings: TrainSettings):
         self.student = student
         self.max_grad_norm = settings.optimizer.max_grad_norm
         self.parameters = [p for p in student.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(student, settings)
+        self.optimizer = make_optimizer(student, settings.optimizer)
 
     def forward_backward(self, pack: Pack, num_loss_tokens: int) -> LossSums:
         sums = self.student(pack)
@@ -83,19 +84,6 @@ class TorchStepper:
         state = torch.load(directory / "trainer.pt", weights_only=True)
         self.student.cartridge.load_state_dict(state["cartridge"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def make_optimizer(student: Student, settings: TrainSettings) -> torch.optim.Adam:
-    """Adam as the paper trains with, over keys and values apart: `key_lr_scale` is the keys'."""
-    cartridge, wanted = student.cartridge, settings.optimizer
-    groups = [{"params": [cartridge.trainable_keys], "lr_scale": wanted.key_lr_scale},
-              {"params": [cartridge.trainable_values], "lr_scale": 1.0}]
-    return torch.optim.Adam(groups, lr=wanted.lr, betas=wanted.betas)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
 
 
 class Trainer:

@@ -139,6 +139,5 @@ class _Known:
 
 def _stamp(cartridge: Cartridge) -> tuple[int, ...]:
     """Changes with every in-place update (an optimiser's step) and every replaced tensor."""
-    tensors = (cartridge.frozen_keys, cartridge.trainable_keys,
-               cartridge.frozen_values, cartridge.trainable_values)
+    tensors = (*cartridge.buffers(), *cartridge.parameters())
     return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))
