@@ -22,6 +22,7 @@ from workflows.bench.extrapolate import extrapolate
 from workflows.bench.matmul import computed, flops, needed, step_products
 from workflows.bench.padded import pad
 from workflows.bench.sides import make_side
+from workflows.bench.train import SIDES
 from workflows.cli import main
 
 TRAIN = TrainSettings(num_tokens=40, row_tokens=64, pack_tokens=256)
@@ -68,7 +69,7 @@ def _gradients(side):
 
 def test_a_round_of_each_side_trains(settings, work):
     pytest.importorskip("peft")
-    for name in ("ours", "peft", "padded"):
+    for name in SIDES:
         side = make_side(name, load_base_model(settings.model, "cpu"), work, settings)
         assert side.round() > 0 and side.round() > 0
 

@@ -1,7 +1,8 @@
-"""The three trainers of the training bench. Each runs the same round: the same conversations, the same
-number of optimiser steps, the same loss, the same start.
+"""The trainers of the training bench. Each runs the same round: the same conversations, the same number
+of optimiser steps, the same loss, the same start.
 
-    ours      `distill.trainer` with `TorchStepper`, packs, the cartridge's own attention
+    ours      `distill.trainer` with `TorchStepper`, packs, the cartridge's own attention; all layers, Adam
+    upper     the same as the settings have it, by default the upper half of the layers
     peft      PEFT's cartridge tuner under transformers' `Trainer`, padded batches, logits of all positions
     padded    a plain loop: padded batches, the cartridge expanded into a `DynamicCache`, all logits
 """
@@ -32,6 +33,13 @@ class Side(Protocol):
         ...
 
 
+def like_for_like(settings: BuildSettings) -> BuildSettings:
+    """Every layer's slots, by Adam: what all sides can do."""
+    optimizer = settings.train.optimizer.model_copy(update={"name": "adam"})
+    train = settings.train.model_copy(update={"trained_layers": 1.0, "optimizer": optimizer})
+    return settings.model_copy(update={"train": train})
+
+
 def start(base: BaseModel, settings: BuildSettings) -> Cartridge:
     """The start of every side: the KV of the sample corpus' beginning, told over where p is longer."""
     from cartridges.distill.initialize import initialize
@@ -43,8 +51,10 @@ def start(base: BaseModel, settings: BuildSettings) -> Cartridge:
 
 def make_side(name: str, base: BaseModel, work: Work, settings: BuildSettings) -> Side:
     """`base` is the side's own: what runs attention in it differs."""
+    if name != "upper":
+        settings = like_for_like(settings)
     cartridge = start(base, settings)
-    if name == "ours":
+    if name in ("ours", "upper"):
         return Ours(base, cartridge, work, settings)
     base.model.set_attn_implementation(ATTENTION)
     return {"peft": Peft, "padded": Padded}[name](base, cartridge, work, settings)
