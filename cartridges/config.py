@@ -94,9 +94,9 @@ class SynthesizeSettings(Settings):
 class OptimizerSettings(Settings):
     name: Literal["orthogonal_adam", "adam"] = "orthogonal_adam"
     """Adam with orthogonalised steps (`distill.optimizer`), or Adam as in the paper."""
-    lr: float = Field(0.01, gt=0)
-    """Peak learning rate. For plain Adam take 0.03: the paper's is 0.02 for p <= 2048 and 64k tokens a
-    step, and our steps are small (docs/log.md)."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate; by default 0.01, and 0.03 for plain Adam: the paper's is 0.02 for p <= 2048 and
+    64k tokens a step, and our steps are small (docs/log.md)."""
     key_lr_scale: float = Field(3.0, gt=0)
     """Keys learn at `lr` times this: after RoPE they are larger than values, and the steps are not."""
     warmup_share: float = Field(0.02, ge=0, le=1)
@@ -104,6 +104,10 @@ class OptimizerSettings(Settings):
     """Linear decay ends at this share of the peak."""
     betas: tuple[float, float] = (0.9, 0.99)
     max_grad_norm: float = Field(0.5, gt=0)
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr or {"orthogonal_adam": 0.01, "adam": 0.03}[self.name]
 
 
 class TrainSettings(Settings):
@@ -119,8 +123,9 @@ class TrainSettings(Settings):
     loss: Literal["distillation", "next_token", "none"] = "distillation"
     """`next_token` is the baseline; `none` publishes the start as an instant draft."""
     trained_layers: float = Field(0.5, gt=0, le=1)
-    """Share of the layers, from the top, whose slots are trained; below them the start stays. A
-    conversation's way to the first of them is computed once, so half of the layers is twice the steps."""
+    """Share of the layers, from the top, whose slots are trained; below them the start stays, so give
+    `init=random` all. What the layers below make of a conversation is kept (docs/training.md): half of the
+    layers took half the time a step."""
     label_share: float = Field(0.5, ge=0, le=1)
     """Share of the target given to the known next token where the answer is known from the text; the
     rest is the teacher's distribution."""

@@ -72,6 +72,8 @@ def test_a_round_of_each_side_trains(settings, work):
     for name in SIDES:
         side = make_side(name, load_base_model(settings.model, "cpu"), work, settings)
         assert side.round() > 0 and side.round() > 0
+        if name in ("ours", "upper"):
+            assert side.trainer.stepper.student.cartridge.num_frozen_layers == (1 if name == "upper" else 0)
 
 
 def test_the_yardstick_runs_what_the_formula_counts(settings, work):

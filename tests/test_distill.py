@@ -10,7 +10,7 @@ from cartridges.cartridge import Cartridge
 from cartridges.config import OptimizerSettings, TrainSettings
 from cartridges.distill import lower_layers
 from cartridges.distill.losses import distillation, next_token
-from cartridges.distill.optimizer import orthogonalized
+from cartridges.distill.optimizer import OrthogonalAdam, orthogonalized
 from cartridges.distill.packing import collate, count_truncated, own_lengths, plan_packs, with_label
 from cartridges.distill.schedule import Order, learning_rate
 from cartridges.distill.student import Student
@@ -108,10 +108,11 @@ def test_sharing_the_first_turns_changes_nothing(tiny_model):
 
 @pytest.mark.parametrize("shared", [0, 11])
 def test_states_kept_below_the_trained_layers_change_nothing(any_tiny_model, shared):
-    made = [conversation(i, shared) for i in range(12)]
+    made = [conversation(i % 11, shared) for i in range(12)]  # one of them twice
     loss, grads = gradients(Student(any_tiny_model, cartridge()), packs(made, seed=0))
     student = Student(any_tiny_model, cartridge(num_frozen_layers=1))
-    for seed in (0, 0, 5):  # computed, read again, read in other packs
+    gradients(student, packs(made[:3], seed=0))
+    for seed in (0, 0, 5):  # computed but for three, read again, read in other packs
         upper_loss, upper = gradients(student, packs(made, seed))
         assert upper_loss == pytest.approx(loss, rel=1e-4)
         for whole, part in zip(grads, upper, strict=True):
@@ -162,6 +163,23 @@ def test_an_orthogonal_step_moves_every_direction_alike():
         orthogonalized(matrices).flatten(2), (left @ right).flatten(2), dim=-1)
     assert cosine.min() > 0.97
     assert torch.equal(orthogonalized(torch.zeros(2, 5, 4)), torch.zeros(2, 5, 4))
+
+
+@pytest.mark.parametrize("slots", [40, 6])
+def test_orthogonal_adam_takes_adams_direction(slots):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2, slots, 16, generator=generator)
+    one, other = start.clone().requires_grad_(), start.clone().requires_grad_()
+    ours = OrthogonalAdam([one], lr=0.1, betas=(0.9, 0.99))
+    adam = torch.optim.Adam([other], lr=0.1, betas=(0.9, 0.99))
+    for _ in range(3):
+        gradient = torch.randn(2, slots, 16, generator=generator)
+        before, adams = one.detach().clone(), other.detach().clone()
+        for parameter, optimizer in ((one, ours), (other, adam)):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        torch.testing.assert_close(before - one.detach(), 0.1 * orthogonalized(adams - other.detach()),
+                                   atol=1e-4, rtol=1e-3)
 
 
 def test_only_trainable_slots_get_gradient_and_the_sink_stays(tiny_model):

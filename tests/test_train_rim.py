@@ -85,7 +85,7 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
     from workflows.deepspeed_stepper import DeepSpeedStepper
 
     corpus = load_corpus(str(corpus_file))
-    optimizer = OptimizerSettings(name="adam", lr=0.03) if stage else OptimizerSettings()
+    optimizer = OptimizerSettings(name="adam") if stage else OptimizerSettings()
     wanted = settings.train.model_copy(update={"zero_stage": stage, "optimizer": optimizer})
     conversations = load_conversations(dataset / "shards")
     curves, cartridges = [], []
@@ -106,6 +106,20 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
     np.testing.assert_allclose(curves[1][3:5], curves[1][5:7], rtol=1e-6)
     torch.testing.assert_close(cartridges[0], cartridges[1], rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_on_from_a_cartridge(tiny_base_model, settings, corpus_file, tmp_path):
+    corpus = load_corpus(str(corpus_file))
+    before = start_cartridge(tiny_base_model, corpus, settings)
+    record = artifact.CorpusRecord(id=corpus.corpus_id, fingerprint=corpus.fingerprint, tokens=100)
+    artifact.save(tmp_path / "before", before, model=tiny_base_model.identity, corpus=record, settings={},
+                  dtype="float32")
+    for share, frozen in ((0.5, 1), (1.0, 0)):
+        update = {"init": "cartridge", "init_cartridge": str(tmp_path / "before"), "trained_layers": share}
+        wanted = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
+        again = start_cartridge(tiny_base_model, corpus, wanted)
+        assert again.num_frozen_layers == frozen
+        assert all(map(torch.equal, again.keys_values(), before.keys_values()))
 
 
 def rows(output):

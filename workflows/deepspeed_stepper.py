@@ -47,11 +47,15 @@ class DeepSpeedStepper:
         self.max_grad_norm = settings.optimizer.max_grad_norm
         self.world_size = torch.distributed.get_world_size()
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(student, settings.optimizer)
+        optimizer = make_optimizer(student.cartridge, settings.optimizer)
         self._norm = 0.0
         if self.stage == 0:
             optimizer.register_step_pre_hook(self._clip)
         self.engine = _initialize(_WithoutBase(student), optimizer, trainable, self._config())
+        # DeepSpeed makes the parameters equal on all workers; what is frozen of the cartridge are buffers.
+        for buffer in student.cartridge.buffers():
+            if buffer.numel():
+                torch.distributed.broadcast(buffer, src=0)
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ from workflows.stage import fingerprint
 
 BATCHES = 3
 """Of conversations, and steps, in a calibration; the first of each only warms up."""
-WORKER_SLOWDOWN = 1.2
+WORKER_SLOWDOWN = 1.3
 """What a training step takes in Ray's worker, beside Ray's other processes, over what it takes here: measured
 on two cores (docs/log.md). Where a build has finished, its own rate is remembered instead."""
 
@@ -80,7 +80,7 @@ def _time_synthesis(base, chunks: Sequence[Chunk],
 
 def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
                 settings: BuildSettings) -> float:
-    """Seconds for a pack of a training step, of conversations that were seen before."""
+    """Seconds for a pack of a training step, of the first epoch and of later ones, whose states are known."""
     from cartridges.distill.student import Student
     from cartridges.distill.trainer import TorchStepper, Trainer
     from workflows.train import start_cartridge
@@ -88,11 +88,14 @@ def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
     wanted = settings.train.model_copy(update={"steps": BATCHES})
     student = Student(base.model, start_cartridge(base, corpus, settings), wanted.loss)
     trainer = Trainer(TorchStepper(student, wanted), conversations, wanted, settings.seed, base.device)
-    trainer.run()
-    trainer.next_step = 0
-    seconds: list[float] = []
-    trainer.run(lambda metrics: seconds.append(metrics.seconds))
-    return sum(seconds) / len(seconds) / wanted.packs_per_step
+    passes: list[float] = []
+    for _ in range(2):
+        seconds: list[float] = []
+        trainer.next_step = 0
+        trainer.run(lambda metrics, seconds=seconds: seconds.append(metrics.seconds))
+        passes.append(sum(seconds[1:]) / (len(seconds) - 1) / wanted.packs_per_step)
+    first_epoch = 1 / max(1.0, settings.train.epochs)
+    return first_epoch * passes[0] + (1 - first_epoch) * passes[1]
 
 
 def _file(settings: BuildSettings) -> Path:
@@ -100,5 +103,5 @@ def _file(settings: BuildSettings) -> Path:
              "zero_stage")
     synthesis = settings.synthesize.model_dump(mode="json", exclude={"num_conversations"})
     key = fingerprint([settings.model.model_dump(mode="json"), synthesis, os.uname().nodename, os.cpu_count(),
-                       [getattr(settings.train, name) for name in shape]])
+                       [getattr(settings.train, name) for name in shape], settings.train.optimizer.name])
     return home() / "rates" / f"{key}.json"

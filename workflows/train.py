@@ -114,8 +114,7 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
                         "use 0, 1 or 2")
     if wanted.zero_stage and wanted.optimizer.name != "adam":
         raise UserError(f"train.zero_stage={wanted.zero_stage} cuts the optimiser's state up, and "
-                        f"{wanted.optimizer.name} needs it whole; use 0, or train.optimizer.name=adam with "
-                        "train.optimizer.lr=0.03")
+                        f"{wanted.optimizer.name} needs it whole; use 0, or train.optimizer.name=adam")
     if wanted.init == "cartridge":
         if wanted.init_cartridge is None:
             raise UserError("train.init=cartridge needs train.init_cartridge, the directory of a cartridge")

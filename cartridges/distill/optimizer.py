@@ -9,21 +9,20 @@ step than either alone (docs/log.md).
 
 import torch
 
+from cartridges.cartridge import Cartridge
 from cartridges.config import OptimizerSettings
-from cartridges.distill.student import Student
 
 _QUINTIC = 3.4445, -4.7750, 2.0315
 """Coefficients of Muon's iteration: five rounds bring singular values from 0.01 to 1 near to 1."""
 _ROUNDS = 5
 
 
-def make_optimizer(student: Student, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def make_optimizer(cartridge: Cartridge, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Over keys and values apart: `key_lr_scale` is the keys'."""
-    cartridge = student.cartridge
     groups = [{"params": [cartridge.trainable_keys], "lr_scale": settings.key_lr_scale},
               {"params": [cartridge.trainable_values], "lr_scale": 1.0}]
     kind = {"adam": torch.optim.Adam, "orthogonal_adam": OrthogonalAdam}[settings.name]
-    return kind(groups, lr=settings.lr, betas=settings.betas)
+    return kind(groups, lr=settings.peak_lr, betas=settings.betas)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -12,9 +12,9 @@ def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
     """Linear warm-up from above zero, then linear decay to `final_lr_share` of the peak."""
     warmup = max(1, math.ceil(settings.warmup_share * steps))
     if step < warmup:
-        return settings.lr * (step + 1) / warmup
+        return settings.peak_lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return settings.lr * (1 - (1 - settings.final_lr_share) * progress)
+    return settings.peak_lr * (1 - (1 - settings.final_lr_share) * progress)
 
 
 class Order:

@@ -13,8 +13,7 @@ from cartridges.forward import read_after, through_layers
 
 
 class Student(nn.Module):
-    """One module over both, so that a distributed engine can partition the base and reduce only the
-    cartridge's gradients. `parameters()` that require grad are the cartridge's trainable slots.
+    """One module over both. `parameters()` that require grad are the cartridge's trainable slots.
 
     `loss` is "distillation" or "next_token".
     """

@@ -62,7 +62,7 @@ class TorchStepper:
         self.student = student
         self.max_grad_norm = settings.optimizer.max_grad_norm
         self.parameters = [p for p in student.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(student, settings.optimizer)
+        self.optimizer = make_optimizer(student.cartridge, settings.optimizer)
 
     def forward_backward(self, pack: Pack, num_loss_tokens: int) -> LossSums:
         sums = self.student(pack)

@@ -35,7 +35,7 @@ class Side(Protocol):
 
 def like_for_like(settings: BuildSettings) -> BuildSettings:
     """Every layer's slots, by Adam: what all sides can do."""
-    optimizer = settings.train.optimizer.model_copy(update={"name": "adam"})
+    optimizer = settings.train.optimizer.model_copy(update={"name": "adam", "lr": None})
     train = settings.train.model_copy(update={"trained_layers": 1.0, "optimizer": optimizer})
     return settings.model_copy(update={"train": train})
 
@@ -78,7 +78,7 @@ class Padded:
         self.base, self.cartridge, self.work, self.settings = base, cartridge.to(base.device), work, settings.train
         self.parameters = [parameter for parameter in cartridge.parameters() if parameter.requires_grad]
         wanted = settings.train.optimizer
-        self.optimizer = torch.optim.Adam(self.parameters, lr=wanted.lr, betas=wanted.betas)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=wanted.peak_lr, betas=wanted.betas)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         from transformers import DynamicCache
@@ -141,7 +141,7 @@ class Peft:
 
         arguments = TrainingArguments(
             output_dir=self._scratch.name, per_device_train_batch_size=self.work.batch_size, num_train_epochs=1,
-            learning_rate=wanted.optimizer.lr, adam_beta1=wanted.optimizer.betas[0],
+            learning_rate=wanted.optimizer.peak_lr, adam_beta1=wanted.optimizer.betas[0],
             adam_beta2=wanted.optimizer.betas[1], max_grad_norm=wanted.optimizer.max_grad_norm,
             lr_scheduler_type="linear", train_sampling_strategy="sequential", remove_unused_columns=False,
             dataloader_pin_memory=False, save_strategy="no", logging_strategy="no", report_to="none",

@@ -1,4 +1,5 @@
-"""`cartridges bench train`: our trainer against PEFT's and against a plain padded loop, in one run.
+"""`cartridges bench train`: our trainer, with all layers and with the upper ones, against PEFT's and a plain
+padded loop, in one run.
 
 Each side has a process, a copy of the model and the same round of work. Rounds are interleaved, the order
 turning, so that other work on the machine falls on all of them; ratios are medians over rounds.
@@ -32,7 +33,7 @@ def bench_train(settings: BuildSettings, rounds: int, steps: int, conversations:
         raise UserError("PEFT, the peer, is not installed; run: pip install 'cartridges[bench]'")
     # The schedule's steps are the round's; a data set or settings of few steps would cut our round short.
     settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
-    load_config(resolve_model_dir(settings.model))  # a mistaken model is named here, not by three processes
+    load_config(resolve_model_dir(settings.model))  # a mistaken model is named here, not by four processes
     with ExitStack() as stack:
         if data is None:
             data = stack.enter_context(tempfile.TemporaryDirectory(prefix="cartridges-bench-"))
