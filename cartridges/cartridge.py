@@ -41,7 +41,6 @@ class Cartridge(nn.Module):
             raise ValueError(f"num_frozen_tokens {num_frozen_tokens} is not in 0..{keys.shape[2]}")
         if not 0 <= num_frozen_layers < keys.shape[0]:
             raise ValueError(f"num_frozen_layers {num_frozen_layers} is not in 0..{keys.shape[0] - 1}")
-        self.num_frozen_tokens, self.num_frozen_layers = num_frozen_tokens, num_frozen_layers
         for name, tensor in (("keys", keys), ("values", values)):
             tensor = tensor.detach().float()
             lower, upper = tensor[:num_frozen_layers], tensor[num_frozen_layers:]
@@ -52,7 +51,15 @@ class Cartridge(nn.Module):
 
     @property
     def num_tokens(self) -> int:
-        return self.frozen_keys.shape[2] + self.trainable_keys.shape[2]
+        return self.num_frozen_tokens + self.trainable_keys.shape[2]
+
+    @property
+    def num_frozen_tokens(self) -> int:
+        return self.frozen_keys.shape[2]
+
+    @property
+    def num_frozen_layers(self) -> int:
+        return self.lower_keys.shape[0]
 
     @property
     def shape(self) -> KVShape:

@@ -18,7 +18,7 @@ FLOW = (
     "selfstudy",
     "distill",
     "artifact corpus_text store archive registry",
-    "engines",
+    "engines distill.initialize",  # a start may be an artifact
     "evaluation",
 )
 RANK = {place: rank for rank, line in enumerate(FLOW) for place in line.split()}

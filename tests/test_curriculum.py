@@ -10,6 +10,7 @@ from cartridges import artifact
 from cartridges.chunking import chunk_corpus
 from cartridges.config import BuildSettings, SynthesizeSettings
 from cartridges.corpus import load_corpus
+from cartridges.distill.initialize import initialize
 from cartridges.distill.packing import collate, plan_packs
 from cartridges.distill.remaining import chunk_weights, remaining_kl
 from cartridges.distill.student import Student
@@ -24,7 +25,6 @@ from tests.test_synthesize import CORPUS, conversation, shard_rows, tiny_setting
 from workflows.curriculum import joined, run_rounds
 from workflows.local_ray import local_ray
 from workflows.stage import read_manifest
-from workflows.train import start_cartridge
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 3, "held_out": 4,
          "threads_per_worker": 1}
@@ -76,7 +76,7 @@ def test_remaining_kl_is_the_students_by_chunk(tiny_base_model, settings, corpus
     synthesizer = Synthesizer(TransformersEngine(tiny_base_model), tiny_base_model.template,
                               {chunk.chunk_id: chunk for chunk in chunks}, wanted)
     made = [one for one in synthesizer.run(plan(chunks, wanted, 0)) if isinstance(one, Conversation)]
-    student = Student(tiny_base_model.model, start_cartridge(tiny_base_model, corpus, settings))
+    student = Student(tiny_base_model.model, initialize(tiny_base_model, corpus.text, settings.train, settings.seed))
     told = remaining_kl(student, made, settings.train, 0)
     assert set(told) == {one.chunk_id for one in made} - {""} and len(told) > 1
     chunk = made[0].chunk_id

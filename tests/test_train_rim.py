@@ -13,6 +13,7 @@ from cartridges import artifact
 from cartridges.chunking import chunk_corpus
 from cartridges.config import BuildSettings, OptimizerSettings
 from cartridges.corpus import load_corpus
+from cartridges.distill.initialize import initialize
 from cartridges.distill.student import Student
 from cartridges.distill.trainer import TorchStepper, Trainer
 from cartridges.engines.transformers import TransformersEngine
@@ -24,7 +25,7 @@ from cartridges.selfstudy.synthesizer import Synthesizer
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for, write_part
 from workflows.stage import write_manifest
 from workflows.synthesize import corpus_tokens, dataset_fingerprint
-from workflows.train import start_cartridge, train
+from workflows.train import train
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "packs_per_step": 2, "steps": 12,
          "checkpoint_every": 2, "held_out": 4}
@@ -90,7 +91,7 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
     conversations = load_conversations(dataset / "shards")
     curves, cartridges = [], []
     for stepper_class in (TorchStepper, DeepSpeedStepper):
-        cartridge = start_cartridge(tiny_base_model, corpus, settings)
+        cartridge = initialize(tiny_base_model, corpus.text, settings.train, settings.seed)
         stepper = stepper_class(Student(tiny_base_model.model, cartridge), wanted)
         trainer, curve = Trainer(stepper, conversations, wanted, seed=0), []
         trainer.run(curve.append, until=3)
@@ -110,14 +111,14 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
 
 def test_training_goes_on_from_a_cartridge(tiny_base_model, settings, corpus_file, tmp_path):
     corpus = load_corpus(str(corpus_file))
-    before = start_cartridge(tiny_base_model, corpus, settings)
+    before = initialize(tiny_base_model, corpus.text, settings.train, settings.seed)
     record = artifact.CorpusRecord(id=corpus.corpus_id, fingerprint=corpus.fingerprint, tokens=100)
     artifact.save(tmp_path / "before", before, model=tiny_base_model.identity, corpus=record, settings={},
                   dtype="float32")
     for share, frozen in ((0.5, 1), (1.0, 0)):
         update = {"init": "cartridge", "init_cartridge": str(tmp_path / "before"), "trained_layers": share}
         wanted = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
-        again = start_cartridge(tiny_base_model, corpus, wanted)
+        again = initialize(tiny_base_model, corpus.text, wanted.train, wanted.seed)
         assert again.num_frozen_layers == frozen
         assert all(map(torch.equal, again.keys_values(), before.keys_values()))
 

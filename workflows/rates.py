@@ -81,12 +81,12 @@ def _time_synthesis(base, chunks: Sequence[Chunk],
 def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
                 settings: BuildSettings) -> float:
     """Seconds for a pack of a training step, of the first epoch and of later ones, whose states are known."""
+    from cartridges.distill.initialize import initialize
     from cartridges.distill.student import Student
     from cartridges.distill.trainer import TorchStepper, Trainer
-    from workflows.train import start_cartridge
 
     wanted = settings.train.model_copy(update={"steps": BATCHES})
-    student = Student(base.model, start_cartridge(base, corpus, settings), wanted.loss)
+    student = Student(base.model, initialize(base, corpus.text, wanted, settings.seed), wanted.loss)
     trainer = Trainer(TorchStepper(student, wanted), conversations, wanted, settings.seed, base.device)
     passes: list[float] = []
     for _ in range(2):

@@ -8,17 +8,14 @@
 Killed anywhere, the same call goes on from the last checkpoint and reaches the same curve.
 """
 
-import json
 import logging
 import os
 import shutil
 import signal
 import statistics
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +25,13 @@ from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Corpus
 from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
+from workflows.step_log import STEPS, Following, read_rows
 from workflows.synthesize import MANIFEST as DATASET_MANIFEST
 from workflows.synthesize import ProgressCallback, corpus_tokens, fingerprints
 
 MANIFEST = "train.json"
 MAX_FAILURES = 2
 """Lost workers after which the run is given up; it goes on from the last checkpoint each time."""
-POLL_SECONDS = 0.5
 
 
 def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSettings,
@@ -99,7 +96,6 @@ def train_fingerprint(dataset_fingerprint: str, settings: BuildSettings, earlier
     })
 
 
-
 def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     """A user's mistakes, found before Ray starts."""
     from cartridges.artifact import check_compatible
@@ -139,7 +135,7 @@ def _fit(config: dict[str, Any], settings: BuildSettings, run, progress: Progres
         if progress is None:
             progress = stack.enter_context(Progress(None, "train", "steps")).callback
         stack.enter_context(local_ray())
-        stack.enter_context(_Following(Path(config["output"]) / "metrics.jsonl", run, progress, clock))
+        stack.enter_context(Following(Path(config["output"]) / STEPS, run, progress, clock))
         try:
             with _own_interrupt():
                 _torch_trainer(config, settings).fit()
@@ -176,6 +172,8 @@ def _torch_trainer(config: dict[str, Any], settings: BuildSettings):
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from workflows.train_worker import train_worker
+
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     has_gpu = ray.cluster_resources().get("GPU", 0) > 0
     workers = settings.train.num_workers
@@ -190,160 +188,9 @@ def _torch_trainer(config: dict[str, Any], settings: BuildSettings):
             checkpoint_config=CheckpointConfig(num_to_keep=settings.train.keep_checkpoints)))
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """What each worker runs: the student, from the last checkpoint to the last step, then the artifact."""
-    import ray.train
-    import torch
-
-    from cartridges.distill.student import Student
-    from cartridges.distill.trainer import Trainer
-    from workflows.deepspeed_stepper import DeepSpeedStepper
-
-    torch.set_num_threads(config["threads"])
-    settings, output = BuildSettings.model_validate(config["settings"]), Path(config["output"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    base, cartridge, conversations = _prepare(config, settings, rank)
-    stepper = DeepSpeedStepper(Student(base.model, cartridge, settings.train.loss), settings.train)
-    trainer = Trainer(stepper, conversations, settings.train, settings.seed, stepper.device, rank, world)
-    _resume(trainer)
-    log = _MetricsLog(output / "metrics.jsonl", trainer.next_step).write if rank == 0 else lambda _: None
-    if settings.train.loss != "none":
-        trainer.run(log, lambda step: _checkpoint(trainer, step))
-    if rank == 0:
-        _save(config, settings, base, cartridge, trainer)
-
-
-def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
-    """`(base, cartridge at its start, conversations)`; the first worker writes down what is held out."""
-    from cartridges.models import load_base_model
-    from cartridges.selfstudy.held_out import split, without
-    from cartridges.selfstudy.storage import load_conversations
-
-    base = load_base_model(settings.model)
-    made = [one for dataset in config["datasets"] for one in load_conversations(Path(dataset) / "shards")]
-    if config["held_out"]:
-        questions = read_manifest(Path(config["held_out"]))["questions"]
-        conversations = without(made, [row["question"] for row in questions])
-    else:
-        conversations, held_out = split(made, settings.train.held_out, settings.seed)
-        questions = [asdict(question) for question in held_out]
-    if rank == 0:
-        write_manifest(Path(config["output"]) / "held_out.json", {"questions": questions})
-    corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
-    return base, start_cartridge(base, corpus, settings), conversations
-
-
-def start_cartridge(base, corpus: Corpus, settings: BuildSettings):
-    """The cartridge before its first step, by `train.init`."""
-    from cartridges import artifact
-    from cartridges.distill.initialize import frozen_layers, initialize
-
-    if settings.train.init == "cartridge":
-        before = artifact.load(settings.train.init_cartridge).cartridge
-        return before.with_frozen_layers(frozen_layers(before.shape.num_layers, settings.train))
-    return initialize(base, corpus.text, settings.train, settings.seed)
-
-
-def _resume(trainer) -> None:
-    """Go on from the last checkpoint, on every worker alike."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return
-    with checkpoint.as_directory() as directory:
-        trainer.stepper.load(Path(directory))
-        trainer.next_step = json.loads((Path(directory) / "step.json").read_text())["next_step"]
-
-
-def _checkpoint(trainer, step: int) -> None:
-    """Every worker writes its part; Ray Train merges, registers and prunes."""
-    import ray.train
-
-    with tempfile.TemporaryDirectory() as directory:
-        trainer.stepper.save(Path(directory))
-        (Path(directory) / "step.json").write_text(json.dumps({"next_step": step}))
-        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
-
-
-def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trainer) -> None:
-    from cartridges import artifact
-    from cartridges.distill.packing import count_truncated
-
-    output = Path(config["output"])
-    artifact.save(
-        output / "cartridge", cartridge, model=base.identity,
-        corpus=artifact.CorpusRecord(**config["corpus_record"]), seed=settings.seed,
-        settings={"synthesize": config["synthesize"], "train": settings.train.model_dump(mode="json")})
-    write_manifest(output / "trained.json", {
-        "steps": trainer.order.steps, "conversations": len(trainer.conversations),
-        "truncated": count_truncated(trainer.conversations, settings.train.pack_tokens)})
-
-
-class _MetricsLog:
-    """One JSON row a step. On resuming, rows past the checkpoint are dropped: each step is there once."""
-
-    def __init__(self, path: Path, next_step: int):
-        self.path = path
-        kept = [line for line in _lines(path) if json.loads(line)["step"] < next_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
-
-    def write(self, metrics) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
-
-
-def _lines(path: Path) -> list[str]:
-    """Whole lines: the last one may be half-written by a worker that was killed."""
-    return path.read_text().split("\n")[:-1] if path.is_file() else []
-
-
-class _Following:
-    """Follows `metrics.jsonl` while the workers write it: progress, and W&B."""
-
-    def __init__(self, path: Path, run, progress: ProgressCallback, clock: Clock):
-        self.path, self.run, self.progress, self.clock = path, run, progress, clock
-        self.seen = 0
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._loop, daemon=True)
-
-    def _loop(self) -> None:
-        while not self.stop.wait(POLL_SECONDS):
-            self._read()
-
-    def _read(self) -> None:
-        rows = [json.loads(line) for line in _lines(self.path)]
-        for row in rows[self.seen:]:
-            self.run.log(_figures(row), step=row["step"])
-        if rows[self.seen:]:
-            last = rows[-1]
-            self.progress(last["step"] + 1, last["steps"], f"loss {last['loss']:.3f}, KL {last['kl']:.3f}")
-        # A resumed run's log is cut back to its checkpoint; steps seen before are not logged again.
-        self.seen = max(self.seen, len(rows))
-        self.clock.save()
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self._read()
-
-
-def _figures(row: dict[str, Any]) -> dict[str, float]:
-    same = ("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "loss_tokens")
-    return {**{f"train/{name}": row[name] for name in same}, "train/step_seconds": row["seconds"],
-            "train/tokens_per_s": row["tokens"] / row["seconds"],
-            "train/eta_seconds": row["seconds"] * (row["steps"] - row["step"] - 1)}
-
-
 def _finish(output: Path, expected: str, seconds: float) -> dict[str, Any]:
     trained = read_manifest(output / "trained.json")
-    rows = [json.loads(line) for line in _lines(output / "metrics.jsonl")]
+    rows = read_rows(output / STEPS)
     manifest = {"fingerprint": expected, "seconds": seconds, **trained}
     if rows:
         # The first step warms up; the median does not see what else the machine did.

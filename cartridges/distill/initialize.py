@@ -6,6 +6,7 @@ Measured there on LongHealth: KV of the corpus prefix 55.3, of unrelated text 51
 import numpy as np
 import torch
 
+from cartridges import artifact
 from cartridges.cartridge import Cartridge
 from cartridges.config import TrainSettings
 from cartridges.errors import UserError
@@ -22,6 +23,9 @@ def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -
 
     Raises `UserError` where the corpus is shorter than p (compaction would be expansion).
     """
+    if settings.init == "cartridge":
+        before = artifact.load(settings.init_cartridge).cartridge
+        return before.with_frozen_layers(frozen_layers(before.shape.num_layers, settings))
     ids = start_ids(base, text, settings, seed)
     kv = prefill(base.model, ids)
     keys, values = kv.keys.float(), kv.values.float()

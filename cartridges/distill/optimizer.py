@@ -13,7 +13,7 @@ from cartridges.cartridge import Cartridge
 from cartridges.config import OptimizerSettings
 
 _QUINTIC = 3.4445, -4.7750, 2.0315
-"""Coefficients of Muon's iteration: five rounds bring singular values from 0.01 to 1 near to 1."""
+"""Coefficients of Muon's iteration: five rounds bring singular values from 0.002 to 1 between 0.68 and 1.2."""
 _ROUNDS = 5
 
 

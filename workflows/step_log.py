@@ -1,0 +1,73 @@
+"""`metrics.jsonl`: a row a step from the first worker to the driver, its progress line and W&B."""
+
+import json
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from workflows.stage import Clock
+from workflows.synthesize import ProgressCallback
+
+STEPS = "metrics.jsonl"
+POLL_SECONDS = 0.5
+
+
+class StepLog:
+    """One JSON row a step. On resuming, rows past the checkpoint are dropped: each step is there once."""
+
+    def __init__(self, path: Path, next_step: int):
+        self.path = path
+        kept = [row for row in read_rows(path) if row["step"] < next_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+
+    def write(self, metrics) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(metrics)) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows so far. The last line may be half-written by a worker that was killed."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
+
+
+class Following:
+    """Follows `metrics.jsonl` while the workers write it: progress, and W&B."""
+
+    def __init__(self, path: Path, run, progress: ProgressCallback, clock: Clock):
+        self.path, self.run, self.progress, self.clock = path, run, progress, clock
+        self.seen = 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._loop, daemon=True)
+
+    def _loop(self) -> None:
+        while not self.stop.wait(POLL_SECONDS):
+            self._read()
+
+    def _read(self) -> None:
+        rows = read_rows(self.path)
+        for row in rows[self.seen:]:
+            self.run.log(_figures(row), step=row["step"])
+        if rows[self.seen:]:
+            last = rows[-1]
+            self.progress(last["step"] + 1, last["steps"], f"loss {last['loss']:.3f}, KL {last['kl']:.3f}")
+        # A resumed run's log is cut back to its checkpoint; steps seen before are not logged again.
+        self.seen = max(self.seen, len(rows))
+        self.clock.save()
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop.set()
+        self.thread.join()
+        self._read()
+
+
+def _figures(row: dict[str, Any]) -> dict[str, float]:
+    same = ("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "loss_tokens")
+    return {**{f"train/{name}": row[name] for name in same}, "train/step_seconds": row["seconds"],
+            "train/tokens_per_s": row["tokens"] / row["seconds"],
+            "train/eta_seconds": row["seconds"] * (row["steps"] - row["step"] - 1)}

@@ -1,0 +1,97 @@
+"""What a training worker runs under Ray Train, and what it leaves for the driver.
+
+Into the run's output directory: checkpoints through Ray Train, and by the first worker `metrics.jsonl`,
+`held_out.json`, the artifact `cartridge/` and `trained.json`.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cartridges.config import BuildSettings
+from cartridges.corpus import load_corpus
+from workflows.stage import read_manifest, write_manifest
+from workflows.step_log import STEPS, StepLog
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What each worker runs: the student, from the last checkpoint to the last step, then the artifact."""
+    import ray.train
+    import torch
+
+    from cartridges.distill.student import Student
+    from cartridges.distill.trainer import Trainer
+    from workflows.deepspeed_stepper import DeepSpeedStepper
+
+    torch.set_num_threads(config["threads"])
+    settings, output = BuildSettings.model_validate(config["settings"]), Path(config["output"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    base, cartridge, conversations = _prepare(config, settings, rank)
+    stepper = DeepSpeedStepper(Student(base.model, cartridge, settings.train.loss), settings.train)
+    trainer = Trainer(stepper, conversations, settings.train, settings.seed, stepper.device, rank, world)
+    _resume(trainer)
+    log = StepLog(output / STEPS, trainer.next_step).write if rank == 0 else lambda _: None
+    if settings.train.loss != "none":
+        trainer.run(log, lambda step: _checkpoint(trainer, step))
+    if rank == 0:
+        _save(config, settings, base, cartridge, trainer)
+
+
+def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
+    """`(base, cartridge at its start, conversations)`; the first worker writes down what is held out."""
+    from cartridges.distill.initialize import initialize
+    from cartridges.models import load_base_model
+    from cartridges.selfstudy.held_out import split, without
+    from cartridges.selfstudy.storage import load_conversations
+
+    base = load_base_model(settings.model)
+    made = [one for dataset in config["datasets"] for one in load_conversations(Path(dataset) / "shards")]
+    if config["held_out"]:
+        questions = read_manifest(Path(config["held_out"]))["questions"]
+        conversations = without(made, [row["question"] for row in questions])
+    else:
+        conversations, held_out = split(made, settings.train.held_out, settings.seed)
+        questions = [asdict(question) for question in held_out]
+    if rank == 0:
+        write_manifest(Path(config["output"]) / "held_out.json", {"questions": questions})
+    corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
+    return base, initialize(base, corpus.text, settings.train, settings.seed), conversations
+
+
+def _resume(trainer) -> None:
+    """Go on from the last checkpoint, on every worker alike."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return
+    with checkpoint.as_directory() as directory:
+        trainer.stepper.load(Path(directory))
+        trainer.next_step = json.loads((Path(directory) / "step.json").read_text())["next_step"]
+
+
+def _checkpoint(trainer, step: int) -> None:
+    """Every worker writes its part; Ray Train merges, registers and prunes."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as directory:
+        trainer.stepper.save(Path(directory))
+        (Path(directory) / "step.json").write_text(json.dumps({"next_step": step}))
+        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+
+
+def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trainer) -> None:
+    from cartridges import artifact
+    from cartridges.distill.packing import count_truncated
+
+    output = Path(config["output"])
+    artifact.save(
+        output / "cartridge", cartridge, model=base.identity,
+        corpus=artifact.CorpusRecord(**config["corpus_record"]), seed=settings.seed,
+        settings={"synthesize": config["synthesize"], "train": settings.train.model_dump(mode="json")})
+    write_manifest(output / "trained.json", {
+        "steps": trainer.order.steps, "conversations": len(trainer.conversations),
+        "truncated": count_truncated(trainer.conversations, settings.train.pack_tokens)})
