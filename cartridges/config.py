@@ -61,7 +61,7 @@ class SynthesizeSettings(Settings):
     max_question_tokens: int = Field(48, ge=8)
     max_answer_tokens: int = Field(64, ge=1)
     """Longest answer the teacher writes. One that does not end by itself is dropped and counted."""
-    max_teacher_nll: float = Field(3.5, gt=0)
+    max_teacher_nll: float = Field(8.0, gt=0)
     """Known answers that the teacher, with the chunk, finds less likely than this (nats a token) are
     dropped: the question does not ask for them."""
     min_information_gain: float | None = None
@@ -139,7 +139,7 @@ class TrainSettings(Settings):
     packs_per_step: int = Field(1, ge=1)
     steps: int = Field(0, ge=0)
     """Optimiser steps; 0 derives them from `epochs`."""
-    epochs: float = Field(8.0, gt=0)
+    epochs: float = Field(5.0, gt=0)
     num_workers: int = Field(1, ge=1)
     threads_per_worker: int = Field(0, ge=0)
     """CPU threads of a worker; 0 shares the machine's cores among the workers."""

@@ -13,6 +13,7 @@ from cartridges.prompts import example_messages
 from cartridges.records import Chunk, Conversation
 from cartridges.selfstudy import filters, questions
 from cartridges.selfstudy.families import FAMILIES, Proposal, draw_spans, register
+from cartridges.selfstudy.phrases import noun_phrases
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.spans import Statement, answer_spans, statements
 from cartridges.selfstudy.storage import from_row, load_conversations, schema, to_row
@@ -87,6 +88,35 @@ def test_answer_spans_are_numbers_names_and_phrases():
 def test_questions_by_rule(sentence, span, expected):
     asked = {questions.ask(Statement(sentence, sentence), span, random.Random(seed)) for seed in range(20)}
     assert asked <= expected and asked
+
+
+def test_noun_phrases_come_bare_with_article_and_preposition_and_with_what_hangs_on_them():
+    found = noun_phrases("Older rocks, such as the gneiss of the Slave craton in northwestern Canada, were found.")
+    assert {"gneiss", "the gneiss", "Slave craton", "the Slave craton", "the Slave craton in northwestern Canada",
+            "the gneiss of the Slave craton in northwestern Canada"} <= set(found)
+    assert {"in the shallow crust", "well logs"} <= set(noun_phrases("Faults in the shallow crust and well logs"))
+    assert "water, coal, and salt extraction" in noun_phrases("They look for water, coal, and salt extraction.")
+    assert {"Structural geologists", "microscopic analysis"} <= set(
+        noun_phrases("Structural geologists use microscopic analysis."))
+    assert "clerk keeps the tide" not in noun_phrases("The clerk keeps the tide book.")
+
+
+@pytest.mark.parametrize("sentence, span, expected", [
+    ("It was founded in 1611.", "1611", "It was founded in which year?"),
+    ("These rocks form the shallow crust, they say.", "the shallow crust", "These rocks form what?"),
+    ("These rocks form the shallow crust, they say.", "shallow crust", "These rocks form what?"),
+    ("Because of this, the keeper of the light sleeps.", "light", "The keeper of what sleeps?"),
+    ("They sleep.", "They sleep", None),
+])
+def test_where_no_rule_fits_the_clause_is_asked_with_a_gap(sentence, span, expected):
+    assert questions.gap(Statement(sentence, sentence), span, random.Random(0)) == expected
+
+
+def test_every_span_of_prose_can_be_a_short_answer():
+    proposals = [FAMILIES["anchored"].propose(CHUNKS[0], random.Random(i), i) for i in range(60)]
+    spans = {span for statement in statements(CHUNKS[0].text) for span in answer_spans(statement)}
+    assert None not in proposals
+    assert len({one.answer for one in proposals}) > 0.8 * len(spans)
 
 
 FERRIES = Statement("", "", (("Ferry", "Teal"), ("Captain", "Ruth Hale"), ("Leaves at", "16:30"), ("Built", "1871"),

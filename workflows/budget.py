@@ -22,7 +22,7 @@ class Rates:
     """Seconds on this machine, measured: for a planned conversation and for a pack of a training step.
 
     `kept` is the share of planned conversations that pass the filters, `tokens` the mean length of
-    those.
+    those, without the turns that they share in a pack.
     """
 
     conversation_seconds: float

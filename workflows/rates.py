@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from cartridges.config import BuildSettings
@@ -30,10 +31,10 @@ def remembered(settings: BuildSettings) -> Rates | None:
 def remember(settings: BuildSettings, dataset: dict[str, Any], trained: dict[str, Any]) -> None:
     """Keep what a build's manifests say, where they say it: a tiny or untrained build has no rates."""
     kept = dataset["conversations"]["kept"]
-    if not (kept and dataset["conversations_per_s"] and "step_seconds" in trained):
+    if not (kept and dataset["conversations_per_s"] and {"step_seconds", "mean_tokens"} <= trained.keys()):
         return
     rates = Rates(1 / dataset["conversations_per_s"], trained["step_seconds"] / settings.train.packs_per_step,
-                  kept / dataset["planned"], dataset["tokens"]["input"] / kept)
+                  kept / dataset["planned"], trained["mean_tokens"])
     keep(settings, rates)
 
 
@@ -47,12 +48,13 @@ def keep(settings: BuildSettings, rates: Rates) -> None:
 def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
     """Measure the rates on a few batches of the corpus' conversations and a few steps on them."""
     from cartridges.chunking import chunk_corpus
+    from cartridges.distill.packing import own_lengths
     from cartridges.models import load_base_model
 
     base = load_base_model(settings.model)
     chunks = chunk_corpus(corpus, base.tokenizer, settings.synthesize.chunk)
     conversations, conversation_seconds, kept = _time_synthesis(base, chunks, settings)
-    tokens = sum(len(conversation.input_ids) for conversation in conversations) / len(conversations)
+    tokens = mean(own_lengths(conversations))
     pack_seconds = WORKER_SLOWDOWN * _time_steps(base, corpus, conversations, settings)
     return Rates(conversation_seconds, pack_seconds, kept, tokens)
 

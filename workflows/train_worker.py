@@ -8,6 +8,7 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from cartridges.config import BuildSettings
@@ -85,7 +86,7 @@ def _checkpoint(trainer, step: int) -> None:
 
 def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trainer) -> None:
     from cartridges import artifact
-    from cartridges.distill.packing import count_truncated
+    from cartridges.distill.packing import count_truncated, own_lengths
 
     output = Path(config["output"])
     artifact.save(
@@ -94,4 +95,5 @@ def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trai
         settings={"synthesize": config["synthesize"], "train": settings.train.model_dump(mode="json")})
     write_manifest(output / "trained.json", {
         "steps": trainer.order.steps, "conversations": len(trainer.conversations),
+        "mean_tokens": mean(own_lengths(trainer.conversations)),
         "truncated": count_truncated(trainer.conversations, settings.train.pack_tokens)})

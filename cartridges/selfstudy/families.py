@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, Protocol
 
 from cartridges.records import Chunk
 from cartridges.selfstudy import questions, seed_prompts
+from cartridges.selfstudy.filters import says
 from cartridges.selfstudy.spans import Statement, answer_spans, content_words, statements
 
 
@@ -81,6 +82,8 @@ class Anchored:
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
         for statement, span in draw_spans(chunk, rng, ordinal, attempts=6):
             question = questions.ask(statement, span, rng)
+            if not question and self.answer == "span":
+                question = questions.gap(statement, span, rng)
             if question and self.answer == "written":
                 return Proposal(user=question, must_contain=span)
             if question and self.answer == "sentence":
@@ -177,7 +180,7 @@ FAMILIES: dict[str, SeedFamily] = {
 }
 
 DEFAULT_MIXTURE = {
-    "anchored_sentence": 0.48, "anchored": 0.27, "recall": 0.10, "keywords": 0.08, "cloze": 0.03,
+    "anchored": 0.45, "anchored_sentence": 0.34, "recall": 0.08, "keywords": 0.07, "cloze": 0.02,
     "anchored_written": 0.01, "question": 0.01, "structuring": 0.005, "summarization": 0.005, "use_case": 0.005,
     "creative": 0.005,
 }
@@ -212,15 +215,16 @@ def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
 
 @lru_cache(maxsize=64)
 def _told(text: str) -> tuple[tuple[Statement, list[str]], ...]:
-    """The statements with their spans, but for those that half of them hold: they tell nothing apart.
+    """The statements with their spans, but for those with one that half of them hold: it tells nothing apart.
 
     The cells of a row come twice as often as its subject, because that is how tables are asked about.
     """
     found = [(statement, answer_spans(statement)) for statement in statements(text)]
     counts = Counter(span for _, spans in found for span in set(spans))
+    common = [span for span, count in counts.items() if count > max(2, len(found) // 2)]
     told = []
     for statement, spans in found:
-        spans = [span for span in spans if counts[span] <= max(2, len(found) // 2)]
+        spans = [span for span in spans if not any(says(span, one) for one in common)]
         if statement.cells:
             subject = statement.cells[0][1]
             spans = 2 * [span for span in spans if span != subject] + [span for span in spans if span == subject]

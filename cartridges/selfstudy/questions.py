@@ -29,6 +29,8 @@ _VAGUE_START = re.compile(r"^(It|He|She|They|This|That|These|Those|There|His|Her
 
 MAX_SENTENCE_WORDS = 26
 """A longer statement answers with its clause: a small model told a long one loses what was asked for."""
+MAX_GAP_WORDS = 10
+"""Before the question word of `gap`; half as many after it."""
 MAX_QUESTION_WORDS = 22
 """A longer question comes from a sentence that no rule understood."""
 
@@ -38,7 +40,7 @@ def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
     if statement.cells:
         return ask_row(statement, span, rng)
     text = _subject_first(_lower_start(statement.text.rstrip(" .!?;:")), span)
-    found = re.search(rf"(?<![\w,.]){re.escape(span)}(?!\w|[,.]\d)", text)
+    found = _find(text, span)
     if not found or _VAGUE_START.match(statement.text):
         return None
     at = found.start()
@@ -51,6 +53,26 @@ def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
         if question:
             return _finish(question)
     return None
+
+
+def gap(statement: Statement, span: str, rng: random.Random) -> str | None:
+    """The clause around `span` with a question word in its place, for what no rule of `ask` fits.
+
+    Clumsy, and about "this" where the sentence is; but a phrase that was never an answer stays an
+    unlikely one, whatever is asked. None for a table row, and where too little stands before the span.
+    """
+    found = None if statement.cells else _find(statement.text.rstrip(" .!?;:"), span)
+    if not found:
+        return None
+    before = re.split(r"[,;:]\s|\(", statement.text[:found.start()])[-1].split()[-MAX_GAP_WORDS:]
+    after = _clause(statement.text[found.end():].rstrip(" .!?;:")).split()[:MAX_GAP_WORDS // 2]
+    word, rest = _word_in_place(span, " ".join(["", *after]), rng)
+    return _finish(f"{_DETERMINER.sub('', ' '.join(before))} {word} {rest}")
+
+
+def _find(text: str, span: str) -> re.Match | None:
+    """`span` in `text` as whole words and numbers, in whatever case."""
+    return re.search(rf"(?<![\w,.]){re.escape(span)}(?!\w|[,.]\d)", text, re.I)
 
 
 def sentence(statement: Statement, span: str, question: str) -> str | None:
@@ -106,13 +128,16 @@ def _with_do(text: str, at: int, span: str, rng: random.Random) -> str | None:
 
 def _in_place(text: str, at: int, span: str, rng: random.Random) -> str:
     """The mill opened in 1702 -> The mill opened in which year?"""
-    before, after = text[:at].strip(), text[at + len(span):]
+    word, rest = _word_in_place(span, text[at + len(span):], rng)
+    return f"{text[:at].strip()} {word} {_clause(rest)}"
+
+
+def _word_in_place(span: str, after: str, rng: random.Random) -> tuple[str, str]:
+    """The question word in the middle of a sentence, and what is left of the words after it."""
     if _YEAR.match(span):
-        word = "which year"
-    else:
-        word = _question_word(span, "", after, rng)[0].lower()
-        after = _question_word(span, "", after, rng)[2]
-    return f"{before} {word} {_clause(after)}"
+        return "which year", after
+    word, _, rest = _question_word(span, "", after, rng)
+    return word.lower(), rest
 
 
 def _question_word(span: str, before: str, after: str, rng: random.Random) -> tuple[str, str, str]:

@@ -3,17 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from cartridges.selfstudy.verbs import may_be_noun
-
-STOP_WORDS = frozenset("""
-a about above after again all also although am an and any are as at be because been before being below
-between both but by can could did do does during each either even every for from further had has have
-having he her here hers him his how however i if in into is it its itself may me might more most must my
-neither no nor not now of off often on once only or other our out over own same she should since so some
-such than that the their them themselves then there these they this those through thus to too under until
-up upon us very was we were what when where which while who whom whose why will with within without would
-yet you your one two there's it's
-""".split())  # noqa: SIM905
+from cartridges.selfstudy.phrases import STOP_WORDS, noun_phrases
 
 _NUMBER = re.compile(r"(?<![\w.,])\d[\d,.:/]*(?<![,.:/])(?:\s?%)?(?:\s[a-z]{3,})?")
 _NAME = re.compile(r"[A-Z][\w'’\-]*(?:\s(?:of\s|the\s|de\s|and\s)?[A-Z][\w'’\-]*)*")
@@ -22,6 +12,8 @@ DATE = re.compile(rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?\s(?:of\s)?(?:{_MONTH})(?:,?\
                   rf"|(?:{_MONTH})(?:\s\d{{1,2}}(?:st|nd|rd|th)?,)?\s\d{{1,4}})\b")
 _WORD = re.compile(r"[\w'’\-]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+(?=[\"'(\[“‘]?[A-Z0-9])")
+MAX_SPAN = 60
+"""Characters of the longest answer span."""
 _TABLE_RULE = re.compile(r"^\|?[\s:|-]+\|?$")
 
 
@@ -75,31 +67,11 @@ def answer_spans(statement: Statement) -> list[str]:
         strong += [number] if not unit or unit in STOP_WORDS else [match.group(), number]
     strong += [m.group() for m in _NAME.finditer(text) if m.start() > 0 and m.group().lower() not in STOP_WORDS]
     spans = dict.fromkeys(strong)
-    spans.update(dict.fromkeys(_phrases(text)))
-    return [span for span in spans if 1 <= len(span) <= 60 and span.lower() not in STOP_WORDS]
+    spans.update(dict.fromkeys(noun_phrases(text)))
+    return [span for span in spans if 1 <= len(span) <= MAX_SPAN and span.lower() not in STOP_WORDS]
 
 
 def content_words(text: str) -> list[str]:
     """The words of `text` that are not function words, each once."""
     words = (match.group() for match in _WORD.finditer(text))
     return list(dict.fromkeys(word for word in words if word.lower() not in STOP_WORDS and len(word) > 2))
-
-
-def _phrases(text: str) -> list[str]:
-    """Runs of one to four words between function words and punctuation."""
-    runs, current, end = [], [], 0
-    for match in _WORD.finditer(text):
-        if current and text[end:match.start()] != " ":
-            runs.append(current)
-            current = []
-        if match.group().lower() in STOP_WORDS:
-            runs.append(current)
-            current = []
-        else:
-            current = [*current, match.group()]
-        end = match.end()
-    runs.append(current)
-    # Capitalised and numeric runs are pieces of the names and numbers found already.
-    return [" ".join(run[-4:]) for run in runs
-            if run and len(" ".join(run)) > 4 and may_be_noun(run[-1])
-            and not any(word[0].isupper() or word[0].isdigit() for word in run)]

@@ -102,4 +102,10 @@ def is_word(word: str) -> bool:
 def may_be_noun(word: str) -> bool:
     """Whether `word` is a noun by the dictionary, or not in it at all (another language, a term)."""
     lemmas = lemminflect.getAllLemmas(word)
-    return not lemmas or "NOUN" in lemmas or "PROPN" in lemmas
+    # It has "logs" as a verb only.
+    return not lemmas or "NOUN" in lemmas or "PROPN" in lemmas or (word.endswith("s") and "VERB" in lemmas)
+
+
+@lru_cache(maxsize=20000)
+def may_be_verb(word: str) -> bool:
+    return "VERB" in lemminflect.getAllLemmas(word)

@@ -1,0 +1,75 @@
+"""Noun phrases, without a tagger: runs of words that a dictionary lets be nouns or stand before one.
+
+English only. Wrong ones are many ("use computer programs"): they cost a conversation each, no more.
+"""
+
+import re
+
+from cartridges.selfstudy.verbs import main_verb, may_be_noun, may_be_verb
+
+STOP_WORDS = frozenset("""
+a about above after again all also although am an and any are as at be because been before being below
+between both but by can could did do does during each either even every for from further had has have
+having he her here hers him his how however i if in into is it its itself may me might more most must my
+neither no nor not now of off often on once only or other our out over own same she should since so some
+such than that the their them themselves then there these they this those through thus to too under until
+up upon us very was we were what when where which while who whom whose why will with within without would
+yet you your one two there's it's
+""".split())  # noqa: SIM905
+
+_ARTICLES = frozenset("the a an its their his her".split())  # noqa: SIM905
+_PLACES = frozenset("in at on within inside during under near along between from".split())  # noqa: SIM905
+_LINKS = frozenset("of and or for by with into over".split())  # noqa: SIM905
+_TOKEN = re.compile(r"[\w\-%]+(?:['’](?!s\b)\w+)*|['’]s\b|[^\w\s]")
+_NOUNS = re.compile(r"p?(?P<article>a?)(?P<nouns>n{1,5})(?=(?P<rest>(?:[lp]a?n{1,5}){0,3}))")
+"""Over the kinds of words (`_kind`): a noun phrase, and how far what hangs on it goes."""
+_LIST_OF = re.compile(r"(?<![an])(?=(a?n{1,4}(?:,a?n{1,4})+,?la?n{1,4}))")
+
+
+def noun_phrases(text: str) -> list[str]:
+    """The noun phrases of `text`: bare, then with article and preposition ("in the shallow crust"), with what
+    hangs on them ("Slave craton in northwestern Canada"), in lists, and their ends.
+
+    People answer with any of these, and a cartridge that has never met a phrase as an answer finds it unlikely.
+    """
+    words = _TOKEN.findall(text)
+    kinds = "".join(map(_kind, words))
+    bare, led, longer, parts = [], [], [], []
+    for match in _NOUNS.finditer(kinds):
+        (start, end), whole = match.span("nouns"), match.end("rest")
+        bare.append(words[start:end])
+        led += [words[at:end] for at in range(match.start(), start)]
+        links = [link.start() for link in re.finditer("[lp]", kinds[:whole]) if link.start() > end]
+        longer += [words[match.start("article"):cut] for cut in [*links, whole] if cut > end]
+        # A verb may be among them: "Structural geologists use microscopic analysis".
+        parts += [words[cut:end] for cut in range(max(start + 1, end - 2), end)]
+        parts += [words[start:cut] for cut in range(start + 1, min(end, start + 3)) if may_be_verb(words[cut])]
+    lists = [words[slice(*match.span(1))] for match in _LIST_OF.finditer(kinds)]
+    runs = bare + led + lists + longer + parts
+    return [phrase for run in runs if (phrase := _joined(run)) in text and _is_noun_phrase(phrase, run[-1])]
+
+
+def _is_noun_phrase(phrase: str, last: str) -> bool:
+    if len(phrase) < 4 or not (may_be_noun(last.lower()) or last[0].isupper()):
+        return False
+    verb = main_verb(phrase)
+    return verb is None or verb.end == len(phrase)  # "sedimentary rocks": no verb
+
+
+def _joined(run: list[str]) -> str:
+    return re.sub(r" (?=,|['’]s\b)", "", " ".join(run))
+
+
+def _kind(word: str) -> str:
+    """a(rticle), p(reposition of place or time), l(ink), n(oun or what may stand before one), a comma, or -
+    for the rest."""
+    lower = word.lower()
+    if lower in _ARTICLES:
+        return "a"
+    if lower in _PLACES:
+        return "p"
+    if lower in _LINKS:
+        return "l"
+    if word == ",":
+        return word
+    return "-" if lower in STOP_WORDS or not word[0].isalnum() else "n"
