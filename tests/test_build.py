@@ -7,6 +7,7 @@ import pytest
 from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
+from cartridges.prompts import example_messages
 from cartridges.registry import Registry
 from tests.test_synthesize import CORPUS, tiny_settings
 from tests.test_tracking import records
@@ -63,6 +64,13 @@ def test_calibration_measures_what_a_plan_needs(settings, corpus_file):
     rates = calibrate(load_corpus(str(corpus_file)), settings)
     assert rates.conversation_seconds > 0 and rates.pack_seconds > 0
     assert 0 < rates.kept <= 1 and rates.tokens > 5
+
+
+def test_turns_that_a_pack_shares_are_not_counted_in_the_plan(settings, corpus_file, tiny_base_model):
+    short = settings.synthesize.model_copy(update={"families": {"anchored": 1.0}})
+    rates = calibrate(load_corpus(str(corpus_file)), settings.model_copy(update={"synthesize": short}))
+    shared = tiny_base_model.template.conversation_ids(example_messages(), generation_prompt=False)
+    assert 5 < rates.tokens < len(shared)
 
 
 def test_mistakes_are_named_before_anything_begins(settings, corpus_file, tmp_path):
