@@ -11,6 +11,7 @@ from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.download import home, write_atomically
+from cartridges.errors import UserError
 from cartridges.records import Chunk, Conversation, Corpus
 from workflows.budget import Rates
 from workflows.stage import fingerprint
@@ -46,7 +47,10 @@ def keep(settings: BuildSettings, rates: Rates) -> None:
 
 
 def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
-    """Measure the rates on a few batches of the corpus' conversations and a few steps on them."""
+    """Measure the rates on a few batches of the corpus' conversations and a few steps on them.
+
+    Raises `UserError` when the filters keep none of those conversations.
+    """
     from cartridges.chunking import chunk_corpus
     from cartridges.distill.packing import own_lengths
     from cartridges.models import load_base_model
@@ -54,6 +58,9 @@ def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
     base = load_base_model(settings.model)
     chunks = chunk_corpus(corpus, base.tokenizer, settings.synthesize.chunk)
     conversations, conversation_seconds, kept = _time_synthesis(base, chunks, settings)
+    if not conversations:
+        raise UserError("no conversation of the calibration passed the filters, so a budget cannot be planned; give "
+                        "--set synthesize.num_conversations=N instead, and see synthesize.filters_off")
     tokens = mean(own_lengths(conversations))
     pack_seconds = WORKER_SLOWDOWN * _time_steps(base, corpus, conversations, settings)
     return Rates(conversation_seconds, pack_seconds, kept, tokens)

@@ -88,12 +88,12 @@ def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trai
     from cartridges import artifact
     from cartridges.distill.packing import count_truncated, own_lengths
 
-    output = Path(config["output"])
+    output, lengths = Path(config["output"]), own_lengths(trainer.conversations)
     artifact.save(
         output / "cartridge", cartridge, model=base.identity,
         corpus=artifact.CorpusRecord(**config["corpus_record"]), seed=settings.seed,
         settings={"synthesize": config["synthesize"], "train": settings.train.model_dump(mode="json")})
     write_manifest(output / "trained.json", {
         "steps": trainer.order.steps, "conversations": len(trainer.conversations),
-        "mean_tokens": mean(own_lengths(trainer.conversations)),
+        "mean_tokens": mean(lengths) if lengths else 0.0,
         "truncated": count_truncated(trainer.conversations, settings.train.pack_tokens)})

@@ -19,7 +19,8 @@ CHUNK_TOKENS = 64
 
 
 def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -> Cartridge:
-    """A cartridge of `settings.num_tokens` slots for the corpus `text`, by `settings.init`, ready to train.
+    """A cartridge for the corpus `text`, by `settings.init`, ready to train: of `settings.num_tokens` slots, or of as
+    many as `settings.init_cartridge` has.
 
     Raises `UserError` where the corpus is shorter than p (compaction would be expansion).
     """

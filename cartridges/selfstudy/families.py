@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, Protocol
 
 from cartridges.records import Chunk
 from cartridges.selfstudy import questions, seed_prompts
-from cartridges.selfstudy.filters import says
+from cartridges.selfstudy.phrases import head
 from cartridges.selfstudy.spans import Statement, answer_spans, content_words, statements
 
 
@@ -215,16 +215,17 @@ def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
 
 @lru_cache(maxsize=64)
 def _told(text: str) -> tuple[tuple[Statement, list[str]], ...]:
-    """The statements with their spans, but for those with one that half of them hold: it tells nothing apart.
+    """The statements with their spans, but for those that half of them hold ("port number", and so "the port
+    number of echo"): they tell nothing apart.
 
     The cells of a row come twice as often as its subject, because that is how tables are asked about.
     """
     found = [(statement, answer_spans(statement)) for statement in statements(text)]
     counts = Counter(span for _, spans in found for span in set(spans))
-    common = [span for span, count in counts.items() if count > max(2, len(found) // 2)]
+    common = {span for span, count in counts.items() if count > max(2, len(found) // 2)}
     told = []
     for statement, spans in found:
-        spans = [span for span in spans if not any(says(span, one) for one in common)]
+        spans = [span for span in spans if span not in common and (statement.cells or head(span) not in common)]
         if statement.cells:
             subject = statement.cells[0][1]
             spans = 2 * [span for span in spans if span != subject] + [span for span in spans if span == subject]

@@ -18,12 +18,14 @@ yet you your one two there's it's
 """.split())  # noqa: SIM905
 
 _ARTICLES = frozenset("the a an its their his her".split())  # noqa: SIM905
-_PLACES = frozenset("in at on within inside during under near along between from".split())  # noqa: SIM905
-_LINKS = frozenset("of and or for by with into over".split())  # noqa: SIM905
+PLACES = frozenset("in at on within inside during under near".split())  # noqa: SIM905
+"""Prepositions that people begin an answer with, to where and when."""
+_LINKS = frozenset("of and or for by with into over along between from".split())  # noqa: SIM905
 _TOKEN = re.compile(r"[\w\-%]+(?:['’](?!s\b)\w+)*|['’]s\b|[^\w\s]")
-_NOUNS = re.compile(r"p?(?P<article>a?)(?P<nouns>n{1,5})(?=(?P<rest>(?:[lp]a?n{1,5}){0,3}))")
+_NOUNS = re.compile(r"p?(?P<article>a?)(?P<nouns>(?<!n)n{1,5}(?!n))(?=(?P<rest>(?:[lp]a?n{1,5}(?!n)){0,3}))")
 """Over the kinds of words (`_kind`): a noun phrase, and how far what hangs on it goes."""
-_LIST_OF = re.compile(r"(?<![an])(?=(a?n{1,4}(?:,a?n{1,4})+,?la?n{1,4}))")
+_LINK = re.compile("[lp]")
+_LIST_OF = re.compile(r"(?<![an])(?=(a?n{1,4}(?:,a?n{1,4}){1,8},?la?n{1,4}(?!n)))")
 
 
 def noun_phrases(text: str) -> list[str]:
@@ -37,20 +39,33 @@ def noun_phrases(text: str) -> list[str]:
     bare, led, longer, parts = [], [], [], []
     for match in _NOUNS.finditer(kinds):
         (start, end), whole = match.span("nouns"), match.end("rest")
-        bare.append(words[start:end])
-        led += [words[at:end] for at in range(match.start(), start)]
-        links = [link.start() for link in re.finditer("[lp]", kinds[:whole]) if link.start() > end]
-        longer += [words[match.start("article"):cut] for cut in [*links, whole] if cut > end]
+        bare.append((start, end))
+        led += [(at, end) for at in range(match.start(), start)]
+        links = [link.start() for link in _LINK.finditer(kinds, end + 1, whole)]
+        longer += [(match.start("article"), cut) for cut in [*links, whole] if cut > end]
         # A verb may be among them: "Structural geologists use microscopic analysis".
-        parts += [words[cut:end] for cut in range(max(start + 1, end - 2), end)]
-        parts += [words[start:cut] for cut in range(start + 1, min(end, start + 3)) if may_be_verb(words[cut])]
-    lists = [words[slice(*match.span(1))] for match in _LIST_OF.finditer(kinds)]
-    runs = bare + led + lists + longer + parts
-    return [phrase for run in runs if (phrase := _joined(run)) in text and _is_noun_phrase(phrase, run[-1])]
+        parts += [(cut, end) for cut in range(max(start + 1, end - 2), end)]
+        parts += [(start, cut) for cut in range(start + 1, min(end, start + 3)) if may_be_verb(words[cut])]
+    lists = [match.span(1) for match in _LIST_OF.finditer(kinds)]
+    found = ((_joined(words[start:end]), words[end - 1], kinds[end:end + 1])
+             for start, end in bare + led + lists + longer + parts)
+    return [phrase for phrase, last, after in found if phrase in text and _is_noun_phrase(phrase, last, after)]
 
 
-def _is_noun_phrase(phrase: str, last: str) -> bool:
+def head(phrase: str) -> str:
+    """`phrase` without what leads to it and what hangs on it: "The port number of echo" -> "port number"."""
+    words = phrase.split()
+    kinds = "".join(map(_kind, words))
+    start = len(kinds) - len(kinds.lstrip("pa"))
+    link = _LINK.search(kinds, start)
+    return " ".join(words[start:link.start() if link else None])
+
+
+def _is_noun_phrase(phrase: str, last: str, after: str) -> bool:
+    """`after` is the kind of what follows: with an article there, the `last` word may be the verb."""
     if len(phrase) < 4 or not (may_be_noun(last.lower()) or last[0].isupper()):
+        return False
+    if after == "a" and may_be_verb(last):
         return False
     verb = main_verb(phrase)
     return verb is None or verb.end == len(phrase)  # "sedimentary rocks": no verb
@@ -66,7 +81,7 @@ def _kind(word: str) -> str:
     lower = word.lower()
     if lower in _ARTICLES:
         return "a"
-    if lower in _PLACES:
+    if lower in PLACES:
         return "p"
     if lower in _LINKS:
         return "l"

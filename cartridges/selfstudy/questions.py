@@ -1,13 +1,14 @@
 """Questions from statements by rule: which question has this span of this sentence as its answer?
 
-A 135M model asks badly and slowly; a rule asks in microseconds. English only: for other languages and
-for sentences that no rule fits there is the gap (`Cloze`) and the model itself (`AnchoredAsked`).
+A 135M model asks badly and slowly; a rule asks in microseconds. English only: for other languages there
+are `Cloze`, `Recall` and the model itself (`AnchoredAsked`).
 The teacher's likelihood of the span decides afterwards whether question and answer belong together.
 """
 
 import random
 import re
 
+from cartridges.selfstudy.phrases import PLACES
 from cartridges.selfstudy.spans import DATE, Statement
 from cartridges.selfstudy.table_questions import ask_row, row_sentence
 from cartridges.selfstudy.verbs import is_participle, is_word, main_verb
@@ -21,6 +22,11 @@ _LEADING = re.compile(
     r"^((?:in|on|at|by|since|from|during|after|before|until|near|under|for)\b[^,]{1,60}), (.+)$", re.I)
 _YEAR = re.compile(r"^1\d{3}$|^20\d{2}$")
 _NUMBER = re.compile(r"^\d[\d,.:]*$")
+_TIME = re.compile(
+    r"\b(1\d{3}|20\d\d)s?\b|(day|night|year|week|month|century|decade|period|time|spring|summer|autumn|winter|morning"
+    r"|evening|noon|beginning|end|January|February|March|April|May|June|July|August|September|October|November"
+    r"|December)s?$")
+_ENGLISH = re.compile(r"(?i)\b(the|of|and|to|is|are|were|by|with|it|they|this|these|has|have)\b")
 _MEASURE = re.compile(r"^(\d[\d,.]*)\s+([a-z]+)$")
 _OPENERS = frozenset(("The", "A", "An", "Every", "Each", "Some", "In", "On", "At", "All", "If", "While", "When"))
 _BUILT = re.compile(r"^an? (?:[\w-]+ ){1,2}(\w+)$")
@@ -56,13 +62,13 @@ def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
 
 
 def gap(statement: Statement, span: str, rng: random.Random) -> str | None:
-    """The clause around `span` with a question word in its place, for what no rule of `ask` fits.
+    """The clause around `span` with a question word in its place, for what no rule of `ask` fits. English.
 
     Clumsy, and about "this" where the sentence is; but a phrase that was never an answer stays an
-    unlikely one, whatever is asked. None for a table row, and where too little stands before the span.
+    unlikely one, whatever is asked. None for a table row, and for a clause of one or two words.
     """
     found = None if statement.cells else _find(statement.text.rstrip(" .!?;:"), span)
-    if not found:
+    if not found or not _ENGLISH.search(statement.text):
         return None
     before = re.split(r"[,;:]\s|\(", statement.text[:found.start()])[-1].split()[-MAX_GAP_WORDS:]
     after = _clause(statement.text[found.end():].rstrip(" .!?;:")).split()[:MAX_GAP_WORDS // 2]
@@ -71,8 +77,9 @@ def gap(statement: Statement, span: str, rng: random.Random) -> str | None:
 
 
 def _find(text: str, span: str) -> re.Match | None:
-    """`span` in `text` as whole words and numbers, in whatever case."""
-    return re.search(rf"(?<![\w,.]){re.escape(span)}(?!\w|[,.]\d)", text, re.I)
+    """`span` in `text` as whole words and numbers; with another capital only where it is nowhere as it is."""
+    pattern = rf"(?<![\w,.]){re.escape(span)}(?!\w|[,.]\d)"
+    return re.search(pattern, text) or re.search(pattern, text, re.I)
 
 
 def sentence(statement: Statement, span: str, question: str) -> str | None:
@@ -142,6 +149,9 @@ def _word_in_place(span: str, after: str, rng: random.Random) -> tuple[str, str]
 
 def _question_word(span: str, before: str, after: str, rng: random.Random) -> tuple[str, str, str]:
     """The question word for `span`, and what is left of the words before and after it."""
+    first, _, rest = span.partition(" ")
+    if rest and first.lower() in PLACES:
+        return ("When" if first.lower() == "during" or _TIME.search(rest) else "Where"), before, after
     before = _DETERMINER.sub("", before)
     preposition = _PREPOSITION.search(before)
     measure = _MEASURE.match(span)

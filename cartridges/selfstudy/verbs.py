@@ -100,9 +100,9 @@ def is_word(word: str) -> bool:
 
 @lru_cache(maxsize=20000)
 def may_be_noun(word: str) -> bool:
-    """Whether `word` is a noun by the dictionary, or not in it at all (another language, a term)."""
+    """Whether `word` is a noun by the dictionary, or not in it at all (another language, a term), or may be the
+    plural of one that it has as a verb only ("logs")."""
     lemmas = lemminflect.getAllLemmas(word)
-    # It has "logs" as a verb only.
     return not lemmas or "NOUN" in lemmas or "PROPN" in lemmas or (word.endswith("s") and "VERB" in lemmas)
 
 
