@@ -63,7 +63,8 @@ class SynthesizeSettings(Settings):
     """Longest answer the teacher writes. One that does not end by itself is dropped and counted."""
     max_teacher_nll: float = Field(8.0, gt=0)
     """Known answers that the teacher, with the chunk, finds less likely than this (nats a token) are
-    dropped: the question does not ask for them."""
+    dropped: the question does not ask for them. Loose, because a clumsy question for a right phrase teaches more
+    than none (docs/log.md, coverage)."""
     min_information_gain: float | None = None
     """Answers that the chunk makes likelier by less than this (nats a token) are dropped; null switches
     the filter off and saves the closed-book pass."""

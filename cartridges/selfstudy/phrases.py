@@ -1,6 +1,6 @@
 """Noun phrases, without a tagger: runs of words that a dictionary lets be nouns or stand before one.
 
-English only. Wrong ones are many ("use computer programs"): they cost a conversation each, no more.
+English only. Wrong ones are many ("use computer programs"): what is meant is that no right one is missed.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 A 135M model asks badly and slowly; a rule asks in microseconds. English only: for other languages there
 are `Cloze`, `Recall` and the model itself (`AnchoredAsked`).
-The teacher's likelihood of the span decides afterwards whether question and answer belong together.
+The teacher's likelihood of the span drops afterwards what does not belong together at all.
 """
 
 import random
@@ -26,6 +26,7 @@ _TIME = re.compile(
     r"\b(1\d{3}|20\d\d)s?\b|(day|night|year|week|month|century|decade|period|time|spring|summer|autumn|winter|morning"
     r"|evening|noon|beginning|end|January|February|March|April|May|June|July|August|September|October|November"
     r"|December)s?$")
+# Words that few sentences of other languages have.
 _ENGLISH = re.compile(r"(?i)\b(the|of|and|to|is|are|were|by|with|it|they|this|these|has|have)\b")
 _MEASURE = re.compile(r"^(\d[\d,.]*)\s+([a-z]+)$")
 _OPENERS = frozenset(("The", "A", "An", "Every", "Each", "Some", "In", "On", "At", "All", "If", "While", "When"))
