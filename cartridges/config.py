@@ -146,6 +146,9 @@ class TrainSettings(Settings):
     """CPU threads of a worker; 0 shares the machine's cores among the workers."""
     held_out: int = Field(0, ge=0)
     """Self-study questions kept from training, to evaluate on. `build` keeps 64 where it has no others."""
+    evaluate_every: int = Field(0, ge=0)
+    """Steps between generations on the held-out questions; the cartridge that answers most of them is published.
+    0: none, and the last is."""
     zero_stage: int = Field(0, ge=0, le=3)
     checkpoint_every: int = Field(50, ge=1)
     """Steps between resumable checkpoints."""
@@ -206,6 +209,13 @@ class ServeSettings(Settings):
     full_context: bool = True
     """Answer `full_context: true` with the corpus in the prompt, where the registry keeps its text. It
     costs a prefill of up to the whole window."""
+    fallback_entropy: float = Field(0.5, ge=0)
+    """Requests with `fallback` are answered from the corpus' text when the mean entropy of the cartridge's
+    first tokens is above this (nats a token). Set for the default model; docs/serving.md says how."""
+    fallback_tokens: int = Field(8, ge=1)
+    """How many first tokens that is. They are held back until it is known who answers."""
+    retrieval_tokens: int = Field(256, ge=192)
+    """Tokens of retrieved passages that such an answer is given from."""
     resident_bytes: int = Field(2 << 30, ge=1)
     """Bytes that loaded cartridges may take in a replica; the least recently used go first."""
     max_body_bytes: int = Field(4 << 20, ge=1024)

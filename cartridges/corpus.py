@@ -69,6 +69,15 @@ def load_questions(path: str, corpus_id: str | None = None) -> tuple[Question, .
     return questions
 
 
+def corpus_ids(path: str) -> tuple[str, ...]:
+    """The ids of the JSONL at `path`, one a row. Raises `UserError` for a row without one."""
+    rows = _read_rows(Path(path).expanduser())
+    for place, row in rows:
+        if not row.get("corpus_id"):
+            raise UserError(f"{path} {place} has no corpus_id")
+    return tuple(str(row["corpus_id"]) for _, row in rows)
+
+
 def holds_text(path: str) -> bool:
     """Whether the JSONL at `path` carries corpus texts, so that `load_corpus` can read it too."""
     return any(str(row.get("text") or "").strip() for _, row in _read_rows(Path(path).expanduser()))

@@ -49,6 +49,8 @@ CARTRIDGES = (
         "{{reason}}": _rate("cartridges_rejected_total", "reason", ""),
         "client left": _rate("cartridges_disconnects_total", "")},
         "Requests refused before the engine, and requests whose client left before the end."),
+    Panel("Answered from the text", "reqps", {"{{model}}": _rate("cartridges_fallbacks_total")},
+          "Requests with `fallback` whose cartridge was unsure."),
     Panel("Tokens", "short", {
         "generated": _rate("cartridges_generation_tokens_total", ""),
         "prompt": _rate("cartridges_prompt_tokens_total", ""),

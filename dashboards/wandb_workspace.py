@@ -24,6 +24,7 @@ LINES: dict[str, dict[str, tuple[str, ...]]] = {
     "Training": {
         "Loss and its floor (nats per loss token)": ("train/loss", "train/teacher_entropy"),
         "KL to the teacher": ("train/kl",),
+        "Held-out questions answered": ("train/held_out_contains",),
         "Learning rate": ("train/lr",),
         "Gradient norm": ("train/grad_norm",),
         "Conversation tokens per second": ("train/tokens_per_s",),

@@ -195,3 +195,27 @@ def test_conversations_longer_than_a_pack_are_left_out():
     assert {one.conversation_id for one in choose_work(conversations, settings, 1).chosen} == {"c0", "c2"}
     with pytest.raises(UserError, match="raise --pack-tokens"):
         choose_work(conversations[1:2], settings, 1)
+
+
+def test_route_on_the_command_line(tiny_model_dir, tmp_path, capfd):
+    """Every question names something that stands in its own corpus only, but for the last."""
+    def row(corpus_id, text, *questions):
+        asked = [{"id": question, "question": question, "answers": ["x"]} for question in questions]
+        return {"corpus_id": corpus_id, "text": text, "questions": asked}
+
+    file = tmp_path / "corpora.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in [
+        row("harbour", "The harbour takes barges.", "What does the harbour take?", "Which barges?"),
+        row("rows/1", "The orchard has pears.", "Who planted pears?"),
+        row("rows/2", "And plums.", "Which plums?", "Which barges are nearest?")]))
+    found = run_json(capfd, "bench", "route", f"{file}::harbour", f"{file}::rows/*", "--model", str(tiny_model_dir))
+    assert (found["corpora"], found["questions"]) == (2, 5)
+    assert found["by_corpus"] == {"harbour": 1.0, "rows/*": pytest.approx(2 / 3)}
+    assert run_json(capfd, "bench", "route", str(file), "--model", str(tiny_model_dir))["corpora"] == 3
+    assert main(["bench", "route", f"{file}::harbour", "--model", str(tiny_model_dir)]) == 2
+    assert "at least two corpora" in capfd.readouterr().err
+
+
+def run_json(capfd, *words):
+    assert main([*words, "--json"]) == 0
+    return json.loads(capfd.readouterr().out)

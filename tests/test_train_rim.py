@@ -29,7 +29,7 @@ from workflows.synthesize import corpus_tokens, dataset_fingerprint
 from workflows.train import train
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "packs_per_step": 2, "steps": 12,
-         "checkpoint_every": 2, "held_out": 4}
+         "checkpoint_every": 2, "held_out": 4, "evaluate_every": 5}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,11 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
                                rtol=2e-2, atol=2e-2)
     assert _kl(tiny_base_model, one.cartridge, dataset, settings) < _kl(
         tiny_base_model, initialize(tiny_base_model, CORPUS, settings.train, settings.seed), dataset, settings)
+    for name in ("killed", "one", "two"):
+        asked = {row["step"] + 1: row["held_out"] for row in rows(tmp_path / name) if "held_out" in row}
+        assert list(asked) == [5, 10, 12]
+        best = json.loads((tmp_path / name / "train.json").read_text())["best"]
+        assert best["step"] == max(asked, key=lambda step: (asked[step]["contains"], -asked[step]["nll_per_token"]))
     assert done["steps"] == 12 and done["truncated"] == 0 and done["mean_tokens"] > 5
     assert len(json.loads((tmp_path / "one" / "held_out.json").read_text())["questions"]) > 0
     assert not (tmp_path / "one" / "work").exists()
@@ -211,6 +216,8 @@ def test_mistakes_are_named_before_ray_starts(dataset, corpus_file, settings, tm
         attempt(zero_stage=1)
     with pytest.raises(UserError, match="init_cartridge"):
         attempt(init="cartridge")
+    with pytest.raises(UserError, match="set train.held_out"):
+        attempt(held_out=0)
     with pytest.raises(UserError, match="no finished conversations"):
         train(str(tmp_path), str(corpus_file), str(tmp_path / "out"), settings)
     other = tmp_path / "other.txt"

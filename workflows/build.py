@@ -20,6 +20,7 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus, load_questions
 from cartridges.errors import UserError
 from cartridges.records import Corpus, Question
+from workflows.held_out import HELD_OUT, read_held_out
 from workflows.stage import fingerprint, read_manifest, write_manifest
 
 HELD_OUT_QUESTIONS = 64
@@ -193,11 +194,11 @@ def _report(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: Bu
 
 def _held_out_questions(train_dir: Path) -> tuple[Question, ...]:
     """What training kept back; it wrote them beside its manifest."""
-    rows = read_manifest(train_dir / "held_out.json")["questions"]
-    if not rows:
+    questions = read_held_out(train_dir / HELD_OUT)
+    if not questions:
         raise UserError("there are no questions: the corpus has none, and no self-study question was short "
                         "enough to be held out; give some with --questions")
-    return tuple(Question(row["question_id"], row["question"], tuple(row["answers"])) for row in rows)
+    return tuple(questions)
 
 
 def _publish(store, name: str, cartridge: Path, card: dict[str, Any], text: str | None, work: Path) -> str:

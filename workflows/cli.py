@@ -205,6 +205,13 @@ def _add_bench(parsers: Any) -> None:
                        help="measure as well requests that all ask about one corpus and share its KV")
     _settings_options(serve, "model", "engine")
 
+    route = _command(benches, "route", commands.run_bench_route,
+                     "how often `model: \"auto\"` finds the corpus that a question belongs to")
+    route.add_argument("corpora", nargs="+", metavar="FILE", help="JSONL, each row a corpus with questions; or "
+                       "PATH::ID for one corpus of it, or by pattern several rows as one")
+    route.add_argument("--questions", type=_count, default=100, metavar="N", help="at most N a corpus; default 100")
+    _settings_options(route, "model")
+
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -277,7 +284,8 @@ def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
     elif args.command == "bench":
         from workflows.bench import tables
 
-        {"train": tables.print_train, "serve": tables.print_serve}[args.bench](result, sys.stdout)
+        show = {"train": tables.print_train, "serve": tables.print_serve, "route": tables.print_route}
+        show[args.bench](result, sys.stdout)
     elif args.command == "evaluate":
         console.print_report_card(result, sys.stdout)
     elif args.command == "build":

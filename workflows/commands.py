@@ -162,6 +162,14 @@ def run_bench_serve(args: argparse.Namespace) -> dict[str, Any]:
                        args.max_batch, args.one_corpus)
 
 
+def run_bench_route(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    from cartridges.models import load_tokenizer, resolve_model_dir
+    from workflows.bench.route import bench_route
+
+    return bench_route(args.corpora, load_tokenizer(resolve_model_dir(settings.model)), args.questions)
+
+
 def _numbers(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):

@@ -16,6 +16,7 @@ from typing import Any
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from cartridges.records import Corpus, Question
+from workflows.held_out import HELD_OUT, read_held_out
 from workflows.stage import read_manifest, write_manifest
 from workflows.synthesize import dataset_fingerprint, synthesize
 from workflows.train import train, train_fingerprint
@@ -71,7 +72,7 @@ def _run_round(corpus: str, loaded: Corpus, name: str, settings: BuildSettings, 
     """The round after `rounds`, or None where all that it made had been there before."""
     weights = rounds[-1].weights if rounds else None
     earlier = tuple(str(one.dataset_dir) for one in rounds)
-    held_out = str(rounds[0].train_dir / "held_out.json") if rounds else None
+    held_out = str(rounds[0].train_dir / HELD_OUT) if rounds else None
     of_dataset = dataset_fingerprint(loaded, settings, weights, earlier)
     dataset_dir = work / f"synthesize-{of_dataset}"
     train_dir = work / f"train-{train_fingerprint(of_dataset, settings, earlier, held_out)}"
@@ -96,18 +97,18 @@ def _measure(dataset_dir: Path, train_dir: Path, settings: BuildSettings) -> dic
     from cartridges.selfstudy.storage import load_conversations
 
     base, loaded = load_base_model(settings.model), artifact.load(train_dir / "cartridge")
-    nll = held_out_nll(base, loaded, _questions(train_dir / "held_out.json"))
+    nll = held_out_nll(base, loaded, _questions(train_dir / HELD_OUT))
     student = Student(base.model, loaded.cartridge.to(base.device))
     kl = remaining_kl(student, load_conversations(dataset_dir / "shards"), settings.train, settings.seed, base.device)
     return {"held_out_nll": nll, "kl": kl, "weights": chunk_weights(kl, settings.curriculum.sharpness)}
 
 
 def _questions(file: Path) -> tuple[Question, ...]:
-    rows = read_manifest(file)["questions"]
-    if not rows:
+    questions = read_held_out(file)
+    if not questions:
         raise UserError("the curriculum has nothing to judge its rounds by: no self-study question with a short "
                         "answer could be held out; plan more conversations or add the family anchored")
-    return tuple(Question(row["question_id"], row["question"], tuple(row["answers"])) for row in rows)
+    return tuple(questions)
 
 
 def held_out_nll(base, loaded, questions: Sequence[Question]) -> float:

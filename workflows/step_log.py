@@ -23,9 +23,11 @@ class StepLog:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
 
-    def write(self, metrics) -> None:
+    def write(self, metrics, held_out: dict[str, float]) -> None:
+        """`held_out`: figures of the held-out questions after this step, where they were asked."""
+        row = asdict(metrics) | ({"held_out": held_out} if held_out else {})
         with self.path.open("a") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -52,7 +54,9 @@ class Following:
             self.run.log(_figures(row), step=row["step"])
         if rows[self.seen:]:
             last = rows[-1]
-            self.progress(last["step"] + 1, last["steps"], f"loss {last['loss']:.3f}, KL {last['kl']:.3f}")
+            told = next((f", held-out accuracy {row['held_out']['contains']:.2f}" for row in reversed(rows)
+                         if "held_out" in row), "")
+            self.progress(last["step"] + 1, last["steps"], f"loss {last['loss']:.3f}, KL {last['kl']:.3f}{told}")
         # A resumed run's log is cut back to its checkpoint; steps seen before are not logged again.
         self.seen = max(self.seen, len(rows))
         self.clock.save()
@@ -68,6 +72,7 @@ class Following:
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:
     same = ("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "loss_tokens")
-    return {**{f"train/{name}": row[name] for name in same}, "train/step_seconds": row["seconds"],
+    held_out = {f"train/held_out_{name}": value for name, value in row.get("held_out", {}).items()}
+    return {**{f"train/{name}": row[name] for name in same}, **held_out, "train/step_seconds": row["seconds"],
             "train/tokens_per_s": row["tokens"] / row["seconds"],
             "train/eta_seconds": row["seconds"] * (row["steps"] - row["step"] - 1)}

@@ -52,6 +52,8 @@ METRICS: dict[str, str] = {
     "train/step_seconds": "wall-clock of one optimiser step",
     "train/loss_tokens": "loss tokens of the step, over all workers",
     "train/eta_seconds": "estimated seconds to the last step",
+    "train/held_out_contains": "share of the held-out self-study questions answered (train.evaluate_every)",
+    "train/held_out_nll_per_token": "NLL of the held-out questions' answers, nats a token",
     "train/seconds": "wall-clock of the stage",
     "evaluate/seconds": "wall-clock of the stage",
     "evaluate/compression_ratio": "corpus tokens / p",

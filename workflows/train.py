@@ -105,6 +105,9 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     if wanted.packs_per_step % wanted.num_workers:
         raise UserError(f"train.packs_per_step={wanted.packs_per_step} is not a multiple of "
                         f"train.num_workers={wanted.num_workers}; workers share a step's packs evenly")
+    if wanted.evaluate_every and not wanted.held_out:
+        raise UserError("train.evaluate_every asks held-out questions during training; set train.held_out, to 64 "
+                        "for example")
     if wanted.zero_stage == 3:
         raise UserError("train.zero_stage=3 (a base model partitioned over workers) is not supported yet; "
                         "use 0, 1 or 2")

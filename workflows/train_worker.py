@@ -1,19 +1,21 @@
 """What a training worker runs under Ray Train, and what it leaves for the driver.
 
 Into the run's output directory: checkpoints through Ray Train, and by the first worker `metrics.jsonl`,
-`held_out.json`, the artifact `cartridge/` and `trained.json`.
+`held_out.json`, `best.safetensors` where it was asked for, the artifact `cartridge/` and `trained.json`.
 """
 
 import json
 import tempfile
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
-from workflows.stage import read_manifest, write_manifest
+from workflows.checkups import Checkups
+from workflows.held_out import HELD_OUT, read_held_out, write_held_out
+from workflows.stage import write_manifest
 from workflows.step_log import STEPS, StepLog
 
 
@@ -30,19 +32,31 @@ def train_worker(config: dict[str, Any]) -> None:
     settings, output = BuildSettings.model_validate(config["settings"]), Path(config["output"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    base, cartridge, conversations = _prepare(config, settings, rank)
+    base, cartridge, conversations, questions = _prepare(config, settings, rank)
     stepper = DeepSpeedStepper(Student(base.model, cartridge, settings.train.loss), settings.train)
     trainer = Trainer(stepper, conversations, settings.train, settings.seed, stepper.device, rank, world)
     _resume(trainer)
-    log = StepLog(output / STEPS, trainer.next_step).write if rank == 0 else lambda _: None
+    checkups = Checkups(base, cartridge, questions, settings.train, output)
     if settings.train.loss != "none":
-        trainer.run(log, lambda step: _checkpoint(trainer, step))
+        trainer.run(_reporter(output, trainer, checkups) if rank == 0 else lambda _: None,
+                    lambda step: _checkpoint(trainer, step))
     if rank == 0:
-        _save(config, settings, base, cartridge, trainer)
+        _save(config, settings, base, cartridge, trainer, checkups)
+
+
+def _reporter(output: Path, trainer, checkups: Checkups) -> Callable[[Any], None]:
+    """Writes a row a step; the other workers wait at the next step's gradients while this one looks."""
+    log = StepLog(output / STEPS, trainer.next_step)
+
+    def report(metrics) -> None:
+        done = metrics.step + 1
+        log.write(metrics, checkups.run(done) if checkups.due(done, metrics.steps) else {})
+
+    return report
 
 
 def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
-    """`(base, cartridge at its start, conversations)`; the first worker writes down what is held out."""
+    """`(base, cartridge at its start, conversations, held-out questions)`; the first worker writes these down."""
     from cartridges.distill.initialize import initialize
     from cartridges.models import load_base_model
     from cartridges.selfstudy.held_out import split, without
@@ -51,15 +65,14 @@ def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
     base = load_base_model(settings.model)
     made = [one for dataset in config["datasets"] for one in load_conversations(Path(dataset) / "shards")]
     if config["held_out"]:
-        questions = read_manifest(Path(config["held_out"]))["questions"]
-        conversations = without(made, [row["question"] for row in questions])
+        questions = read_held_out(Path(config["held_out"]))
+        conversations = without(made, [question.question for question in questions])
     else:
-        conversations, held_out = split(made, settings.train.held_out, settings.seed)
-        questions = [asdict(question) for question in held_out]
+        conversations, questions = split(made, settings.train.held_out, settings.seed)
     if rank == 0:
-        write_manifest(Path(config["output"]) / "held_out.json", {"questions": questions})
+        write_held_out(Path(config["output"]) / HELD_OUT, questions)
     corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
-    return base, initialize(base, corpus.text, settings.train, settings.seed), conversations
+    return base, initialize(base, corpus.text, settings.train, settings.seed), conversations, questions
 
 
 def _resume(trainer) -> None:
@@ -84,16 +97,19 @@ def _checkpoint(trainer, step: int) -> None:
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
 
-def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trainer) -> None:
+def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trainer, checkups: Checkups) -> None:
     from cartridges import artifact
     from cartridges.distill.packing import count_truncated, own_lengths
 
+    best = checkups.best()
+    if best:
+        checkups.restore()
     output, lengths = Path(config["output"]), own_lengths(trainer.conversations)
     artifact.save(
         output / "cartridge", cartridge, model=base.identity,
         corpus=artifact.CorpusRecord(**config["corpus_record"]), seed=settings.seed,
         settings={"synthesize": config["synthesize"], "train": settings.train.model_dump(mode="json")})
     write_manifest(output / "trained.json", {
-        "steps": trainer.order.steps, "conversations": len(trainer.conversations),
+        "steps": trainer.order.steps, "best": best, "conversations": len(trainer.conversations),
         "mean_tokens": mean(lengths) if lengths else 0.0,
         "truncated": count_truncated(trainer.conversations, settings.train.pack_tokens)})

@@ -23,6 +23,14 @@ def print_train(result: dict[str, Any], stream: TextIO) -> None:
     _print_notes(result["notes"], stream)
 
 
+def print_route(result: dict[str, Any], stream: TextIO) -> None:
+    """The share of questions that found their corpus, by corpus."""
+    print(f"{result['accuracy']:.0%} of the questions found their corpus among {result['corpora']} "
+          f"(by chance {result['chance']:.0%}); {result['passages']} passages indexed in {result['index_s']:.1f} s, "
+          f"{result['question_ms']:.2f} ms a question\n", file=stream)
+    print_table([["corpus", "found"], *([name, f"{share:.0%}"] for name, share in result["by_corpus"].items())], stream)
+
+
 def print_serve(result: dict[str, Any], stream: TextIO) -> None:
     """Ratios by context, measured and extrapolated."""
     budget = human_bytes(result["kv_budget_bytes"])

@@ -1,7 +1,7 @@
 """What clients may send: OpenAI's chat and completions requests, and our cartridge management."""
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -58,6 +58,8 @@ class Generation(Body, ABC):
     model: Name
     cartridges: list[Name] = Field([], max_length=MAX_CARTRIDGES)
     full_context: bool = False
+    fallback: Literal["retrieval", "full_context"] | None = None
+    fallback_entropy: float | None = Field(None, ge=0)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -76,6 +78,14 @@ class Generation(Body, ABC):
         if value:
             raise ValueError("not supported here; leave it out")
         return value
+
+    @model_validator(mode="after")
+    def _check_fallback(self) -> Self:
+        if self.fallback_entropy is not None and self.fallback is None:
+            raise ValueError("fallback_entropy goes with fallback: \"retrieval\" or \"full_context\"")
+        if self.fallback and self.full_context:
+            raise ValueError("full_context answers from the text already; leave fallback out")
+        return self
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -25,11 +25,10 @@ from workflows.serving.formats import Answer
 from workflows.serving.limits import BodyLimit
 from workflows.serving.page import add_page
 from workflows.serving.plans import Plan
-from workflows.serving.service import CartridgeService
+from workflows.serving.service import CartridgeService, Events
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Events = AsyncIterator[tuple[int, TokenEvent]]
 
 
 class ClientLeft(Exception):
@@ -176,7 +175,8 @@ async def _answer(service: CartridgeService, body: Generation, request: Request)
         note["asked"] = "+".join([body.model, *body.cartridges])[:200]
         plan = await _while_connected(request, service.plan(body, request.state.caller))
         label = plan.label
-        events = service.generate(plan)
+        plan, events = await _while_connected(request, service.start(plan, body, request.state.caller))
+        label = plan.label
         answer = Answer(body, plan, service.template.tokenizer, note)
         if body.stream:
             first = await _while_connected(request, events.__anext__())

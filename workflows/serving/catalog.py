@@ -22,6 +22,9 @@ PLUS = "+"
 SEVERAL = "(several)"
 """`model` of the metrics for requests with several cartridges: of combinations there are too many."""
 
+AUTO = "auto"
+"""As a request's model: the cartridge whose corpus the question is about."""
+
 BASE = "base"
 """A short name for the base model, beside its own."""
 

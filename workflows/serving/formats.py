@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from cartridges.engines.base import TokenEvent
 from workflows.serving.api import ChatRequest, CompletionRequest, Generation
+from workflows.serving.catalog import AUTO
 from workflows.serving.plans import Plan
 
 Json = dict[str, Any]
@@ -64,7 +65,7 @@ class ChatFormat:
         if self.topk is None:
             return None
         content = [self.tokens.describe(event.token_id, event.logprob) | {"top_logprobs": [
-            self.tokens.describe(*pair) for pair in zip(event.topk_ids, event.topk_logprobs, strict=True)]}
+            self.tokens.describe(*pair) for pair in _top(event, self.topk)]}
             for event in events]
         return {"content": content, "refusal": None}
 
@@ -98,11 +99,13 @@ class CompletionFormat:
             offset += len(event.text)
         return {"tokens": [self.tokens.text(event.token_id) for event in events],
                 "token_logprobs": [event.logprob for event in events], "text_offset": offsets,
-                "top_logprobs": [self._top(event) for event in events]}
+                "top_logprobs": [{self.tokens.text(token_id): logprob for token_id, logprob
+                                  in _top(event, self.topk)} for event in events]}
 
-    def _top(self, event: TokenEvent) -> Json:
-        pairs = zip(event.topk_ids, event.topk_logprobs, strict=True)
-        return {self.tokens.text(token_id): logprob for token_id, logprob in pairs}
+
+def _top(event: TokenEvent, topk: int) -> list[tuple[int, float]]:
+    """The pairs that were asked for; the service itself may have asked for more."""
+    return list(zip(event.topk_ids, event.topk_logprobs, strict=True))[:topk]
 
 
 class TokenTexts:
@@ -133,7 +136,7 @@ class Answer:
         self.plan, self.body = plan, body
         self.choices = [Choice() for _ in plan.calls]
         self._head = {"id": f"{self.format.id_prefix}{uuid.uuid4().hex}", "created": int(time.time()),
-                      "model": body.model,
+                      "model": plan.target.label if body.model == AUTO else body.model,
                       "system_fingerprint": plan.target.version}
 
         self._note = note

@@ -54,7 +54,7 @@ class CorpusTexts:
         return self._turns.get((versions, limit)) or self._make(versions, entries, limit)
 
     def _make(self, versions: tuple[str, ...], entries: Sequence[Entry], limit: int) -> Turn:
-        text = "\n\n".join(self._read(entry) for entry in entries)
+        text = "\n\n".join(self.read(entry) for entry in entries)
         kept = text_within(self.template, text[: MAX_CHARACTERS_PER_TOKEN * self.window], limit)
         turn = Turn(kept, len(self.template.system_ids(kept)), len(kept) < len(text))
         self._turns[versions, limit] = turn
@@ -62,7 +62,8 @@ class CorpusTexts:
             self._turns.popitem(last=False)
         return turn
 
-    def _read(self, entry: Entry) -> str:
+    def read(self, entry: Entry) -> str:
+        """The text that the registry keeps of `entry`'s corpus. ApiError where it cannot be had."""
         try:
             text = self.registry.corpus_text(entry)
         except UserError as error:

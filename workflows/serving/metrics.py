@@ -33,8 +33,8 @@ def _engine(type: Literal["counter", "gauge", "histogram"], help: str, *labels: 
     return Metric(type, help, labels, "engine")
 
 
-# `model` is the registry name without version, the name with `:full_context` where the corpus itself was in
-# the prompt, or the base model's name: bounded by the registry.
+# `model` is the registry name without version, the name with `:full_context` or `:retrieval` where the corpus
+# itself or passages of it were in the prompt, or the base model's name: bounded by the registry.
 MODEL = ("model",)
 
 TABLE: dict[str, Metric] = {
@@ -47,6 +47,8 @@ TABLE: dict[str, Metric] = {
     "cartridges_rejected_total": Metric(
         "counter", "Requests refused before the engine, by reason (queue_full, draining)", ("reason",)),
     "cartridges_disconnects_total": Metric("counter", "Requests whose client left before the end", MODEL),
+    "cartridges_fallbacks_total": Metric(
+        "counter", "Answers taken from the corpus' text because the cartridge was unsure", MODEL),
     "cartridges_prompt_tokens_total": Metric("counter", "Prompt tokens, the prefix included", MODEL),
     "cartridges_cached_tokens_total": Metric(
         "counter", "Prompt tokens taken from a cartridge instead of a prefill", MODEL),

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cartridges.config import ServeSettings
@@ -10,10 +10,12 @@ from cartridges.template import ChatTemplate
 from workflows.serving.access import Caller
 from workflows.serving.api import MAX_CHOICES, ChatRequest, CompletionRequest, Generation
 from workflows.serving.backend import EngineCall
-from workflows.serving.catalog import Catalog, Target
+from workflows.serving.catalog import AUTO, BASE, Catalog, Target
 from workflows.serving.errors import ApiError
 from workflows.serving.full_context import CorpusTexts
 from workflows.serving.prompts import chat_ids, raw_ids
+from workflows.serving.search import CorpusSearch
+from workflows.serving.uncertainty import TOPK
 
 VALUE_BYTES = 2
 """Bytes of a value in `kv_bytes`: as in bfloat16, whatever the engine computes in."""
@@ -23,10 +25,11 @@ VALUE_BYTES = 2
 class Context:
     """What stands before the prompt, in `num_tokens` KV slots.
 
-    `text` is the corpus of a full-context answer; `truncated`: only its beginning fitted the window.
+    `text` is the corpus of a full-context answer, or what was retrieved of it; `truncated`: only its
+    beginning fitted the window.
     """
 
-    kind: Literal["base", "cartridge", "composition", "full_context"]
+    kind: Literal["base", "cartridge", "composition", "full_context", "retrieval"]
     num_tokens: int
     text: str | None = None
     truncated: bool = False
@@ -34,6 +37,19 @@ class Context:
     @property
     def cached_tokens(self) -> int:
         return self.num_tokens if self.kind in ("cartridge", "composition") else 0
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """When the first `tokens` have more than `threshold` nats each, the answer comes from `way` instead.
+
+    `entropy` is what they had, once it is known.
+    """
+
+    way: Literal["retrieval", "full_context"]
+    threshold: float
+    tokens: int
+    entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,17 +66,24 @@ class Plan:
     prompt_tokens: int
     cached_tokens: int
     kv_bytes: int
+    doubt: Doubt | None = None
     arrived: float = field(default_factory=time.monotonic)
 
     @property
     def label(self) -> str:
-        """`model` of the metrics; full context apart, or its times would hide the cartridge's."""
-        return f"{self.target.label}:full_context" if self.context.kind == "full_context" else self.target.label
+        """`model` of the metrics; answers from text apart, or their times would hide the cartridge's."""
+        from_text = self.context.text is not None
+        return f"{self.target.label}:{self.context.kind}" if from_text else self.target.label
 
     def describe(self) -> dict[str, Any]:
         """`context` of a response: which of the ways to answer this was."""
         told = {"kind": self.context.kind, "tokens": self.context.num_tokens, "kv_bytes": self.kv_bytes}
-        return told | {"truncated": self.context.truncated} if self.context.kind == "full_context" else told
+        if self.context.kind == "full_context":
+            told["truncated"] = self.context.truncated
+        if self.doubt:
+            told |= {"fallback": self.context.kind == self.doubt.way, "entropy": self.doubt.entropy,
+                     "fallback_entropy": self.doubt.threshold}
+        return told
 
 
 class Planner:
@@ -70,21 +93,74 @@ class Planner:
         self.catalog, self.template, self.settings = catalog, template, settings
         self.window = catalog.identity.max_position_embeddings
         self.texts = CorpusTexts(catalog.registry, template, self.window)
+        self.search = CorpusSearch(self.texts.read, template)
         self._default_tokens = len(template.default_ids())
 
     def plan(self, body: Generation, caller: Caller) -> Plan:
-        target = self.catalog.resolve(body.model, body.cartridges, caller.may_use)
         prompts = self._prompts(body)
         if len(prompts) * body.n > MAX_CHOICES:
             raise ApiError(400, f"prompts times n must be at most {MAX_CHOICES}", param="n")
+        target = self._target(body, caller)
+        doubt = self._doubt(body, target, len(prompts) * body.n)
+        context = self._context(body, target, max(map(len, prompts)))
+        return self._planned(body, caller, target, context, prompts, doubt)
+
+    def fall_back(self, body: Generation, caller: Caller, plan: Plan) -> Plan | None:
+        """`plan`'s question to the same corpora, with their text in the prompt. None: nothing was found."""
+        assert plan.doubt
+        (ids,) = self._prompts(body)
+        if plan.doubt.way == "full_context":
+            context = self._text_context(body, plan.target, len(ids))
+        else:
+            text = self.search.passages(plan.target.entries, self._question(body), self.settings.retrieval_tokens)
+            if not text:
+                return None
+            context = Context("retrieval", len(self.template.system_ids(text)), text)
+        return replace(self._planned(body, caller, plan.target, context, [ids], plan.doubt), arrived=plan.arrived)
+
+    def _target(self, body: Generation, caller: Caller) -> Target:
+        if body.model != AUTO:
+            return self.catalog.resolve(body.model, body.cartridges, caller.may_use)
+        if body.cartridges:
+            raise ApiError(400, "auto picks one cartridge; leave cartridges out, or name them all",
+                           param="cartridges")
+        found = self.search.which(self.catalog.entries, caller.may_use, self._question(body))
+        return self.catalog.resolve(found.name if found else BASE, (), caller.may_use)
+
+    def _question(self, body: Generation) -> str:
+        """What to search for: the user's last message, or the prompt."""
+        if isinstance(body, ChatRequest):
+            return next((message.text for message in reversed(body.messages) if message.role == "user"), "")
+        assert isinstance(body, CompletionRequest)
+        (prompt, *others) = body.prompts
+        if others:
+            raise ApiError(400, "one prompt at a time with auto and fallback", param="prompt")
+        return prompt if isinstance(prompt, str) else self.template.tokenizer.decode(prompt)
+
+    def _doubt(self, body: Generation, target: Target, choices: int) -> Doubt | None:
+        if body.fallback is None:
+            return None
+        if choices != 1:
+            raise ApiError(400, "fallback: one prompt and n=1 at a time", param="fallback")
+        missing = [entry.name for entry in target.entries if entry.manifest.corpus_text is None]
+        if missing or not target.entries:
+            raise ApiError(400, f"fallback: there is no corpus text of {missing[0] if missing else 'the base model'}",
+                           "corpus_not_available", "fallback")
+        if not self.settings.full_context:
+            raise ApiError(400, "fallback: answers from the text are switched off here (serve.full_context)",
+                           "full_context_off", "fallback")
+        threshold = self.settings.fallback_entropy if body.fallback_entropy is None else body.fallback_entropy
+        return Doubt(body.fallback, threshold, self.settings.fallback_tokens)
+
+    def _planned(self, body: Generation, caller: Caller, target: Target, context: Context,
+                 prompts: list[tuple[int, ...]], doubt: Doubt | None) -> Plan:
         longest = max(map(len, prompts))
-        context = self._context(body, target, longest)
         calls = tuple(self._call(body, target, context, ids, choice, caller.tenant)
                       for ids in prompts for choice in range(body.n))
         identity = self.catalog.identity
         per_token = 2 * identity.num_layers * identity.num_key_value_heads * identity.head_dim * VALUE_BYTES
         return Plan(target, context, calls, sum(context.num_tokens + len(ids) for ids in prompts),
-                    context.cached_tokens * len(prompts), (context.num_tokens + longest) * per_token)
+                    context.cached_tokens * len(prompts), (context.num_tokens + longest) * per_token, doubt)
 
     def _prompts(self, body: Generation) -> list[tuple[int, ...]]:
         if isinstance(body, ChatRequest):
@@ -101,6 +177,9 @@ class Planner:
         if not target.entries:
             raise ApiError(400, "full_context: the base model has no corpus; name a cartridge as the model",
                            "corpus_not_available", "full_context")
+        return self._text_context(body, target, prompt_tokens)
+
+    def _text_context(self, body: Generation, target: Target, prompt_tokens: int) -> Context:
         answer = body.answer_tokens or min(self.settings.max_tokens_limit, self.window // 8)
         turn = self.texts.turn(target.entries, prompt_tokens + answer)
         return Context("full_context", turn.num_tokens, turn.text, turn.truncated)
@@ -122,7 +201,8 @@ class Planner:
         temperature = self.settings.default_temperature if body.temperature is None else body.temperature
         seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
         return EngineCall(target.ref, ids, self._max_tokens(body, context.num_tokens, len(ids)), temperature,
-                          body.top_p, seed + choice, body.stops, body.topk or 0, context.text, tenant)
+                          body.top_p, seed + choice, body.stops, max(body.topk or 0, TOPK if body.fallback else 0),
+                          context.text, tenant)
 
     def _max_tokens(self, body: Generation, prefix_tokens: int, prompt_tokens: int) -> int:
         room = self.window - prefix_tokens - prompt_tokens

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from cartridges.config import ReplicaSettings, ServeSettings
@@ -18,6 +19,10 @@ from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Metrics, exposition
 from workflows.serving.plans import Plan, Planner
 from workflows.serving.streams import merge
+from workflows.serving.uncertainty import mean_entropy
+
+Events = AsyncGenerator[tuple[int, TokenEvent], None]
+"""(choice, event) as they come."""
 
 
 class CartridgeService:
@@ -38,7 +43,32 @@ class CartridgeService:
         """Check `body` and render its prompts. In a thread: the registry and the tokenizer take time."""
         return await asyncio.to_thread(self.planner.plan, body, caller)
 
-    async def generate(self, plan: Plan) -> AsyncIterator[tuple[int, TokenEvent]]:
+    async def start(self, plan: Plan, body: Generation, caller: Caller = ANYONE) -> tuple[Plan, Events]:
+        """The plan that is followed, and its events as `generate` gives them.
+
+        It is `plan`, unless that asks for a fallback and the first tokens are too unsure: then these are
+        thrown away and the answer comes from the corpus' text. So nothing that was sent is taken back.
+        """
+        events = self.generate(plan)
+        if plan.doubt is None:
+            return plan, events
+        try:
+            first = await _take(events, plan.doubt.tokens)
+            entropy = mean_entropy([event for _, event in first])
+            plan = replace(plan, doubt=replace(plan.doubt, entropy=entropy))
+            other = None
+            if entropy > plan.doubt.threshold:
+                other = await asyncio.to_thread(self.planner.fall_back, body, caller, plan)
+        except BaseException:  # A client that leaves meanwhile, too: its slot is free at once.
+            await events.aclose()
+            raise
+        if other is None:
+            return plan, _resumed(first, events)
+        await events.aclose()
+        self.metrics.add("cartridges_fallbacks_total", model=plan.label)
+        return other, self.generate(other)
+
+    async def generate(self, plan: Plan) -> Events:
         """(choice, event) as they come. Close it to stop at once.
 
         ApiError 429 when too much is in flight, 503 while draining, 504 after the time limit.
@@ -140,6 +170,22 @@ class CartridgeService:
                 "corpus": manifest.corpus.model_dump(mode="json"), "loaded": residents.get(target.ref),
                 "full_context": manifest.corpus_text is not None and self.settings.full_context,
                 "composition": manifest.composition}
+
+
+async def _take(events: Events, count: int) -> list[tuple[int, TokenEvent]]:
+    """The first `count`, or all if there are fewer. `events` stays open."""
+    taken = []
+    while len(taken) < count and (item := await anext(events, None)) is not None:
+        taken.append(item)
+    return taken
+
+
+async def _resumed(first: list[tuple[int, TokenEvent]], events: Events) -> Events:
+    async with aclosing(events):
+        for item in first:
+            yield item
+        async for item in events:
+            yield item
 
 
 class Watch:
