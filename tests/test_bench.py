@@ -209,11 +209,13 @@ def test_route_on_the_command_line(tiny_model_dir, tmp_path, capfd):
         row("rows/1", "The orchard has pears.", "Who planted pears?"),
         row("rows/2", "And plums.", "Which plums?", "Which barges are nearest?")]))
     found = run_json(capfd, "bench", "route", f"{file}::harbour", f"{file}::rows/*", "--model", str(tiny_model_dir))
-    assert (found["corpora"], found["questions"]) == (2, 5)
+    assert (found["corpora"], found["questions"], found["accuracy"]) == (2, 5, pytest.approx(4 / 5))
     assert found["by_corpus"] == {"harbour": 1.0, "rows/*": pytest.approx(2 / 3)}
     assert run_json(capfd, "bench", "route", str(file), "--model", str(tiny_model_dir))["corpora"] == 3
     assert main(["bench", "route", f"{file}::harbour", "--model", str(tiny_model_dir)]) == 2
     assert "at least two corpora" in capfd.readouterr().err
+    assert main(["bench", "route", str(file), f"{file}::harbour", "--model", str(tiny_model_dir)]) == 2
+    assert "given twice" in capfd.readouterr().err
 
 
 def run_json(capfd, *words):

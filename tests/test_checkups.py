@@ -1,5 +1,7 @@
 """Generation on held-out questions during training: the cartridge that answers most of them is kept."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from cartridges.config import TrainSettings
 from cartridges.distill.initialize import initialize
 from cartridges.records import Question
 from workflows.checkups import Checkups
+from workflows.held_out import choosing, reporting
 
 TEXT = "The harbour master of Quell is Ida Brand. The toll is 41 crowns a ship, and the orchard has 730 trees."
 QUESTIONS = (Question("a", "Who is the harbour master?", ("Ida Brand",)), Question("b", "What is the toll?", ("41",)))
@@ -23,21 +26,41 @@ def shifted(cartridge, by: float) -> None:
         cartridge.trainable_values += by
 
 
-def test_the_best_is_kept_and_restored_by_a_run_that_was_killed(tiny_base_model, cartridge, tmp_path):
-    checkups = Checkups(tiny_base_model, cartridge, QUESTIONS, SETTINGS, tmp_path)
-    assert checkups.best() is None
+@pytest.mark.parametrize("best", [3, 6, 9])
+def test_the_best_is_kept_and_restored_by_a_run_that_was_killed(tiny_base_model, cartridge, tmp_path, monkeypatch,
+                                                                best):
+    """The most accurate; of equals, the one whose answers are likelier."""
+    told = {3: (0.5, 4.0), 6: (0.5, 5.0), 9: (0.25, 1.0)}
+    if best != 3:
+        told[best] = (told[best][0] + 0.5, 9.0)
+
+    def answer(engine, items, prefix, *_):
+        contains, nll = told[int(prefix.digest.removeprefix("step "))]
+        return [SimpleNamespace(values={"contains": contains, "nll_per_token": nll})]
+
+    monkeypatch.setattr("workflows.checkups.ask", answer)
+    assert Checkups(tiny_base_model, cartridge, QUESTIONS, SETTINGS, tmp_path).best() is None
     start = cartridge.trainable_values.detach().clone()
-    found = {3: checkups.run(3)}
-    for step, by in ((6, 5.0), (9, -11.0)):
-        shifted(cartridge, by)
-        found[step] = Checkups(tiny_base_model, cartridge, QUESTIONS, SETTINGS, tmp_path).run(step)
-    assert len({one["nll_per_token"] for one in found.values()}) == 3
-    right = max(found, key=lambda step: (found[step]["contains"], -found[step]["nll_per_token"]))
-    assert checkups.best() == {"step": right, **found[right]}
+    for step in told:
+        shifted(cartridge, float(step))
+        Checkups(tiny_base_model, cartridge, QUESTIONS, SETTINGS, tmp_path).run(step)
+    checkups = Checkups(tiny_base_model, cartridge, QUESTIONS, SETTINGS, tmp_path)
+    assert checkups.best() == {"step": best, "contains": told[best][0], "nll_per_token": told[best][1]}
     checkups.restore()
-    expected = {3: start, 6: start + 5.0, 9: start - 6.0}[right]
-    torch.testing.assert_close(cartridge.trainable_values.detach(), expected)
-    assert checkups.run(12) == pytest.approx(found[right])
+    torch.testing.assert_close(cartridge.trainable_values.detach(), start + {3: 3, 6: 9, 9: 18}[best])
+
+
+def test_what_is_asked_is_what_the_cartridge_answers_now(tiny_base_model, cartridge, tmp_path):
+    """And of half of the questions: a report card asks the others."""
+    checkups = Checkups(tiny_base_model, cartridge, QUESTIONS, SETTINGS, tmp_path)
+    assert [item.question for item in checkups.items] == list(choosing(QUESTIONS)) == [QUESTIONS[0]]
+    assert list(reporting(QUESTIONS)) == [QUESTIONS[1]]
+    before = checkups.run(3)
+    shifted(cartridge, 5.0)
+    after = checkups.run(6)
+    assert before != after
+    shifted(cartridge, -5.0)
+    assert checkups.run(9) == pytest.approx(before, abs=1e-4)
 
 
 def test_it_looks_every_so_many_steps_and_after_the_last(tiny_base_model, cartridge, tmp_path):

@@ -1,14 +1,20 @@
 """`model: "auto"` and `fallback`: answers from the right corpus, and from its text when the cartridge is unsure."""
 
 import math
+from types import SimpleNamespace
 
 import openai
 import pytest
 
+from cartridges.corpus_text import TEXT
 from cartridges.engines.base import Request, TextPrefix
 from cartridges.registry import Registry
-from tests.serve_support import TEXTS, listening, make_service, publish, value_of
+from tests.serve_support import TEXTS, listening, load_stock, make_service, publish, value_of
+from workflows.serving.catalog import Catalog
+from workflows.serving.errors import ApiError
+from workflows.serving.keys import add_key
 from workflows.serving.passages import PassageIndex
+from workflows.serving.search import CorpusSearch
 from workflows.serving.uncertainty import entropy
 
 PAGES = {"harbour": "\n\n".join([TEXTS["harbour"], *(f"Quay {n} takes {n * 7} barges." for n in range(60))]),
@@ -64,14 +70,62 @@ def test_auto_looks_at_the_last_question_and_takes_the_base_model_for_what_is_in
     assert client.completions.create(model="auto", prompt="The pear trees", max_tokens=2).model == "orchard"
 
 
-def test_auto_never_names_a_corpus_that_the_caller_may_not_use(base, engine, registry):
-    with listening(make_service(base, registry, engine, cartridges=("orchard", "private"))) as url:
+def test_auto_never_names_a_corpus_that_the_key_may_not_use(base, engine, registry, tmp_path):
+    keys = {corpora: add_key(tmp_path / "keys.yaml", "acme", corpora, 0, False)[1]
+            for corpora in (("orchard",), ("private",), ("*",))}
+    with listening(make_service(base, registry, engine, keys_file=str(tmp_path / "keys.yaml"))) as url:
+        def asked(*corpora: str) -> str:
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=keys[corpora], max_retries=0) as client:
+                return ask(client, "auto", "The harbour master and his trees?").model
+
+        assert (asked("*"), asked("orchard")) == ("harbour", "orchard")
+        with pytest.raises(openai.BadRequestError, match="published with its corpus text"):
+            asked("private")
+
+
+def test_what_is_in_other_corpora_does_not_show(registry, base, engine):
+    """Which of two allowed corpora is found does not change with what a hidden third one says."""
+    def found(hidden: str) -> str:
+        texts = {"ships": "merger papers", "trees": "ledger papers", "hidden": hidden}
+        entries = [SimpleNamespace(name=name, version=hidden[:6]) for name in texts]
+        search = CorpusSearch(lambda entry: texts[entry.name], lambda: entries, base.template)
+        return search.which(lambda name: name != "hidden", "ledger or merger?").name
+
+    assert found("nothing") == found("merger " * 50) == found("ledger " * 50)
+
+
+def test_a_cartridge_of_another_model_is_not_found(base, engine, tiny_qwen3_dir, tmp_path):
+    registry = Registry(tmp_path / "registry")
+    publish(load_stock(tiny_qwen3_dir), registry, "a-harbour", TEXTS["harbour"], tmp_path, kept=PAGES["harbour"])
+    publish(base, registry, "harbour", TEXTS["harbour"], tmp_path, kept=PAGES["harbour"])
+    with listening(make_service(base, registry, engine)) as url:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            assert ask(client, "auto", "The harbour master and his trees?").model == "orchard"
-    with listening(make_service(base, registry, engine, cartridges=("private",))) as url:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            with pytest.raises(openai.BadRequestError, match="published with its corpus text"):
-                ask(client, "auto", "What is the toll?")
+            assert ask(client, "auto", "Who is the harbour master?").model == "harbour"
+
+
+def test_a_text_that_could_not_be_read_is_found_later(base, registry, monkeypatch):
+    monkeypatch.setattr("workflows.serving.search.FRESH_S", 0.0)
+    entries, down = Catalog(registry, base.identity).searchable(), ["harbour"]
+
+    def read(entry):
+        if entry.name in down:
+            raise ApiError(503, "unreachable")
+        return PAGES[entry.name]
+
+    def listed():
+        if "list" in down:
+            raise OSError("unreachable")
+        return entries
+
+    search, question = CorpusSearch(read, listed, base.template), "Who is the harbour master?"
+    assert search.which(lambda name: True, question) is None
+    down.clear()
+    assert search.which(lambda name: True, question).name == "harbour"
+    down.append("list")  # What was known goes on being found.
+    assert search.which(lambda name: True, question).name == "harbour"
+    with pytest.raises(ApiError) as refused:
+        CorpusSearch(read, listed, base.template).which(lambda name: True, question)
+    assert refused.value.status == 503
 
 
 def test_a_sure_answer_stays_the_cartridges(client):
@@ -125,6 +179,55 @@ def test_a_stream_holds_back_until_it_is_known_who_answers(client, threshold):
     assert chunks[0].context == whole.context
 
 
+def test_auto_and_fallback_go_together(client):
+    answer = ask(client, "auto", "How many pear trees?", fallback="retrieval", fallback_entropy=0)
+    assert answer.model == "orchard" and answer.context["kind"] == "retrieval"
+    assert ask(client, "auto", "Zyzzyva?", fallback="retrieval").context["kind"] == "base"
+
+
+def test_a_full_service_does_not_refuse_what_it_has_accepted(base, engine, registry):
+    """A request that falls back keeps its slot meanwhile, also when its first answer has ended."""
+    service = make_service(base, registry, engine, retrieval_tokens=192)
+    fall_back, seen = service.planner.fall_back, []
+    service.planner.fall_back = lambda *arguments: (seen.append(service.in_flight), fall_back(*arguments))[1]
+    with listening(service) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        answer = ask(client, "harbour", "Who is the harbour master?", max_tokens=4, fallback="retrieval",
+                     fallback_entropy=0)
+        assert answer.context["kind"] == "retrieval"
+    assert seen == [1] and service.in_flight == 0
+    for name in ("in_flight", "queued"):
+        for model in ("harbour", "harbour:retrieval"):
+            assert value_of(service.metrics, f"cartridges_{name}", model=model) == 0
+    # The answer that was thrown away is in no latency.
+    assert value_of(service.metrics, "cartridges_request_seconds_count", model="harbour") == 0
+    assert value_of(service.metrics, "cartridges_request_seconds_count", model="harbour:retrieval") == 1
+
+
+def test_where_the_text_cannot_be_read_the_cartridge_answers(base, engine, tmp_path):
+    registry = Registry(tmp_path / "registry")
+    version = publish(base, registry, "harbour", TEXTS["harbour"], tmp_path, kept=PAGES["harbour"])
+    (tmp_path / "registry" / "harbour" / version / TEXT).write_text("damaged")
+    with listening(make_service(base, registry, engine)) as url:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            answer = ask(client, "harbour", "Who is the master?", fallback="retrieval", fallback_entropy=0)
+            assert answer.context["kind"] == "cartridge" and answer.context["fallback"] is False
+            assert text_of(answer) == text_of(ask(client, "harbour", "Who is the master?"))
+
+
+def test_the_kv_of_passages_is_not_kept(client, engine):
+    """Kept, it would tell by its speed what another has asked."""
+    ask(client, "harbour", "Who is the harbour master of Quell?", fallback="retrieval", fallback_entropy=0)
+    before = engine.prefixes.num_bytes
+    ask(client, "harbour", "What does quay 33 take, and quay 44?", fallback="retrieval", fallback_entropy=0)
+    assert engine.prefixes.num_bytes == before
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_it_is_searched_for(client, service, monkeypatch):
+    monkeypatch.setattr(service.planner, "search", None)
+    with pytest.raises(openai.BadRequestError, match="the prompt has"):
+        ask(client, "auto", "quay " * service.identity.max_position_embeddings)
+
+
 def test_where_nothing_is_found_the_cartridge_answers(client):
     answer = ask(client, "harbour", "Zyzzyva?", fallback="retrieval", fallback_entropy=0)
     assert answer.context["kind"] == "cartridge" and answer.context["fallback"] is False
@@ -161,4 +264,4 @@ def test_passages_are_ranked_by_shared_words_in_any_script():
     found = [(passage.owner, passage.index) for passage in index.best("What is the toll?", 5)]
     assert found == [(0, 0)]
     assert [(passage.owner, passage.index) for passage in index.best("税", 5)] == [(1, 0)]
-    assert index.best("toll", 5, owners={1, 2}) == [] == index.best("?", 5) == PassageIndex([]).best("toll", 5)
+    assert index.best("?", 5) == [] == PassageIndex([]).best("toll", 5)

@@ -20,7 +20,7 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus, load_questions
 from cartridges.errors import UserError
 from cartridges.records import Corpus, Question
-from workflows.held_out import HELD_OUT, read_held_out
+from workflows.held_out import HELD_OUT, read_held_out, reporting
 from workflows.stage import fingerprint, read_manifest, write_manifest
 
 HELD_OUT_QUESTIONS = 64
@@ -152,7 +152,7 @@ def _evaluate(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: 
     from workflows.tracking import track
 
     source = "user" if asked else "held_out_self_study"
-    asked = asked or _held_out_questions(cartridge.parent)
+    asked = asked or _held_out_questions(cartridge.parent, settings)
     expected = fingerprint([trained["fingerprint"], settings.evaluate.model_dump(mode="json"), source,
                             [[one.question_id, one.question, *one.answers, *one.options] for one in asked]])
     output = work / f"evaluate-{expected}"
@@ -192,9 +192,11 @@ def _report(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: Bu
             progress=bar.callback)
 
 
-def _held_out_questions(train_dir: Path) -> tuple[Question, ...]:
-    """What training kept back; it wrote them beside its manifest."""
+def _held_out_questions(train_dir: Path, settings: BuildSettings) -> tuple[Question, ...]:
+    """What training kept back and did not choose the cartridge by; it wrote them beside its manifest."""
     questions = read_held_out(train_dir / HELD_OUT)
+    if settings.train.evaluate_every:
+        questions = reporting(questions)
     if not questions:
         raise UserError("there are no questions: the corpus has none, and no self-study question was short "
                         "enough to be held out; give some with --questions")

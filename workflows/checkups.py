@@ -17,17 +17,21 @@ from cartridges.engines.base import CartridgePrefix
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.evaluation.asking import ask, plan_items
 from cartridges.records import Question
+from workflows.held_out import choosing
 
 BEST = "best.safetensors"
 MAX_ANSWER_TOKENS = 24
 
 
 class Checkups:
-    """Every `evaluate_every` steps and after the last. A resumed run goes on from the best that is there."""
+    """Every `evaluate_every` steps and after the last. A resumed run goes on from the best that is there.
+
+    Half of `questions` are asked; the others are left for a report card.
+    """
 
     def __init__(self, base, cartridge, questions: Sequence[Question], settings: TrainSettings, output: Path):
         self.base, self.cartridge, self.every = base, cartridge, settings.evaluate_every
-        self.items = plan_items(questions, base.template, 0)
+        self.items = plan_items(choosing(questions), base.template, 0)
         self.file = output / BEST
 
     def due(self, done: int, steps: int) -> bool:

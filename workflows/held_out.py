@@ -10,6 +10,16 @@ from workflows.stage import read_manifest, write_manifest
 HELD_OUT = "held_out.json"
 
 
+def choosing(questions: Sequence[Question]) -> Sequence[Question]:
+    """The half by which the best cartridge of a training is chosen."""
+    return questions[::2]
+
+
+def reporting(questions: Sequence[Question]) -> Sequence[Question]:
+    """The other half: a report on the questions that chose the cartridge would flatter it."""
+    return questions[1::2]
+
+
 def write_held_out(file: Path, questions: Sequence[Question]) -> None:
     write_manifest(file, {"questions": [asdict(question) for question in questions]})
 

@@ -105,7 +105,7 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     if wanted.packs_per_step % wanted.num_workers:
         raise UserError(f"train.packs_per_step={wanted.packs_per_step} is not a multiple of "
                         f"train.num_workers={wanted.num_workers}; workers share a step's packs evenly")
-    if wanted.evaluate_every and not wanted.held_out:
+    if wanted.evaluate_every and not wanted.held_out and settings.curriculum.rounds == 1:
         raise UserError("train.evaluate_every asks held-out questions during training; set train.held_out, to 64 "
                         "for example")
     if wanted.zero_stage == 3:

@@ -20,9 +20,14 @@ from cartridges.cartridge import Cartridge
 
 @dataclass(frozen=True)
 class TextPrefix:
-    """A system turn around `text`, rendered by `cartridges.template`."""
+    """A system turn around `text`, rendered by `cartridges.template`.
+
+    `shared`: many requests stand behind the same one, so that a service keeps its KV. One that was made for a
+    question must not be kept: it would tell others, by its speed, what was asked.
+    """
 
     text: str
+    shared: bool = True
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from cartridges.attention import NAME
-from cartridges.engines.base import CartridgePrefix, Prefix, Request, TokenEvent
+from cartridges.engines.base import CartridgePrefix, Prefix, Request, TextPrefix, TokenEvent
 from cartridges.engines.decoding import stop_token_ids
 from cartridges.engines.detokenize import TextStream
 from cartridges.engines.sampling import Draws, sample
@@ -50,7 +50,7 @@ class TransformersStreamingEngine:
     async def stream(self, request: Request, tenant: str = "") -> AsyncIterator[TokenEvent]:
         """Raises `UserError` when prefix, prompt and answer do not fit the model's window.
 
-        Prefixes are the only thing cached here, never conversations, so `tenant` parts nothing.
+        Shared prefixes are the only thing cached here, never conversations, so `tenant` parts nothing.
         """
         stream = _Stream(self._generate(request), asyncio.get_running_loop())
         with self._changed:
@@ -143,7 +143,8 @@ class TransformersStreamingEngine:
         found = self.prefixes.get(key)
         if found is None:
             found = yield from self._compute_prefix(request)
-            self.prefixes.put(key, found)
+            if not isinstance(request.prefix, TextPrefix) or request.prefix.shared:
+                self.prefixes.put(key, found)
         return found
 
     def _compute_prefix(self, request: Request) -> Generator[None, None, LayerKV]:

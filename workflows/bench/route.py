@@ -1,6 +1,7 @@
 """How often `model: "auto"` finds the corpus that a question belongs to."""
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,25 @@ def bench_route(sources: list[str], tokenizer, max_questions: int, seed: int = 0
     found = [_found(index, owner, corpus, max_questions, rng) for owner, corpus in enumerate(corpora)]
     took = time.perf_counter() - indexed
     shares = {corpus.corpus_id: float(np.mean(hits)) for corpus, hits in zip(corpora, found, strict=True)}
-    return {"corpora": len(corpora), "passages": len(index.passages), "questions": sum(map(len, found)),
-            "index_s": indexed - started, "question_ms": 1000 * took / sum(map(len, found)),
-            "accuracy": float(np.mean(list(shares.values()))), "chance": 1 / len(corpora), "by_corpus": shares}
+    total = sum(map(len, found))
+    return {"corpora": len(corpora), "passages": len(index.passages), "questions": total,
+            "index_s": indexed - started, "question_ms": 1000 * took / total,
+            "accuracy": sum(map(sum, found)) / total, "chance": 1 / len(corpora), "by_corpus": shares}
 
 
 def _load(source: str) -> list[Corpus]:
     path, _, corpus_id = source.partition("::")
     if corpus_id or Path(path).suffix.lower() not in JSONL_SUFFIXES:
         return [load_corpus(path, corpus_id or None)]
-    return [load_corpus(path, row) for row in corpus_ids(path)]
+    return [load_corpus(path, row) for row in dict.fromkeys(corpus_ids(path))]
 
 
 def _check(corpora: list[Corpus]) -> None:
     if len(corpora) < 2:
         raise UserError("bench route needs at least two corpora: a JSONL of several, or several files")
+    twice = [name for name, count in Counter(corpus.corpus_id for corpus in corpora).items() if count > 1]
+    if twice:
+        raise UserError(f"corpus {twice[0]} is given twice")
     for corpus in corpora:
         if not corpus.questions:
             raise UserError(f"corpus {corpus.corpus_id} has no questions; bench route asks each corpus' own")

@@ -22,8 +22,9 @@ from workflows.serving.residency import Residency
 class EngineCall:
     """One answer to generate. `ref` is `name@version`, several joined by `+`; None is the base model.
 
-    `text`: full context, the corpus in a system turn instead of a cartridge. `tenant`: whose request it
-    is; nothing that an engine caches of prompts is shared between tenants. The other fields are those
+    `text`: a system turn around it instead of a cartridge; `shared`: other requests have the same, as with
+    the whole corpus, so it is worth caching. `tenant`: whose request it is; nothing that an engine caches of
+    prompts is shared between tenants. The other fields are those
     of `cartridges.engines.base.Request`.
     """
 
@@ -36,6 +37,7 @@ class EngineCall:
     stop: tuple[str, ...] = ()
     topk: int = 0
     text: str | None = None
+    shared: bool = True
     tenant: str = ""
 
     def request(self, prefix: Prefix) -> Request:
@@ -88,7 +90,7 @@ class LocalBackend:
 
     async def _prefix(self, call: EngineCall, stack: AsyncExitStack) -> Prefix:
         if call.text is not None:
-            return TextPrefix(call.text)
+            return TextPrefix(call.text, call.shared)
         if call.ref is None:
             return None
         return await stack.enter_async_context(self.residency.use(call.ref))

@@ -105,6 +105,18 @@ class Catalog:
         return sorted((entry for entry in self._list() if self._is_offered(entry.name) and may_use(entry.name)),
                       key=lambda entry: entry.name)
 
+    def searchable(self) -> list[Entry]:
+        """The offered cartridges of this base model whose corpus text is kept. OSError: registry unreachable."""
+        return [entry for entry in self.registry.list() if self._is_offered(entry.name)
+                and entry.manifest.corpus_text is not None and self._is_compatible(entry)]
+
+    def _is_compatible(self, entry: Entry) -> bool:
+        try:
+            check_compatible(entry.manifest, self.identity)
+        except UserError:
+            return False
+        return True
+
     def _list(self) -> list[Entry]:
         try:
             return list(self.registry.list())

@@ -140,8 +140,8 @@ class Answer:
                       "system_fingerprint": plan.target.version}
 
         self._note = note
-        note |= {"kind": plan.context.kind, "version": plan.target.version, "prompt_tokens": plan.prompt_tokens,
-                 "cached_tokens": plan.cached_tokens, "completion_tokens": 0}
+        note |= {"kind": plan.context.kind, "answered": plan.target.ref, "version": plan.target.version,
+                 "prompt_tokens": plan.prompt_tokens, "cached_tokens": plan.cached_tokens, "completion_tokens": 0}
 
     def add(self, index: int, event: TokenEvent) -> None:
         self.choices[index].events.append(event)

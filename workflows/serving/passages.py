@@ -1,6 +1,6 @@
 """BM25 over passages of corpora: what a fallback reads, and which corpus a question is about."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import bm25s
@@ -26,6 +26,10 @@ class Passage:
     text: str
 
 
+MAX_WORDS = 256
+"""Distinct words of a question that are looked up; the rest of a long one adds time, not direction."""
+
+
 class PassageIndex:
     """The passages of several texts: `texts[owner]` is a sequence of passages.
 
@@ -35,21 +39,19 @@ class PassageIndex:
     def __init__(self, texts: Sequence[Sequence[str]]):
         self.passages = [Passage(owner, index, text) for owner, passages in enumerate(texts)
                          for index, text in enumerate(passages)]
-        self._owners = np.array([passage.owner for passage in self.passages], dtype=np.int64)
         words = _words([passage.text for passage in self.passages])
         # BM25 of nothing but empty passages has no vocabulary to build.
         self._bm25 = bm25s.BM25() if any(words) else None
         if self._bm25:
             self._bm25.index(words, show_progress=False)
 
-    def best(self, question: str, count: int, owners: Collection[int] | None = None) -> list[Passage]:
-        """At most `count` passages that share a word with `question`, best first, of `owners` if given."""
-        words = [word for word in _words([question])[0] if self._bm25 and word in self._bm25.vocab_dict]
+    def best(self, question: str, count: int) -> list[Passage]:
+        """At most `count` passages that share a word with `question`, best first."""
+        known = self._bm25.vocab_dict if self._bm25 else {}
+        words = [word for word in dict.fromkeys(_words([question])[0]) if word in known][:MAX_WORDS]
         if not words:
             return []
         scores = self._bm25.get_scores(words)
-        if owners is not None:
-            scores = np.where(np.isin(self._owners, list(owners)), scores, 0.0)
         order = np.argsort(-scores, kind="stable")[:count]
         return [self.passages[at] for at in order if scores[at] > 0]
 

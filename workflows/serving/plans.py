@@ -93,16 +93,20 @@ class Planner:
         self.catalog, self.template, self.settings = catalog, template, settings
         self.window = catalog.identity.max_position_embeddings
         self.texts = CorpusTexts(catalog.registry, template, self.window)
-        self.search = CorpusSearch(self.texts.read, template)
+        self.search = CorpusSearch(self.texts.read, catalog.searchable, template)
         self._default_tokens = len(template.default_ids())
 
     def plan(self, body: Generation, caller: Caller) -> Plan:
         prompts = self._prompts(body)
         if len(prompts) * body.n > MAX_CHOICES:
             raise ApiError(400, f"prompts times n must be at most {MAX_CHOICES}", param="n")
+        longest = max(map(len, prompts))
+        if longest >= self.window:  # Before anything is searched for it.
+            raise ApiError(400, f"the model's window is {self.window} tokens, and the prompt has {longest}",
+                           "context_length_exceeded")
         target = self._target(body, caller)
         doubt = self._doubt(body, target, len(prompts) * body.n)
-        context = self._context(body, target, max(map(len, prompts)))
+        context = self._context(body, target, longest)
         return self._planned(body, caller, target, context, prompts, doubt)
 
     def fall_back(self, body: Generation, caller: Caller, plan: Plan) -> Plan | None:
@@ -124,7 +128,7 @@ class Planner:
         if body.cartridges:
             raise ApiError(400, "auto picks one cartridge; leave cartridges out, or name them all",
                            param="cartridges")
-        found = self.search.which(self.catalog.entries, caller.may_use, self._question(body))
+        found = self.search.which(caller.may_use, self._question(body))
         return self.catalog.resolve(found.name if found else BASE, (), caller.may_use)
 
     def _question(self, body: Generation) -> str:
@@ -138,7 +142,7 @@ class Planner:
         return prompt if isinstance(prompt, str) else self.template.tokenizer.decode(prompt)
 
     def _doubt(self, body: Generation, target: Target, choices: int) -> Doubt | None:
-        if body.fallback is None:
+        if body.fallback is None or (body.model == AUTO and not target.entries):
             return None
         if choices != 1:
             raise ApiError(400, "fallback: one prompt and n=1 at a time", param="fallback")
@@ -202,7 +206,7 @@ class Planner:
         seed = secrets.randbits(62) if body.seed is None else body.seed % 2**62
         return EngineCall(target.ref, ids, self._max_tokens(body, context.num_tokens, len(ids)), temperature,
                           body.top_p, seed + choice, body.stops, max(body.topk or 0, TOPK if body.fallback else 0),
-                          context.text, tenant)
+                          context.text, context.kind != "retrieval", tenant)
 
     def _max_tokens(self, body: Generation, prefix_tokens: int, prompt_tokens: int) -> int:
         room = self.window - prefix_tokens - prompt_tokens

@@ -1,5 +1,6 @@
 """Searching the corpora of a registry: passages for a question, or the cartridge that it is about."""
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -10,25 +11,35 @@ from cartridges.template import ChatTemplate
 from workflows.serving.errors import ApiError
 from workflows.serving.passages import Passage, PassageIndex, cut
 
-KEPT = 64
-"""Corpora (or combinations of them) whose own index is kept in memory, the oldest out first."""
+log = logging.getLogger(__name__)
+
+KEPT_PASSAGES = 500_000
+"""Passages in the indices that are kept in memory; the least recently used go first."""
+
+KEPT_TEXTS = 4096
+"""Corpora whose passages are kept, so that a new one does not mean reading all of them again."""
 
 FRESH_S = 10.0
-"""Seconds for which the index over all corpora is used without looking for new ones."""
+"""Seconds for which it is not looked again which corpora there are, or for one that could not be read."""
+
+Versions = tuple[str, ...]
 
 
 class CorpusSearch:
-    """BM25 over the texts that the registry keeps. `read(entry)` gives one; ApiError where there is none.
+    """BM25 over the texts that the registry keeps. Blocking; used from several threads.
 
-    Blocking; used from several threads.
+    `read(entry)` gives a text, ApiError where it cannot be had. `list_entries()` gives those with a text;
+    OSError where the registry cannot be reached.
     """
 
-    def __init__(self, read: Callable[[Entry], str], template: ChatTemplate):
-        self._read, self._template = read, template
-        self._own: OrderedDict[tuple[str, ...], PassageIndex] = OrderedDict()
-        self._parts: dict[str, list[str]] = {}
-        self._all: tuple[float, tuple[Entry, ...], PassageIndex] | None = None
+    def __init__(self, read: Callable[[Entry], str], list_entries: Callable[[], Sequence[Entry]],
+                 template: ChatTemplate):
+        self._read, self._list, self._template = read, list_entries, template
+        self._texts: OrderedDict[str, list[str]] = OrderedDict()
+        self._indices: OrderedDict[Versions, tuple[PassageIndex, float]] = OrderedDict()
+        self._listing: tuple[tuple[Entry, ...], float] | None = None
         self._lock = threading.Lock()
+        self._building: dict[Versions, threading.Lock] = {}
 
     def passages(self, entries: Sequence[Entry], question: str, max_tokens: int) -> str:
         """The best passages of these corpora for `question`, as a text whose system turn has at most
@@ -36,7 +47,7 @@ class CorpusSearch:
 
         The best that still fits is taken each time: a long one does not shut out a short one behind it.
         """
-        index = self._index_of(entries)
+        index = self._index_of(entries, skip_unreadable=False)
         chosen: list[Passage] = []
         for passage in index.best(question, max(1, max_tokens // 8)):
             longer = sorted([*chosen, passage], key=lambda one: (one.owner, one.index))
@@ -44,55 +55,77 @@ class CorpusSearch:
                 chosen = longer
         return _joined(chosen)
 
-    def which(self, list_entries: Callable[[], Sequence[Entry]], allowed: Callable[[str], bool],
-              question: str) -> Entry | None:
+    def which(self, allowed: Callable[[str], bool], question: str) -> Entry | None:
         """The entry with the best passage for `question` among those that are `allowed` by name.
 
-        None where no text shares a word with it. ApiError 400 where no corpus text is kept.
+        None where no text shares a word with it. How rare a word is, is counted over the allowed corpora
+        only: what is in the others must not show. ApiError 400 where none keeps its text.
         """
-        entries, index = self._everything(list_entries)
-        open_ones = {place for place, entry in enumerate(entries) if allowed(entry.name)}
-        if not open_ones:
+        entries = [entry for entry in self._entries() if allowed(entry.name)]
+        if not entries:
             raise ApiError(400, "auto: no cartridge here was published with its corpus text; name one as the model",
                            "corpus_not_available", "model")
-        best = index.best(question, 1, open_ones)
+        best = self._index_of(entries, skip_unreadable=True).best(question, 1)
         return entries[best[0].owner] if best else None
 
-    def _index_of(self, entries: Sequence[Entry]) -> PassageIndex:
-        key = tuple(map(_version, entries))
-        with self._lock:
-            if key not in self._own:
-                self._own[key] = PassageIndex([self._passages(entry) for entry in entries])
-            self._own.move_to_end(key)
-            while len(self._own) > KEPT:
-                self._own.popitem(last=False)
-            return self._own[key]
-
-    def _everything(self, list_entries: Callable[[], Sequence[Entry]]) -> tuple[tuple[Entry, ...], PassageIndex]:
-        with self._lock:
-            if self._all and time.monotonic() - self._all[0] < FRESH_S:
-                return self._all[1:]
-            entries = tuple(entry for entry in list_entries() if entry.manifest.corpus_text is not None)
-            same = self._all and list(map(_version, self._all[1])) == list(map(_version, entries))
-            index = self._all[2] if self._all and same else self._build(entries)
-            self._all = (time.monotonic(), entries, index)
-            return entries, index
-
-    def _build(self, entries: Sequence[Entry]) -> PassageIndex:
-        # What was cut before is not cut again; what is no longer on offer is forgotten.
-        self._parts = {_version(entry): self._parts.get(_version(entry)) or self._readable(entry)
-                       for entry in entries}
-        return PassageIndex(list(self._parts.values()))
-
-    def _readable(self, entry: Entry) -> list[str]:
-        """One damaged or unreachable text must not keep questions from all other corpora."""
+    def _entries(self) -> tuple[Entry, ...]:
+        """While the registry cannot be reached, those that were there."""
+        if self._listing and time.monotonic() < self._listing[1]:
+            return self._listing[0]
         try:
-            return self._passages(entry)
-        except ApiError:
-            return []
+            self._listing = tuple(self._list()), time.monotonic() + FRESH_S
+        except OSError as error:
+            if self._listing is None:
+                raise ApiError(503, f"the registry cannot be reached ({type(error).__name__}); try again",
+                               "registry_unreachable", retry_after=5) from error
+        return self._listing[0]
 
-    def _passages(self, entry: Entry) -> list[str]:
-        return cut(self._read(entry), self._template.tokenizer)
+    def _index_of(self, entries: Sequence[Entry], skip_unreadable: bool) -> PassageIndex:
+        versions = tuple(map(_version, entries))
+        with self._lock:
+            building = self._building.setdefault(versions, threading.Lock())
+        with building:  # Whoever wants the same index waits; others do not.
+            found = self._indices.get(versions)
+            if found is None or time.monotonic() >= found[1]:
+                found = self._build(entries, skip_unreadable)
+            with self._lock:
+                self._indices[versions] = found
+                self._indices.move_to_end(versions)
+                self._evict()
+                self._building.pop(versions, None)
+        return found[0]
+
+    def _evict(self) -> None:
+        total = sum(len(index.passages) for index, _ in self._indices.values())
+        while len(self._indices) > 1 and total > KEPT_PASSAGES:
+            _, (index, _) = self._indices.popitem(last=False)
+            total -= len(index.passages)
+
+    def _build(self, entries: Sequence[Entry], skip_unreadable: bool) -> tuple[PassageIndex, float]:
+        """The index, and until when it holds: one that lacks a text is soon made again."""
+        texts, until = [], float("inf")
+        for entry in entries:
+            try:
+                texts.append(self._text(entry))
+            except ApiError as error:
+                if not skip_unreadable:
+                    raise
+                log.warning("auto cannot find %s: %s", _version(entry), error)
+                texts.append([])
+                until = time.monotonic() + FRESH_S
+        return PassageIndex(texts), until
+
+    def _text(self, entry: Entry) -> list[str]:
+        version = _version(entry)
+        found = self._texts.get(version)
+        if found is None:
+            found = cut(self._read(entry), self._template.tokenizer)
+        with self._lock:
+            self._texts[version] = found
+            self._texts.move_to_end(version)
+            while len(self._texts) > KEPT_TEXTS:
+                self._texts.popitem(last=False)
+        return found
 
 
 def _joined(passages: Sequence[Passage]) -> str:

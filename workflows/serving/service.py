@@ -1,11 +1,13 @@
 """The service without HTTP: which cartridge, which tokens, whether there is room, what was measured."""
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cartridges.config import ReplicaSettings, ServeSettings
 from cartridges.engines.base import TokenEvent
@@ -14,13 +16,15 @@ from cartridges.template import ChatTemplate
 from workflows.serving.access import ANYONE, Caller
 from workflows.serving.api import Generation
 from workflows.serving.backend import Backend
-from workflows.serving.catalog import Catalog, Target
+from workflows.serving.catalog import AUTO, Catalog, Target
 from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Metrics, exposition
 from workflows.serving.plans import Plan, Planner
 from workflows.serving.streams import merge
 from workflows.serving.uncertainty import mean_entropy
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 Events = AsyncGenerator[tuple[int, TokenEvent], None]
 """(choice, event) as they come."""
 
@@ -34,6 +38,7 @@ class CartridgeService:
         self.in_flight = 0
         self.draining = False
         self.planner = Planner(catalog, template, settings)
+        self._search_threads = ThreadPoolExecutor(2, "search")
 
     @property
     def identity(self) -> ModelIdentity:
@@ -41,54 +46,84 @@ class CartridgeService:
 
     async def plan(self, body: Generation, caller: Caller = ANYONE) -> Plan:
         """Check `body` and render its prompts. In a thread: the registry and the tokenizer take time."""
+        if body.model == AUTO:
+            return await self._in_search(self.planner.plan, body, caller)
         return await asyncio.to_thread(self.planner.plan, body, caller)
+
+    async def _in_search(self, work: Callable[..., T], *arguments: Any) -> T:
+        """In threads of its own: the first search reads every corpus, and other requests must not wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._search_threads, work, *arguments)
 
     async def start(self, plan: Plan, body: Generation, caller: Caller = ANYONE) -> tuple[Plan, Events]:
         """The plan that is followed, and its events as `generate` gives them.
 
         It is `plan`, unless that asks for a fallback and the first tokens are too unsure: then these are
         thrown away and the answer comes from the corpus' text. So nothing that was sent is taken back.
+        Where the text cannot be had, the cartridge's answer stands.
         """
-        events = self.generate(plan)
         if plan.doubt is None:
-            return plan, events
-        try:
-            first = await _take(events, plan.doubt.tokens)
-            entropy = mean_entropy([event for _, event in first])
-            plan = replace(plan, doubt=replace(plan.doubt, entropy=entropy))
-            other = None
-            if entropy > plan.doubt.threshold:
-                other = await asyncio.to_thread(self.planner.fall_back, body, caller, plan)
-        except BaseException:  # A client that leaves meanwhile, too: its slot is free at once.
-            await events.aclose()
-            raise
-        if other is None:
-            return plan, _resumed(first, events)
-        await events.aclose()
-        self.metrics.add("cartridges_fallbacks_total", model=plan.label)
-        return other, self.generate(other)
+            return plan, self.generate(plan)
+        events = self._doubted(plan, body, caller)
+        return await anext(events), events
 
     async def generate(self, plan: Plan) -> Events:
         """(choice, event) as they come. Close it to stop at once.
 
         ApiError 429 when too much is in flight, 503 while draining, 504 after the time limit.
         """
-        with self._admitted(plan) as watch:
-            deadline = plan.arrived + self.settings.request_timeout_s
-            async with aclosing(merge([self.backend.stream(call) for call in plan.calls])) as events:
-                while True:
-                    try:
-                        item = await asyncio.wait_for(events.__anext__(), deadline - time.monotonic())
-                    except StopAsyncIteration:
-                        return
-                    except TimeoutError:
-                        raise ApiError(504, f"not finished after {self.settings.request_timeout_s:g} s; "
-                                       "ask for fewer tokens", "timeout") from None
-                    watch.token()
+        with self._admitted(plan), Watch(self.metrics, plan) as watch:
+            async with aclosing(self._events(plan, watch)) as events:
+                async for item in events:
                     yield item
 
+    async def _doubted(self, plan: Plan, body: Generation, caller: Caller) -> AsyncGenerator[Any, None]:
+        """First the plan that is followed, then its events; admitted once for whatever it takes."""
+        with self._admitted(plan):
+            with Watch(self.metrics, plan) as watch:
+                async with aclosing(self._events(plan, watch)) as events:
+                    first = await _take(events, plan.doubt.tokens)
+                    entropy = mean_entropy([event for _, event in first])
+                    plan = replace(plan, doubt=replace(plan.doubt, entropy=entropy))
+                    other = await self._other(plan, body, caller) if entropy > plan.doubt.threshold else None
+                    if other is None:
+                        yield plan
+                        for item in first:
+                            yield item
+                        async for item in events:
+                            yield item
+                        return
+                watch.discarded = True
+            self.metrics.add("cartridges_fallbacks_total", model=plan.label)
+            yield other
+            with Watch(self.metrics, other) as watch:
+                async with aclosing(self._events(other, watch)) as events:
+                    async for item in events:
+                        yield item
+
+    async def _other(self, plan: Plan, body: Generation, caller: Caller) -> Plan | None:
+        """The plan to fall back to, if there is one."""
+        try:
+            return await self._in_search(self.planner.fall_back, body, caller, plan)
+        except ApiError as error:
+            log.warning("no fallback for %s: %s", plan.label, error)
+            return None
+
+    async def _events(self, plan: Plan, watch: "Watch") -> Events:
+        deadline = plan.arrived + self.settings.request_timeout_s
+        async with aclosing(merge([self.backend.stream(call) for call in plan.calls])) as events:
+            while True:
+                try:
+                    item = await asyncio.wait_for(events.__anext__(), deadline - time.monotonic())
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise ApiError(504, f"not finished after {self.settings.request_timeout_s:g} s; "
+                                   "ask for fewer tokens", "timeout") from None
+                watch.token()
+                yield item
+
     @contextmanager
-    def _admitted(self, plan: Plan) -> Iterator["Watch"]:
+    def _admitted(self, plan: Plan) -> Iterator[None]:
         if self.draining:
             self.metrics.add("cartridges_rejected_total", reason="draining")
             raise ApiError(503, "the service is shutting down", "draining", retry_after=5)
@@ -97,12 +132,10 @@ class CartridgeService:
             raise ApiError(429, f"{self.in_flight} requests are in flight; try again in a moment",
                            "queue_full", retry_after=1)
         self.in_flight += len(plan.calls)
-        watch = Watch(self.metrics, plan)
         try:
-            yield watch
+            yield
         finally:
             self.in_flight -= len(plan.calls)
-            watch.end()
 
     async def drain(self) -> None:
         """Refuse new requests and wait, at most `drain_s` seconds, for those that run."""
@@ -180,20 +213,13 @@ async def _take(events: Events, count: int) -> list[tuple[int, TokenEvent]]:
     return taken
 
 
-async def _resumed(first: list[tuple[int, TokenEvent]], events: Events) -> Events:
-    async with aclosing(events):
-        for item in first:
-            yield item
-        async for item in events:
-            yield item
-
-
 class Watch:
-    """Times and tokens of one request, into the metrics."""
+    """Times and tokens of one request, into the metrics. `discarded`: of it, nothing was sent to the client."""
 
     def __init__(self, metrics: Metrics, plan: Plan):
         self.metrics, self.plan, self.model = metrics, plan, plan.label
         self.tokens = 0
+        self.discarded = False
         self.first = self.last = 0.0
         metrics.add("cartridges_in_flight", model=self.model)
         metrics.add("cartridges_queued", model=self.model)
@@ -205,17 +231,23 @@ class Watch:
         if not self.tokens:
             self.first = self.last
             self.metrics.add("cartridges_queued", -1, model=self.model)
-            self.metrics.observe("cartridges_ttft_seconds", self.first - self.plan.arrived, model=self.model)
         self.tokens += 1
 
-    def end(self) -> None:
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self.metrics.add("cartridges_in_flight", -1, model=self.model)
         if not self.tokens:
             self.metrics.add("cartridges_queued", -1, model=self.model)
+        self.metrics.add("cartridges_generation_tokens_total", self.tokens, model=self.model)
+        if self.discarded:
+            return
+        if self.tokens:
+            self.metrics.observe("cartridges_ttft_seconds", self.first - self.plan.arrived, model=self.model)
         if self.tokens > 1:
             self.metrics.observe("cartridges_tpot_seconds", (self.last - self.first) / (self.tokens - 1),
                                  model=self.model)
-        self.metrics.add("cartridges_generation_tokens_total", self.tokens, model=self.model)
         self.metrics.observe("cartridges_request_seconds", time.monotonic() - self.plan.arrived,
                              model=self.model)
 
