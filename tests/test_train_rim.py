@@ -170,7 +170,8 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
         best = json.loads((tmp_path / name / "train.json").read_text())["best"]
         kept = load_file(tmp_path / name / "best.safetensors")["trainable_keys"]
         published = artifact.load(tmp_path / name / "cartridge").cartridge.trainable_keys.detach()
-        torch.testing.assert_close(kept, published[-len(kept):])  # of the layers that were trained
+        # An artifact is in bfloat16, and only the upper layers were trained.
+        assert torch.equal(kept.bfloat16(), published[-len(kept):].bfloat16())
         assert best["step"] == max(asked, key=lambda step: (asked[step]["contains"], -asked[step]["nll_per_token"]))
     assert done["steps"] == 12 and done["truncated"] == 0 and done["mean_tokens"] > 5
     assert len(json.loads((tmp_path / "one" / "held_out.json").read_text())["questions"]) > 0
