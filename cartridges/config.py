@@ -211,7 +211,7 @@ class ServeSettings(Settings):
     costs a prefill of up to the whole window."""
     fallback_entropy: float = Field(0.5, ge=0)
     """Requests with `fallback` are answered from the corpus' text when the mean entropy of the cartridge's
-    first tokens is above this (nats a token). Set for the default model; docs/serving.md says how."""
+    first tokens is above this (nats a token). Set for the default model; docs/serving.md has what was measured."""
     fallback_tokens: int = Field(8, ge=1)
     """How many first tokens that is. They are held back until it is known who answers."""
     retrieval_tokens: int = Field(256, ge=192)

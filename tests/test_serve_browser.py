@@ -1,12 +1,13 @@
-"""The web page in a real browser. Skipped where there is no playwright or no Chromium."""
+"""The web page in a real browser. Skipped where there is no Chromium."""
 
 import shutil
+import time
 
+import httpx
 import pytest
+from playwright import sync_api
 
 from tests.serve_support import TEXTS, listening, make_service, publish
-
-sync_api = pytest.importorskip("playwright.sync_api")
 
 # No calls of the browser's own: a machine without a way out would wait for them.
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -81,11 +82,13 @@ def test_another_corpus_is_another_conversation(page):
     assert page.locator("section.way").count() == 1
 
 
-def test_stop_ends_an_answer_and_the_next_question_is_answered(page):
+def test_stop_ends_an_answer_and_the_next_question_is_answered(page, url):
     page.get_by_label("beside it").uncheck()
     ask(page, "Tell me everything that is known about the harbour.")
     page.wait_for_function("document.querySelector('[data-state=asking] p.text')?.textContent.trim().length > 3")
     page.get_by_role("button", name="Stop").click()
     page.locator("section[data-state=stopped]").wait_for(timeout=10_000)
+    time.sleep(1)  # a client that went frees its slot within a second
+    assert httpx.get(f"{url}/healthz").json()["in_flight"] == 0
     ask(page, "Who?")
     answer(page, "cartridge").wait_for(timeout=60_000)

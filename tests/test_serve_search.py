@@ -83,7 +83,7 @@ def test_auto_never_names_a_corpus_that_the_key_may_not_use(base, engine, regist
             asked("private")
 
 
-def test_what_is_in_other_corpora_does_not_show(registry, base, engine):
+def test_what_is_in_other_corpora_does_not_show(base):
     """Which of two allowed corpora is found does not change with what a hidden third one says."""
     def found(hidden: str) -> str:
         texts = {"ships": "merger papers", "trees": "ledger papers", "hidden": hidden}

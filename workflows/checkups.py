@@ -6,6 +6,7 @@ in its header at which step and how well it did.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from cartridges.config import TrainSettings
 from cartridges.engines.base import CartridgePrefix
 from cartridges.engines.transformers import TransformersEngine
-from cartridges.evaluation.asking import ask, plan_items
+from cartridges.evaluation.asking import Item, ask, plan_items
 from cartridges.records import Question
 from workflows.held_out import choosing
 
@@ -31,7 +32,7 @@ class Checkups:
 
     def __init__(self, base, cartridge, questions: Sequence[Question], settings: TrainSettings, output: Path):
         self.base, self.cartridge, self.every = base, cartridge, settings.evaluate_every
-        self.items = plan_items(choosing(questions), base.template, 0)
+        self.items = [_gold_alone(item) for item in plan_items(choosing(questions), base.template, 0)]
         self.file = output / BEST
 
     def due(self, done: int, steps: int) -> bool:
@@ -69,6 +70,12 @@ class Checkups:
         temporary = self.file.with_suffix(".tmp")
         save_file(state, temporary, metadata={name: repr(value) for name, value in told.items()})
         temporary.replace(self.file)
+
+
+def _gold_alone(item: Item) -> Item:
+    """The item without a choice: only the gold answer is scored."""
+    return replace(item, candidates=(item.candidates[item.gold],),
+                   candidate_ids=(item.candidate_ids[item.gold],), gold=0)
 
 
 def _rank(found: dict[str, float]) -> tuple[float, float]:
