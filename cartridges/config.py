@@ -127,6 +127,13 @@ class TrainSettings(Settings):
     """Share of the layers, from the top, whose slots are trained; below them the start stays, so give
     `init=random` all. What the layers below make of a conversation is kept (docs/training.md): half of the
     layers took half the time a step."""
+    distractors: tuple[str, ...] = ()
+    """Directories of cartridges of other corpora, such as `<registry>/<name>/<version>`: they stand beside the
+    one in training in some packs, read-only, so that it still answers when others are loaded with it."""
+    distractor_share: float = Field(0.25, ge=0, le=1)
+    """Share of the packs that are read with distractors."""
+    max_distractors: int = Field(3, ge=1)
+    """At most so many at once. Each number of them is a shape of its own."""
     label_share: float = Field(0.5, ge=0, le=1)
     """Share of the target given to the known next token where the answer is known from the text; the
     rest is the teacher's distribution."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cartridges.cartridge import Cartridge
+from cartridges.compose import compose, rotate
 from cartridges.config import OptimizerSettings, TrainSettings
-from cartridges.distill import lower_layers
 from cartridges.distill.losses import distillation, next_token
 from cartridges.distill.optimizer import OrthogonalAdam, orthogonalized
 from cartridges.distill.packing import collate, count_truncated, own_lengths, plan_packs, with_label
@@ -124,7 +124,7 @@ def packs(made, seed):
 
 
 @torch.no_grad()
-def test_states_are_read_and_not_computed_again(tiny_model, monkeypatch):
+def test_states_are_read_and_not_computed_again(tiny_model):
     made = packs([conversation(i) for i in range(12)], 0)
     passes: list[int] = []
     hook = tiny_model.base_model.layers[0].register_forward_hook(lambda *_: passes.append(1))
@@ -133,12 +133,67 @@ def test_states_are_read_and_not_computed_again(tiny_model, monkeypatch):
     computed = len(passes)
     assert [float(student(pack).loss) for pack in made] == pytest.approx(first, rel=1e-4)
     assert computed and len(passes) == computed
-    monkeypatch.setattr(lower_layers, "MOST_BYTES", 0)
     student = Student(tiny_model, cartridge(num_frozen_layers=1))
+    student.lower.most_bytes = 0
     for _ in range(2):
         assert [float(student(pack).loss) for pack in made] == pytest.approx(first, rel=1e-4)
     hook.remove()
     assert len(passes) == 3 * computed, "without memory they are computed each time"
+
+
+def loud(p: int, seed: int) -> Cartridge:
+    """One that a model of random weights cannot fail to notice."""
+    keys, values = cartridge(p, seed).keys_values()
+    return Cartridge(keys, 20 * values)
+
+
+@pytest.mark.parametrize("num_frozen_layers", [0, 1])
+@pytest.mark.parametrize("shared", [0, 11])
+def test_a_distractor_stands_beside_as_in_a_composition(any_tiny_model, shared, num_frozen_layers):
+    """Same loss as the composition's, and the own slots get its gradients, turned back to where they are trained."""
+    frequencies = any_tiny_model.base_model.rotary_emb.inv_freq
+    own, others = cartridge(num_frozen_layers=num_frozen_layers), [loud(5, seed=1), loud(9, seed=2)]
+    made = [conversation(i, shared) for i in range(6)]
+    plain = packs(made, 0)
+    with_both = [dataclasses.replace(pack, beside=torch.tensor([1, 0])) for pack in plain]
+    student = Student(any_tiny_model, own, distractors=others)
+    loss, grads = gradients(student, with_both)
+    whole = compose([own, others[1], others[0]], frequencies).with_frozen_layers(num_frozen_layers)
+    expected, (keys, values) = gradients(Student(any_tiny_model, whole), plain)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    own_slots = own.num_tokens - 1
+    turned = rotate(keys[:, :, :own_slots], frequencies, own.num_tokens - whole.num_tokens)
+    torch.testing.assert_close(grads[0], turned, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(grads[1], values[:, :, :own_slots], atol=1e-5, rtol=1e-3)
+    assert loss != pytest.approx(gradients(student, plain)[0], rel=1e-3), "what stands beside is seen"
+    assert {name for name, _ in student.named_parameters() if "cartridge" in name} == {
+        "cartridge.trainable_keys", "cartridge.trainable_values"}
+
+
+def test_distractors_are_drawn_by_seed_and_step():
+    settings = SETTINGS.model_copy(update={"distractors": tuple("abcde"), "distractor_share": 0.25,
+                                           "max_distractors": 3, "steps": 400})
+    made = [conversation(i) for i in range(8)]
+    drawn = [plan.beside for step in range(400) for plan in Order(made, settings, 0).plans(step)]
+    again = Order(made, settings, 0)
+    backwards = {step: [plan.beside for plan in again.plans(step)] for step in reversed(range(400))}
+    assert [one for step in range(400) for one in backwards[step]] == drawn
+    loaded = [one for one in drawn if one]
+    assert 0.2 < len(loaded) / len(drawn) < 0.3
+    assert {len(one) for one in loaded} == {1, 2, 3} and all(len(set(one)) == len(one) for one in loaded)
+    assert {index for one in loaded for index in one} == set(range(5))
+    assert drawn != [plan.beside for step in range(400) for plan in Order(made, settings, 1).plans(step)]
+
+
+def test_training_leaves_distractors_as_they_are(tiny_model):
+    settings = SETTINGS.model_copy(update={"distractors": ("a",), "distractor_share": 1.0})
+    other, own = cartridge(5, seed=1), cartridge()
+    made = [conversation(i) for i in range(8)]
+    Trainer(TorchStepper(Student(tiny_model, own, distractors=[other]), settings), made, settings, seed=0).run()
+    assert all(map(torch.equal, other.keys_values(), cartridge(5, seed=1).keys_values()))
+    alone = cartridge()
+    Trainer(TorchStepper(Student(tiny_model, alone), SETTINGS), made, SETTINGS, seed=0).run()
+    assert not torch.allclose(own.trainable_keys, alone.trainable_keys), "the steps saw it"
 
 
 def test_frozen_layers_stay_and_the_others_learn(tiny_model):

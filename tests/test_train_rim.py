@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cartridges import artifact
 from cartridges.chunking import chunk_corpus
-from cartridges.config import BuildSettings, OptimizerSettings
+from cartridges.config import BuildSettings, OptimizerSettings, TrainSettings
 from cartridges.corpus import load_corpus
 from cartridges.distill.initialize import initialize
 from cartridges.distill.remaining import remaining_kl
@@ -24,6 +24,7 @@ from cartridges.selfstudy.finish import finish
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.storage import load_conversations
 from cartridges.selfstudy.synthesizer import Synthesizer
+from tests.serve_support import load_stock
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for, write_part
 from workflows.stage import write_manifest
 from workflows.synthesize import corpus_tokens, dataset_fingerprint
@@ -111,12 +112,20 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
     torch.testing.assert_close(cartridges[0], cartridges[1], rtol=1e-4, atol=1e-4)
 
 
+OTHER = "The baker of Ostwick keeps nine loaves for the watch. " * 8
+
+
+def a_cartridge(base, directory, text, fingerprint="another"):
+    """An untrained cartridge of `text` as an artifact."""
+    start = initialize(base, text, TrainSettings(num_tokens=TRAIN["num_tokens"]), 0)
+    record = artifact.CorpusRecord(id="text", fingerprint=fingerprint, tokens=100)
+    artifact.save(directory, start, model=base.identity, corpus=record, settings={}, dtype="float32")
+    return directory
+
+
 def test_training_goes_on_from_a_cartridge(tiny_base_model, settings, corpus_file, tmp_path):
     corpus = load_corpus(str(corpus_file))
-    before = initialize(tiny_base_model, corpus.text, settings.train, settings.seed)
-    record = artifact.CorpusRecord(id=corpus.corpus_id, fingerprint=corpus.fingerprint, tokens=100)
-    artifact.save(tmp_path / "before", before, model=tiny_base_model.identity, corpus=record, settings={},
-                  dtype="float32")
+    before = artifact.load(a_cartridge(tiny_base_model, tmp_path / "before", CORPUS)).cartridge
     for share, frozen in ((0.5, 1), (1.0, 0)):
         update = {"init": "cartridge", "init_cartridge": str(tmp_path / "before"), "trained_layers": share}
         wanted = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
@@ -142,7 +151,10 @@ def _kl(base, cartridge, dataset, settings):
 @pytest.mark.slow
 def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, corpus_file, settings, tmp_path,
                                                     monkeypatch):
+    """With a distractor in some of the packs, and held-out answers on the way."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    update = {"distractors": (str(a_cartridge(tiny_base_model, tmp_path / "other", OTHER)),), "distractor_share": 0.5}
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
     two = settings.model_copy(update={"train": settings.train.model_copy(update={"num_workers": 2})})
     output = tmp_path / "killed"
     with in_a_process(_TRAIN, dataset, corpus_file, output, settings.model_dump_json()) as process:
@@ -173,6 +185,7 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
         # An artifact is in bfloat16, and only the upper layers were trained.
         assert torch.equal(kept.bfloat16(), published[-len(kept):].bfloat16())
         assert best["step"] == max(asked, key=lambda step: (asked[step]["contains"], -asked[step]["nll_per_token"]))
+    assert artifact.read_manifest(tmp_path / "one" / "cartridge").settings["train"]["distractors"]
     assert done["steps"] == 12 and done["truncated"] == 0 and done["mean_tokens"] > 5
     assert len(json.loads((tmp_path / "one" / "held_out.json").read_text())["questions"]) > 0
     assert not (tmp_path / "one" / "work").exists()
@@ -208,7 +221,8 @@ train(*sys.argv[1:4], BuildSettings.model_validate(json.loads(sys.argv[4])))
 """
 
 
-def test_mistakes_are_named_before_ray_starts(dataset, corpus_file, settings, tmp_path):
+def test_mistakes_are_named_before_ray_starts(tiny_base_model, tiny_qwen3_dir, dataset, corpus_file, settings,
+                                            tmp_path):
     def attempt(**update):
         changed = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
         train(str(dataset), str(corpus_file), str(tmp_path / "out"), changed)
@@ -221,6 +235,14 @@ def test_mistakes_are_named_before_ray_starts(dataset, corpus_file, settings, tm
         attempt(zero_stage=1)
     with pytest.raises(UserError, match="init_cartridge"):
         attempt(init="cartridge")
+    with pytest.raises(UserError, match="is not a directory"):
+        attempt(distractors=(str(tmp_path / "nowhere"),))
+    with pytest.raises(UserError, match="of this very corpus"):
+        attempt(distractors=(str(a_cartridge(tiny_base_model, tmp_path / "own", CORPUS,
+                                             fingerprint=load_corpus(str(corpus_file)).fingerprint)),))
+    with pytest.raises(UserError, match="was built for"):
+        attempt(distractors=(str(a_cartridge(load_stock(tiny_qwen3_dir), tmp_path / "qwen",
+                                             OTHER)),))
     with pytest.raises(UserError, match="set train.held_out"):
         attempt(held_out=0)
     with pytest.raises(UserError, match="no finished conversations"):

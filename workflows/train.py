@@ -61,6 +61,7 @@ def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSetting
 
     config = {"datasets": [str(Path(one).resolve()) for one in (dataset_dir, *earlier)],
               "held_out": held_out and str(Path(held_out).resolve()), "corpus": str(Path(corpus).resolve()),
+              "distractors": [str(Path(one).resolve()) for one in settings.train.distractors],
               "output": str(output.resolve()), "settings": settings.model_dump(mode="json"),
               "corpus_record": made_of["corpus"], "synthesize": made_of["settings"]}
     with track("train", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
@@ -86,12 +87,13 @@ def _dataset_manifest(dataset: Path, corpus: Corpus) -> dict[str, Any]:
 def train_fingerprint(dataset_fingerprint: str, settings: BuildSettings, earlier: Sequence[str] = (),
                       held_out: str | None = None) -> str:
     """Changes with whatever changes the cartridge, and with nothing else."""
-    how = {"num_workers", "threads_per_worker", "zero_stage", "checkpoint_every", "keep_checkpoints"}
+    how = {"num_workers", "threads_per_worker", "zero_stage", "checkpoint_every", "keep_checkpoints", "distractors"}
     start = settings.train.init_cartridge
     follows = {"earlier": fingerprints(earlier), "held_out": read_manifest(Path(held_out))} if held_out else {}
     return fingerprint({
         **follows, "dataset": dataset_fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
         "train": settings.train.model_dump(mode="json", exclude=how),
+        "distractors": [read_artifact_manifest(one).digest for one in settings.train.distractors],
         "init_cartridge": read_artifact_manifest(start).digest if start else None,
     })
 
@@ -114,6 +116,7 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     if wanted.zero_stage and wanted.optimizer.name != "adam":
         raise UserError(f"train.zero_stage={wanted.zero_stage} cuts the optimiser's state up, and "
                         f"{wanted.optimizer.name} needs it whole; use 0, or train.optimizer.name=adam")
+    _check_distractors(corpus, settings)
     if wanted.init == "cartridge":
         if wanted.init_cartridge is None:
             raise UserError("train.init=cartridge needs train.init_cartridge, the directory of a cartridge")
@@ -125,6 +128,17 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     elif corpus_tokens(corpus, settings) < wanted.num_tokens:
         raise UserError(f"the corpus is shorter than num_tokens={wanted.num_tokens}; choose a smaller "
                         "--num-tokens (a tenth of the corpus is a good start)")
+
+
+def _check_distractors(corpus: Corpus, settings: BuildSettings) -> None:
+    from cartridges.artifact import check_compatible
+    from cartridges.models import load_identity, resolve_model_dir
+
+    for directory in settings.train.distractors:
+        given = read_artifact_manifest(directory)
+        check_compatible(given, load_identity(resolve_model_dir(settings.model)))
+        if given.corpus.fingerprint == corpus.fingerprint:
+            raise UserError(f"train.distractors: {directory} is of this very corpus; name cartridges of others")
 
 
 def _fit(config: dict[str, Any], settings: BuildSettings, run, progress: ProgressCallback | None,

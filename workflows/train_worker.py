@@ -33,7 +33,8 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     base, cartridge, conversations, questions = _prepare(config, settings, rank)
-    stepper = DeepSpeedStepper(Student(base.model, cartridge, settings.train.loss), settings.train)
+    student = Student(base.model, cartridge, settings.train.loss, _distractors(config, base.device))
+    stepper = DeepSpeedStepper(student, settings.train)
     trainer = Trainer(stepper, conversations, settings.train, settings.seed, stepper.device, rank, world)
     _resume(trainer)
     checkups = Checkups(base, cartridge, questions, settings.train, output)
@@ -73,6 +74,13 @@ def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
         write_held_out(Path(config["output"]) / HELD_OUT, questions)
     corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
     return base, initialize(base, corpus.text, settings.train, settings.seed), conversations, questions
+
+
+def _distractors(config: dict[str, Any], device) -> list:
+    """The cartridges of other corpora that are loaded beside in some packs."""
+    from cartridges import artifact
+
+    return [artifact.load(directory).cartridge.to(device) for directory in config["distractors"]]
 
 
 def _resume(trainer) -> None:

@@ -35,8 +35,8 @@ class LowerLayers:
     place in a pack), and each is computed once while memory lasts. The cartridge must not change there.
     """
 
-    def __init__(self, model: PreTrainedModel, cartridge: Cartridge):
-        self.model, self.cartridge = model, cartridge
+    def __init__(self, model: PreTrainedModel, cartridge: Cartridge, most_bytes: int = MOST_BYTES):
+        self.model, self.cartridge, self.most_bytes = model, cartridge, most_bytes
         self.count = cartridge.num_frozen_layers
         self._shared: dict[bytes, Shared] = {}
         self._bytes = 0
@@ -80,7 +80,7 @@ class LowerLayers:
 
     def _keep(self, shared: Shared, tokens: bytes, states: torch.Tensor) -> None:
         size = states.numel() * states.element_size()
-        if self._bytes + size <= MOST_BYTES:
+        if self._bytes + size <= self.most_bytes:
             shared.kept[tokens] = states.to("cpu", copy=True)
             self._bytes += size
 

@@ -17,11 +17,13 @@ from cartridges.records import Conversation
 @dataclass(frozen=True)
 class PackPlan:
     """Which conversations (by index) stand in which row of a pack. All of them begin with the same
-    `shared_tokens` tokens, which stand in the pack once."""
+    `shared_tokens` tokens, which stand in the pack once. `beside` are the distractor cartridges (by index)
+    that are loaded with the one in training."""
 
     row_tokens: int
     shared_tokens: int
     rows: tuple[tuple[int, ...], ...]
+    beside: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Pack:
     `input_ids`, `position_ids` (from 0: what stands before is added where its length is known) and
     `segment_ids` (0 is padding) are int64 `[R, T]`; `loss_positions` int64 `[m]` index the flattened
     rows, and predict `targets` `[m]`; `topk_ids` int64 and `topk_logprobs` float32 are `[m, k]`.
+    `beside` int64 `[d]`: distractor cartridges that stand before it as well.
     """
 
     shared_ids: torch.Tensor
@@ -42,6 +45,7 @@ class Pack:
     targets: torch.Tensor
     topk_ids: torch.Tensor
     topk_logprobs: torch.Tensor
+    beside: torch.Tensor
 
     @property
     def num_loss_tokens(self) -> int:
@@ -165,4 +169,4 @@ def collate(conversations: Sequence[Conversation], plan: PackPlan, pack_tokens: 
     return Pack(*map(torch.from_numpy, (
         shared_ids, input_ids, position_ids, segment_ids, np.concatenate(positions).astype(np.int64),
         np.concatenate(targets).astype(np.int64), np.concatenate(ids).astype(np.int64),
-        np.concatenate(logprobs).astype(np.float32))))
+        np.concatenate(logprobs).astype(np.float32), np.array(plan.beside, np.int64))))

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from cartridges.config import OptimizerSettings, TrainSettings
 from cartridges.distill.packing import PackPlan, plan_packs
@@ -44,7 +47,15 @@ class Order:
         if self._cached[0] != epoch:
             self._cached = (epoch, self._epoch(epoch))
         plans = self._cached[1]
-        return plans[within % len(plans)]
+        return replace(plans[within % len(plans)], beside=self._beside(index))
+
+    def _beside(self, index: int) -> tuple[int, ...]:
+        """The distractors of a pack: none in most, else one to `max_distractors` different ones."""
+        count, rng = len(self.settings.distractors), np.random.default_rng([self.seed, 2, index])
+        if not count or rng.random() >= self.settings.distractor_share:
+            return ()
+        drawn = rng.integers(1, min(self.settings.max_distractors, count) + 1)
+        return tuple(rng.choice(count, drawn, replace=False).tolist())
 
     def _epoch(self, epoch: int) -> list[PackPlan]:
         return plan_packs(self.conversations, self.settings.row_tokens, self.settings.pack_tokens,

@@ -1,11 +1,14 @@
 """The student: a frozen base model with a trainable cartridge before every conversation."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from cartridges.attention import AttentionContext, install
 from cartridges.cartridge import Cartridge
+from cartridges.distill.beside import Loaded, beside
 from cartridges.distill.losses import LossSums, distillation, next_token
 from cartridges.distill.lower_layers import LowerLayers
 from cartridges.distill.packing import Pack, segment_bias
@@ -15,15 +18,18 @@ from cartridges.forward import read_after, through_layers
 class Student(nn.Module):
     """One module over both. `parameters()` that require grad are the cartridge's trainable slots.
 
-    `loss` is "distillation" or "next_token".
+    `loss` is "distillation" or "next_token". `distractors` are read-only cartridges; those that a pack
+    names stand beside the trained one while it is read.
     """
 
-    def __init__(self, model: PreTrainedModel, cartridge: Cartridge, loss: str = "distillation"):
+    def __init__(self, model: PreTrainedModel, cartridge: Cartridge, loss: str = "distillation",
+                 distractors: Sequence[Cartridge] = ()):
         super().__init__()
         install(model)
         self.model = model.requires_grad_(False)
         self.cartridge = cartridge
         self.loss = loss
+        self.distractors = tuple(distractors)  # a tuple: not submodules, so nobody trains or saves them
         self.lower = LowerLayers(self.model, cartridge)
 
     def forward(self, pack: Pack) -> LossSums:
@@ -36,14 +42,19 @@ class Student(nn.Module):
 
     def _hidden_states(self, pack: Pack) -> torch.Tensor:
         """`[R, T, hidden]`, differentiable in the cartridge."""
-        first = self.lower.count
-        keys, values = (tensor.to(self.model.dtype).unsqueeze(1)
-                        for tensor in self.cartridge.upper_keys_values())
+        loaded = self._loaded(pack)
+        first = loaded.lower.count
+        keys, values = (tensor.to(self.model.dtype).unsqueeze(1) for tensor in (loaded.keys, loaded.values))
         context = AttentionContext([None] * first + list(keys), [None] * first + list(values))
-        shared = self.lower.shared(pack)
+        shared = loaded.lower.shared(pack)
         if len(pack.shared_ids):  # once for all rows; gradients flow through
             read_after(self.model, shared.states, shared.positions, context, first)
-        positions = pack.position_ids + self.cartridge.num_tokens + len(pack.shared_ids)
+        positions = pack.position_ids + loaded.num_tokens + len(pack.shared_ids)
         context.own_bias = segment_bias(pack.segment_ids, self.model.dtype)
-        hidden = self.lower.states(pack, shared, positions)
+        hidden = loaded.lower.states(pack, shared, positions)
         return self.model.base_model.norm(through_layers(self.model, hidden, positions, context, first))
+
+    def _loaded(self, pack: Pack) -> Loaded:
+        if len(pack.beside):
+            return beside(self.model, self.cartridge, [self.distractors[index] for index in pack.beside.tolist()])
+        return Loaded(self.cartridge.num_tokens, *self.cartridge.upper_keys_values(), self.lower)
