@@ -50,7 +50,8 @@ class AttentionContext:
     `prefix_keys` / `prefix_values`: for each layer `[N, H, P, D]` (differentiable for a cartridge),
     or None for no prefix. `prefix_bias`: `[N, P]`, 0 or -inf where a shorter prefix is padded.
     `own_bias`: `[N*M, T, S]`, 0 where a token may look, -inf elsewhere; None is plain causal.
-    `own`: decoding buffers. `collected`: when not None, receives each layer's own (key, value).
+    `own`: decoding buffers. `collected`: when not None, receives each layer's own (key, value);
+    `observed`, likewise, its (query `[B, H*G, T, D]`, output `[B, T, H*G, D]`).
     """
 
     prefix_keys: list[torch.Tensor] | torch.Tensor | None = None
@@ -59,6 +60,7 @@ class AttentionContext:
     own_bias: torch.Tensor | None = None
     own: OwnKV | None = None
     collected: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None)
+    observed: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None)
 
 
 def cartridge_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, *,
@@ -73,17 +75,24 @@ def cartridge_attention(module, query, key, value, attention_mask, scaling, drop
         context.collected.append((key, value))
     if context.own is not None:
         key, value = context.own.write(module.layer_idx, key, value)
+    output = _attend(module.layer_idx, query, key, value, scaling, context)
+    if context.observed is not None:
+        context.observed.append((query, output))
+    return output, None
+
+
+def _attend(layer: int, query, key, value, scaling: float, context: AttentionContext) -> torch.Tensor:
     if context.prefix_keys is None:
         bias = None if context.own_bias is None else context.own_bias[:, None].to(query.dtype)
         output = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, is_causal=bias is None, scale=scaling, enable_gqa=True)
-        return output.transpose(1, 2), None
-    prefix = context.prefix_keys[module.layer_idx], context.prefix_values[module.layer_idx]
+        return output.transpose(1, 2)
+    prefix = context.prefix_keys[layer], context.prefix_values[layer]
     own_bias = context.own_bias
     if own_bias is None:
         own_bias = causal_bias(query.shape[2], key.shape[2], query.dtype, query.device).expand(len(query), -1, -1)
     attend = merged_attention if supports(query) else prefix_attention
-    return attend(query, key, value, *prefix, context.prefix_bias, own_bias.to(query.dtype), scaling), None
+    return attend(query, key, value, *prefix, context.prefix_bias, own_bias.to(query.dtype), scaling)
 
 
 def prefix_attention(query, key, value, prefix_key, prefix_value, prefix_bias, own_bias, scaling: float):

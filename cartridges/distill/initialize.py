@@ -9,6 +9,7 @@ import torch
 from cartridges import artifact
 from cartridges.cartridge import Cartridge
 from cartridges.config import TrainSettings
+from cartridges.distill.attention_matching import match_attention
 from cartridges.errors import UserError
 from cartridges.forward import prefill
 from cartridges.models import BaseModel
@@ -27,6 +28,10 @@ def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -
     if settings.init == "cartridge":
         before = artifact.load(settings.init_cartridge).cartridge
         return before.with_frozen_layers(frozen_layers(before.shape.num_layers, settings))
+    if settings.init == "attention_matching":
+        _closed_turn(base, text, settings.num_tokens)  # refuses a short corpus
+        matched = match_attention(base, text, settings.num_tokens, settings.stretch_tokens)
+        return Cartridge(*matched, settings.num_frozen_tokens, frozen_layers(len(matched[0]), settings))
     ids = start_ids(base, text, settings, seed)
     kv = prefill(base.model, ids)
     keys, values = kv.keys.float(), kv.values.float()

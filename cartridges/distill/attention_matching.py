@@ -1,0 +1,187 @@
+"""A start in closed form: slots that answer queries as the corpus' own KV does (arXiv 2602.16284).
+
+The corpus is read in stretches, each alone, and then each is read again after itself: these are the queries
+that the slots are fitted to, and what attention gives them is the target. Layer by layer, and for each
+key-value head: the keys that any query looks at most become the slots' keys, turned by RoPE to stand
+right before the first token; then the values are solved for by least squares, so that attention to slots
+and own tokens gives the target. What a layer's queries are is computed behind the fitted layers below it, so
+that later layers make good what earlier ones miss. The paper also fits a bias for each key; none here, so that any
+engine can serve the result.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from cartridges.attention import AttentionContext, causal_bias, install
+from cartridges.compose import rotate
+from cartridges.forward import through_layers
+from cartridges.models import BaseModel, rope_frequencies
+
+MOST_TOKENS = 32_768
+"""Tokens of the corpus that are read; of a longer one, stretches spread over it evenly."""
+ROW_TOKENS = 128
+RIDGE = 0.01
+"""Of the mean squared weight of a slot: values stay near their own where no query tells."""
+
+# Axis letters: R rows of T tokens, N tokens of a stretch, H key-value heads, G query heads each, D head_dim.
+
+
+@dataclass
+class Stretch:
+    """A part of the corpus, and its hidden states before the next layer.
+
+    `context` `[1, N, hidden]` is the closed system turn around it; `teacher` and `student`
+    `[R, T, hidden]` are its tokens again in rows, after itself and after the cartridge; `real` `[R, T]`.
+    """
+
+    context: torch.Tensor
+    teacher: torch.Tensor
+    student: torch.Tensor
+    real: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """One layer of a stretch: `keys` `[H, N, D]` where the slots stand, `values` `[H, N, D]`, the most weight that
+    any query gave to each `[H, N]`, and what attention gave the rows, `target` `[R, T, H*G, D]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    weight: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What rows made of a layer: next `hidden` states, and in its attention the rows' `query`
+    `[R, H*G, T, D]`, own `keys` and `values` `[R, H, T, D]` and `output` `[R, T, H*G, D]`."""
+
+    hidden: torch.Tensor
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    output: torch.Tensor
+
+
+@torch.no_grad()
+def match_attention(base: BaseModel, text: str, num_tokens: int, stretch_tokens: int
+                    ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[layers, H, num_tokens, D]`, float32, of `text` read `stretch_tokens` at a time.
+
+    Slot 0 is the attention sink as the model computes it. `text` must have `num_tokens` tokens at least.
+    """
+    install(base.model)
+    stretches = [_stretch(base, ids) for ids in _parts(base, text, stretch_tokens)]
+    fitted = [_fit_layer(base, stretches, layer, num_tokens)
+              for layer in range(base.model.config.num_hidden_layers)]
+    return torch.stack([keys for keys, _ in fitted]), torch.stack([values for _, values in fitted])
+
+
+def _parts(base: BaseModel, text: str, stretch_tokens: int) -> list[list[int]]:
+    """Token ids of equal stretches, at most `MOST_TOKENS` in all."""
+    ids = base.tokenizer.encode(text, add_special_tokens=False)
+    count = max(1, round(len(ids) / stretch_tokens))
+    bounds = np.linspace(0, len(ids), count + 1).astype(int)
+    taken = min(count, max(1, MOST_TOKENS // stretch_tokens))
+    return [ids[bounds[i]:bounds[i + 1]] for i in np.linspace(0, count - 1, taken).round().astype(int).tolist()]
+
+
+def _stretch(base: BaseModel, ids: Sequence[int]) -> Stretch:
+    embed, device = base.model.base_model.embed_tokens, base.model.device
+    system = base.template.system_ids(base.tokenizer.decode(ids))
+    rows = torch.zeros(-(-len(ids) // ROW_TOKENS), ROW_TOKENS, dtype=torch.long, device=device)
+    rows.view(-1)[:len(ids)] = torch.as_tensor(list(ids), device=device)
+    real = (torch.arange(rows.numel(), device=device) < len(ids)).view(rows.shape)
+    hidden = embed(rows)
+    return Stretch(embed(torch.as_tensor(system, device=device)[None]), hidden, hidden, real)
+
+
+def _fit_layer(base: BaseModel, stretches: list[Stretch], layer: int, num_tokens: int
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[H, num_tokens, D]` of `layer`; the stretches' states move on behind it."""
+    frequencies = rope_frequencies(base.identity)
+    sink_at = num_tokens - stretches[0].context.shape[1]
+    sources = [_read(base.model, stretch, layer, num_tokens, frequencies) for stretch in stretches]
+    keys, values = _choose(sources, num_tokens)
+    keys[:, :1] = rotate(keys[:, :1], frequencies, -sink_at)
+    values += _correction(base.model, stretches, sources, layer, keys, values)
+    for stretch in stretches:
+        stretch.student = _pass(base.model, stretch.student, layer, keys, values).hidden
+    return keys, values
+
+
+def _read(model, stretch: Stretch, layer: int, num_tokens: int, frequencies: torch.Tensor) -> Source:
+    """The stretch through `layer`, and its rows after it."""
+    context = _pass(model, stretch.context, layer)
+    keys, values = context.keys[0].float(), context.values[0].float()
+    rows = _pass(model, stretch.teacher, layer, keys, values)
+    weight = torch.stack([block.amax(dim=1) for _, block in _weights(model, layer, rows, keys, stretch.real)])
+    stretch.context, stretch.teacher = context.hidden, rows.hidden
+    return Source(rotate(keys, frequencies, num_tokens - keys.shape[1]), values, weight.amax(dim=0), rows.output)
+
+
+def _choose(sources: list[Source], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all keys and their values those that were looked at most; every stretch has a sink, the first one's stays."""
+    def chosen(tensors: list[torch.Tensor]) -> torch.Tensor:
+        joined = torch.cat(tensors, dim=1)
+        return joined.gather(1, kept[..., None].expand(-1, -1, joined.shape[-1]))
+
+    weight = torch.cat([functional.pad(source.weight[:, 1:], (1, 0), value=-1) for source in sources], dim=1)
+    weight[:, 0] = torch.inf
+    kept = weight.topk(num_tokens, dim=1).indices.sort(dim=1).values
+    return chosen([source.keys for source in sources]), chosen([source.values for source in sources])
+
+
+def _correction(model, stretches: list[Stretch], sources: list[Source], layer: int, keys: torch.Tensor,
+                values: torch.Tensor) -> torch.Tensor:
+    """What to add to `values` `[H, p, D]`: least squares over all queries; nothing to the sink."""
+    H, p, D = values.shape
+    gram, moment = values.new_zeros(H, p, p), values.new_zeros(H, p, D)
+    for stretch, source in zip(stretches, sources, strict=True):
+        rows = _pass(model, stretch.student, layer, keys, values)
+        missing = source.target.float() - rows.output.float()
+        for block, weights in _weights(model, layer, rows, keys, stretch.real):
+            weights[..., 0] = 0
+            gram += weights.transpose(1, 2) @ weights
+            moment += weights.transpose(1, 2) @ _by_head(missing[block], stretch.real[block], H)
+    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-8)
+    return torch.linalg.solve(gram + ridge[:, None, None] * torch.eye(p, device=gram.device), moment)
+
+
+def _pass(model, hidden: torch.Tensor, layer: int, keys: torch.Tensor | None = None,
+          values: torch.Tensor | None = None) -> Passed:
+    """`hidden` `[R, T, hidden]` through `layer`, after a prefix of `keys` and `values` `[H, P, D]` if there is one."""
+    context = AttentionContext(collected=[], observed=[])
+    start = 0
+    if keys is not None:
+        start = keys.shape[1]
+        context.prefix_keys, context.prefix_values = ([None] * layer + [tensor.to(hidden.dtype)[None]]
+                                                      for tensor in (keys, values))
+    positions = start + torch.arange(hidden.shape[1], device=hidden.device)[None].expand(len(hidden), -1)
+    hidden = through_layers(model, hidden, positions, context, layer, layer + 1)
+    (query, output), (own_keys, own_values) = context.observed[0], context.collected[0]
+    return Passed(hidden, query, own_keys, own_values, output)
+
+
+def _weights(model, layer: int, rows: Passed, keys: torch.Tensor, real: torch.Tensor
+             ) -> Iterator[tuple[slice, torch.Tensor]]:
+    """`(rows, weights [H, queries, P])` of attention to a prefix of `keys` `[H, P, D]`, some rows at a time."""
+    scaling = model.base_model.layers[layer].self_attn.scaling
+    (R, HG, T, D), H = rows.query.shape, len(keys)
+    ahead = causal_bias(T, T, torch.float32, keys.device)[None, None, :, None]
+    for start in range(0, R, 8):
+        block = slice(start, start + 8)
+        query = rows.query[block].float().reshape(-1, H, HG // H, T, D) * scaling
+        to_prefix = torch.einsum("rhgtd,hpd->hrtgp", query, keys)
+        to_own = torch.einsum("rhgtd,rhsd->hrtgs", query, rows.keys[block].float()) + ahead
+        mass = torch.logaddexp(to_prefix.logsumexp(-1), to_own.logsumexp(-1))
+        yield block, (to_prefix - mass[..., None]).exp_()[:, real[block]].flatten(1, 2)
+
+
+def _by_head(output: torch.Tensor, real: torch.Tensor, heads: int) -> torch.Tensor:
+    """`[R, T, H*G, D]` to `[H, queries, D]`, in the order of `_weights`."""
+    return output[real].unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
