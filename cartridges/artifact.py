@@ -118,6 +118,11 @@ class Manifest(Record):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
+    def is_draft(self) -> bool:
+        """Whether it is the start of a training that was not run."""
+        return self.settings.get("train", {}).get("loss") == "none"
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """`[num_layers, num_key_value_heads, p, head_dim]` of `keys` and of `values`."""
         return (self.model.num_layers, self.model.num_key_value_heads, self.num_tokens,

@@ -1,5 +1,7 @@
 """The whole chain on a tiny model: published with its report card; run again, nothing is done twice."""
 
+import json
+import sys
 import time
 
 import pytest
@@ -13,6 +15,7 @@ from tests.test_synthesize import CORPUS, tiny_settings
 from tests.test_tracking import records
 from workflows.build import build
 from workflows.rates import calibrate, remembered
+from workflows.registry_commands import list_cartridges, print_list, print_shown, show
 
 FAMILIES = {"anchored": 0.5, "cloze": 0.3, "recall": 0.2}
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 3, "threads_per_worker": 1}
@@ -57,6 +60,31 @@ def test_build_publishes_once_and_resumes_for_nothing(settings, corpus_file, tmp
     assert time.monotonic() - start < result["seconds"] / 2
     assert (again["version"], again["report_card"]) == (result["version"], card)
     assert len(Registry(tmp_path / "registry").versions("lights")) == 1
+
+
+def test_a_draft_is_published_as_one_without_ray_and_conversations(settings, corpus_file, tmp_path, capsys):
+    import ray
+
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": f"How many {what}?", "answers": [str(n)]} for n, what in enumerate(("bells", "boats"))]
+    questions.write_text(json.dumps({"corpus_id": "c", "text": "", "questions": rows}) + "\n")
+    train = settings.train.model_copy(update={"loss": "none", "init": "attention_matching"})
+    settings = settings.model_copy(update={"train": train})
+    registry = str(tmp_path / "registry")
+    arguments = (str(corpus_file), "quick", settings, registry, str(questions), str(tmp_path / "work"))
+    result = build(*arguments)
+    assert not ray.is_initialized()
+    assert result["report_card"]["build"]["conversations"] == {"kept": 0, "dropped": {}}
+    assert "published as a draft" in capsys.readouterr().err
+    (line,) = list_cartridges(registry)["cartridges"]
+    assert line["draft"] and line["version"] == result["version"]
+    print_list({"cartridges": [line]}, sys.stderr)
+    print_shown(show("quick", registry), sys.stderr)
+    said = capsys.readouterr().err
+    assert "quick (draft)" in said and "a draft: the start" in said
+    made = next((tmp_path / "work").glob("draft-*/cartridge/cartridge.safetensors"))
+    before = made.stat().st_mtime_ns
+    assert build(*arguments)["version"] == result["version"] and made.stat().st_mtime_ns == before
 
 
 def test_calibration_measures_what_a_plan_needs(settings, corpus_file):

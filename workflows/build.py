@@ -3,6 +3,7 @@
     WORKDIR/synthesize-<fingerprint>/   see workflows.synthesize
     WORKDIR/train-<fingerprint>/        see workflows.train
     WORKDIR/evaluate-<fingerprint>/     rows.jsonl and, last, report_card.json
+    WORKDIR/draft-<fingerprint>/        in place of both with `train.loss=none`, see workflows.draft
     WORKDIR/build.json                  the result of the last finished build
 
 A stage whose finished output is there with the fingerprint of what it would do now is skipped, so
@@ -20,11 +21,14 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus, load_questions
 from cartridges.errors import UserError
 from cartridges.records import Corpus, Question
+from workflows.draft import NO_DATASET, draft
 from workflows.held_out import HELD_OUT, read_held_out, reporting
 from workflows.stage import fingerprint, read_manifest, write_manifest
 
 HELD_OUT_QUESTIONS = 64
 """Self-study conversations kept from training to be the report card's questions where the user has none."""
+DRAFT_CONVERSATIONS = 256
+"""Planned for a draft whose corpus has no questions: they are made to be asked, not to train on."""
 
 
 def build(corpus: str, name: str, settings: BuildSettings, registry: str, questions: str | None = None,
@@ -49,7 +53,10 @@ def build(corpus: str, name: str, settings: BuildSettings, registry: str, questi
     work = Path(workdir or f"runs/{name}")
     check_training(loaded, settings)
     settings = _settle(loaded, settings, work)
-    dataset, trained, cartridge = _make_cartridge(corpus, loaded, name, settings, work)
+    if asked and settings.train.loss == "none":
+        dataset, (trained, cartridge) = NO_DATASET, draft(loaded, settings, work)
+    else:
+        dataset, trained, cartridge = _make_cartridge(corpus, loaded, name, settings, work)
     card = _evaluate(loaded, asked, name, settings, work, store, dataset, trained, cartridge)
     text = loaded.text if settings.corpus.keep_text else None
     version = _publish(store, name, cartridge, card, text, work)
@@ -66,12 +73,17 @@ def _settle(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSetting
     from workflows.synthesize import corpus_tokens
 
     tokens, p = corpus_tokens(corpus, settings), settings.train.num_tokens
+    summary = (f"corpus {corpus.corpus_id}: {len(corpus.documents)} documents, {tokens} tokens; "
+               f"cartridge: {p} tokens, {tokens / p:.1f}x smaller")
+    if settings.train.loss == "none":
+        say(summary)
+        say(f"plan: no training; the start ({settings.train.init}) is published as a draft")
+        return settings if settings.synthesize.num_conversations else budget.with_plan(settings, DRAFT_CONVERSATIONS)
     if settings.budget is not None:
         settings = _fit_budget(corpus, settings, work)
     settings = budget.with_counts(settings, tokens)
     known = rates.remembered(settings)
-    say(f"corpus {corpus.corpus_id}: {len(corpus.documents)} documents, {tokens} tokens; "
-        f"cartridge: {p} tokens, {tokens / p:.1f}x smaller")
+    say(summary)
     count = settings.synthesize.num_conversations
     each = f" a round, at most {settings.curriculum.rounds} rounds" if settings.curriculum.rounds > 1 else ""
     if known is None:

@@ -239,7 +239,7 @@ def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
         "model": {"metavar": "ID", "help": "hub id or directory of the base model"},
         "num_tokens": {"type": int, "metavar": "P", "help": "slots of the cartridge (p)"},
         "pack_tokens": {"type": int, "metavar": "N", "help": "tokens of a pack (a micro batch)"},
-        "init": {"metavar": "METHOD", "help": "start of training, such as prefix or sampled_chunks"},
+        "init": {"metavar": "METHOD", "help": "start of training, such as sampled_chunks or attention_matching"},
         "loss": {"metavar": "LOSS", "help": "distillation, next_token, or none (publish the start)"},
         "budget": {"metavar": "TIME", "help": "wall-clock for synthesis and training, such as 10m"},
         "seed": {"type": int, "metavar": "N", "help": "seed of everything random"},

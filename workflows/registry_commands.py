@@ -51,9 +51,10 @@ def print_list(result: dict[str, Any], stream: TextIO) -> None:
         print(f"the registry {result['registry']} is empty", file=stream)
         return
     rows = [["name", "version", "aliases", "tokens", "size", "corpus tokens", "model", "created"]]
-    rows += [[entry["name"], entry["version"], ",".join(entry["aliases"]), str(entry["num_tokens"]),
-              human_bytes(entry["bytes"]), str(entry["corpus_tokens"]), entry["base_model"],
-              entry["created"]] for entry in result["cartridges"]]
+    rows += [[entry["name"] + (" (draft)" if entry["draft"] else ""), entry["version"],
+              ",".join(entry["aliases"]), str(entry["num_tokens"]), human_bytes(entry["bytes"]),
+              str(entry["corpus_tokens"]), entry["base_model"], entry["created"]]
+             for entry in result["cartridges"]]
     print_table(rows, stream)
 
 
@@ -63,6 +64,8 @@ def print_shown(result: dict[str, Any], stream: TextIO) -> None:
               f"`cartridges evaluate {result['name']}` makes one", file=stream)
     else:
         print_report_card(result["report_card"], stream)
+    if result["draft"]:
+        print("a draft: the start of a training that was not run", file=stream)
     print(file=stream)
     shown = ("aliases", "base_model", "dtype", "corpus", "seed", "composition", "licence", "created",
              "location")
@@ -78,5 +81,5 @@ def _line(entry: Entry) -> dict[str, Any]:
     return {"name": entry.name, "version": entry.version, "aliases": list(entry.aliases),
             "num_tokens": manifest.num_tokens, "bytes": 2 * layers * heads * slots * head_dim * 2,
             "base_model": manifest.model.name, "corpus_id": manifest.corpus.id,
-            "corpus_tokens": manifest.corpus.tokens,
+            "corpus_tokens": manifest.corpus.tokens, "draft": manifest.is_draft,
             "compression_ratio": manifest.corpus.tokens / manifest.num_tokens, "created": manifest.created}

@@ -24,6 +24,7 @@ from cartridges.models import BaseModel, rope_frequencies
 MOST_TOKENS = 32_768
 """Tokens of the corpus that are read; of a longer one, stretches spread over it evenly."""
 ROW_TOKENS = 128
+SHIFTS = 2
 RIDGE = 0.01
 """Of the mean squared weight of a slot: values stay near their own where no query tells."""
 
@@ -47,12 +48,14 @@ class Stretch:
 @dataclass(frozen=True)
 class Source:
     """One layer of a stretch: `keys` `[H, N, D]` where the slots stand, `values` `[H, N, D]`, the most weight that
-    any query gave to each `[H, N]`, and what attention gave the rows, `target` `[R, T, H*G, D]`."""
+    any query gave to each `[H, N]`, and what attention gave the rows, `target` `[R, T, H*G, D]`; `odds`
+    `[H, queries]` are the logs of the weight of all keys over that of the row's own."""
 
     keys: torch.Tensor
     values: torch.Tensor
     weight: torch.Tensor
     target: torch.Tensor
+    odds: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def _fit_layer(base: BaseModel, stretches: list[Stretch], layer: int, num_tokens
     sources = [_read(base.model, stretch, layer, num_tokens, frequencies) for stretch in stretches]
     keys, values = _choose(sources, num_tokens)
     keys[:, :1] = rotate(keys[:, :1], frequencies, -sink_at)
+    for _ in range(SHIFTS):
+        keys[:, 1:] += _shift(base.model, stretches, sources, layer, keys, values)
     values += _correction(base.model, stretches, sources, layer, keys, values)
     for stretch in stretches:
         stretch.student = _pass(base.model, stretch.student, layer, keys, values).hidden
@@ -119,9 +124,11 @@ def _read(model, stretch: Stretch, layer: int, num_tokens: int, frequencies: tor
     context = _pass(model, stretch.context, layer)
     keys, values = context.keys[0].float(), context.values[0].float()
     rows = _pass(model, stretch.teacher, layer, keys, values)
-    weight = torch.stack([block.amax(dim=1) for _, block in _weights(model, layer, rows, keys, stretch.real)])
+    looked = list(_look(model, layer, rows, keys, stretch.real))
     stretch.context, stretch.teacher = context.hidden, rows.hidden
-    return Source(rotate(keys, frequencies, num_tokens - keys.shape[1]), values, weight.amax(dim=0), rows.output)
+    return Source(rotate(keys, frequencies, num_tokens - keys.shape[1]), values,
+                  torch.stack([look.weights.amax(dim=1) for look in looked]).amax(dim=0), rows.output,
+                  torch.cat([look.odds for look in looked], dim=1))
 
 
 def _choose(sources: list[Source], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +143,23 @@ def _choose(sources: list[Source], num_tokens: int) -> tuple[torch.Tensor, torch
     return chosen([source.keys for source in sources]), chosen([source.values for source in sources])
 
 
+def _shift(model, stretches: list[Stretch], sources: list[Source], layer: int, keys: torch.Tensor,
+           values: torch.Tensor) -> torch.Tensor:
+    """What to add to each key but the sink's, `[H, 1, D]`, so that all slots together get the weight that the corpus
+    gets: least squares over all queries."""
+    H, _, D = keys.shape
+    gram, moment = keys.new_zeros(H, D, D), keys.new_zeros(H, D, 1)
+    for stretch, source in zip(stretches, sources, strict=True):
+        rows, done = _pass(model, stretch.student, layer, keys, values), 0
+        for look in _look(model, layer, rows, keys, stretch.real):
+            count = look.odds.shape[1]
+            missing = source.odds[:, done:done + count] - look.odds
+            gram += look.query.transpose(1, 2) @ look.query
+            moment += look.query.transpose(1, 2) @ missing[..., None].clamp(-3, 3)
+            done += count
+    return _solve(gram, moment).transpose(1, 2)
+
+
 def _correction(model, stretches: list[Stretch], sources: list[Source], layer: int, keys: torch.Tensor,
                 values: torch.Tensor) -> torch.Tensor:
     """What to add to `values` `[H, p, D]`: least squares over all queries; nothing to the sink."""
@@ -144,12 +168,17 @@ def _correction(model, stretches: list[Stretch], sources: list[Source], layer: i
     for stretch, source in zip(stretches, sources, strict=True):
         rows = _pass(model, stretch.student, layer, keys, values)
         missing = source.target.float() - rows.output.float()
-        for block, weights in _weights(model, layer, rows, keys, stretch.real):
+        for look in _look(model, layer, rows, keys, stretch.real):
+            weights = look.weights
             weights[..., 0] = 0
             gram += weights.transpose(1, 2) @ weights
-            moment += weights.transpose(1, 2) @ _by_head(missing[block], stretch.real[block], H)
+            moment += weights.transpose(1, 2) @ _by_head(missing[look.rows], stretch.real[look.rows], H)
+    return _solve(gram, moment)
+
+
+def _solve(gram: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-8)
-    return torch.linalg.solve(gram + ridge[:, None, None] * torch.eye(p, device=gram.device), moment)
+    return torch.linalg.solve(gram + ridge[:, None, None] * torch.eye(gram.shape[1], device=gram.device), moment)
 
 
 def _pass(model, hidden: torch.Tensor, layer: int, keys: torch.Tensor | None = None,
@@ -167,9 +196,19 @@ def _pass(model, hidden: torch.Tensor, layer: int, keys: torch.Tensor | None = N
     return Passed(hidden, query, own_keys, own_values, output)
 
 
-def _weights(model, layer: int, rows: Passed, keys: torch.Tensor, real: torch.Tensor
-             ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """`(rows, weights [H, queries, P])` of attention to a prefix of `keys` `[H, P, D]`, some rows at a time."""
+@dataclass(frozen=True)
+class Look:
+    """Attention of some `rows` to a prefix: scaled `query` `[H, queries, D]`, `weights` `[H, queries, P]` of the
+    keys, and the log `odds` `[H, queries]` of the prefix against the row's own tokens."""
+
+    rows: slice
+    query: torch.Tensor
+    weights: torch.Tensor
+    odds: torch.Tensor
+
+
+def _look(model, layer: int, rows: Passed, keys: torch.Tensor, real: torch.Tensor) -> Iterator[Look]:
+    """The rows' real queries and a prefix of `keys` `[H, P, D]`, some rows at a time."""
     scaling = model.base_model.layers[layer].self_attn.scaling
     (R, HG, T, D), H = rows.query.shape, len(keys)
     ahead = causal_bias(T, T, torch.float32, keys.device)[None, None, :, None]
@@ -178,10 +217,13 @@ def _weights(model, layer: int, rows: Passed, keys: torch.Tensor, real: torch.Te
         query = rows.query[block].float().reshape(-1, H, HG // H, T, D) * scaling
         to_prefix = torch.einsum("rhgtd,hpd->hrtgp", query, keys)
         to_own = torch.einsum("rhgtd,rhsd->hrtgs", query, rows.keys[block].float()) + ahead
-        mass = torch.logaddexp(to_prefix.logsumexp(-1), to_own.logsumexp(-1))
-        yield block, (to_prefix - mass[..., None]).exp_()[:, real[block]].flatten(1, 2)
+        of_prefix, of_own = to_prefix.logsumexp(-1), to_own.logsumexp(-1)
+        weights = (to_prefix - torch.logaddexp(of_prefix, of_own)[..., None]).exp_()
+        query, weights, odds = (tensor[:, real[block]].flatten(1, 2)
+                                for tensor in (query.permute(1, 0, 3, 2, 4), weights, of_prefix - of_own))
+        yield Look(block, query, weights, odds)
 
 
 def _by_head(output: torch.Tensor, real: torch.Tensor, heads: int) -> torch.Tensor:
-    """`[R, T, H*G, D]` to `[H, queries, D]`, in the order of `_weights`."""
+    """`[R, T, H*G, D]` to `[H, queries, D]`, in the order of `_look`."""
     return output[real].unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)

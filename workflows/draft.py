@@ -1,0 +1,40 @@
+"""`train.loss=none`: the start of training as a cartridge of its own, in seconds and without Ray.
+
+    DIR/cartridge/     the artifact
+    DIR/train.json     manifest, written last
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from cartridges.config import BuildSettings
+from cartridges.records import Corpus
+from workflows.stage import fingerprint, read_manifest, write_manifest
+from workflows.synthesize import corpus_tokens
+from workflows.train import MANIFEST, train_fingerprint
+
+NO_DATASET = {"seconds": 0.0, "conversations": {"kept": 0, "dropped": {}}, "tokens": {"input": 0, "loss": 0}}
+"""What a report card says of the conversations of a draft."""
+
+
+def draft(corpus: Corpus, settings: BuildSettings, work: Path) -> tuple[dict[str, Any], Path]:
+    """`(training manifest, artifact directory)` of `settings.train.init`; what is finished is not done again."""
+    from cartridges import artifact
+    from cartridges.distill.initialize import initialize
+    from cartridges.models import load_base_model
+
+    expected = train_fingerprint(fingerprint(corpus.fingerprint), settings)
+    output = work / f"draft-{expected}"
+    done = read_manifest(output / MANIFEST)
+    if done is None:
+        start = time.monotonic()
+        base = load_base_model(settings.model)
+        record = artifact.CorpusRecord(id=corpus.corpus_id, fingerprint=corpus.fingerprint,
+                                       tokens=corpus_tokens(corpus, settings))
+        artifact.save(output / "cartridge", initialize(base, corpus.text, settings.train, settings.seed),
+                      model=base.identity, corpus=record, seed=settings.seed,
+                      settings={"train": settings.train.model_dump(mode="json")})
+        done = {"fingerprint": expected, "seconds": time.monotonic() - start, "steps": 0}
+        write_manifest(output / MANIFEST, done)
+    return done, output / "cartridge"
