@@ -117,9 +117,9 @@ class TrainSettings(Settings):
     num_frozen_tokens: int = Field(1, ge=0)
     """Slots never trained; slot 0 is the attention sink."""
     init: Literal["prefix", "sampled_chunks", "attention_matching", "unrelated", "random",
-                  "cartridge"] = "sampled_chunks"
-    """Start: KV of the corpus prefix, of sampled chunks, slots fitted to the attention to the corpus' own KV, KV
-    of unrelated text, random vectors, or an existing cartridge."""
+                  "cartridge"] = "attention_matching"
+    """Start: slots fitted to the attention to the corpus' own KV; KV of the corpus prefix, of sampled chunks or of
+    unrelated text; random vectors; or an existing cartridge."""
     stretch_tokens: int = Field(512, ge=64)
     """`init=attention_matching` reads the corpus in stretches of about so many tokens, each alone; as many as the
     corpus has reads it at once."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cartridges.config import TrainSettings
+from cartridges.distill import attention_matching
 from cartridges.distill.attention_matching import match_attention
 from cartridges.distill.initialize import initialize
 from cartridges.engines.base import CartridgePrefix, ScoreRequest, TextPrefix
@@ -60,6 +61,18 @@ def test_stretches_are_read_alone_and_leave_one_sink(any_base):
     assert torch.equal(keys, again[0]) and torch.equal(values, again[1])
     at_once = match_attention(any_base, TEXT, 48, stretch_tokens=4096)
     assert not torch.allclose(keys, at_once[0])
+
+
+def test_of_a_long_corpus_only_so_much_is_read(tiny_base_model, monkeypatch):
+    monkeypatch.setattr(attention_matching, "MOST_TOKENS", 400)
+    read: list[int] = []
+    hook = tiny_base_model.model.base_model.embed_tokens.register_forward_hook(
+        lambda _, inputs, __: read.append(inputs[0].numel()))
+    keys, _ = match_attention(tiny_base_model, TEXT * 10, 48, stretch_tokens=100)
+    hook.remove()
+    assert keys.shape[2] == 48
+    # Four stretches of 100, each once in its turn's template and once in a row of 128.
+    assert 8 == len(read) and sum(read) < 4 * (150 + 128)
 
 
 def test_a_corpus_shorter_than_the_cartridge_is_refused(tiny_base_model):

@@ -129,7 +129,7 @@ def test_stop_string_is_cut(engine, tiny_base_model):
     assert stopped.finish_reason == "stop" and stop not in stopped.text
 
 
-@pytest.mark.parametrize("init", ["prefix", "sampled_chunks", "unrelated", "random"])
+@pytest.mark.parametrize("init", ["attention_matching", "prefix", "sampled_chunks", "unrelated", "random"])
 def test_starts_have_exactly_p_slots_and_the_same_sink(tiny_base_model, init):
     settings = TrainSettings(num_tokens=48, init=init)
     cartridge = initialize(tiny_base_model, TEXT * 10, settings, seed=3)

@@ -94,7 +94,8 @@ def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
     from cartridges.distill.student import Student
     from cartridges.distill.trainer import TorchStepper, Trainer
 
-    wanted = settings.train.model_copy(update={"steps": BATCHES})
+    # Any start will do, so one that takes no time.
+    wanted = settings.train.model_copy(update={"steps": BATCHES, "init": "prefix"})
     student = Student(base.model, initialize(base, corpus.text, wanted, settings.seed), wanted.loss)
     trainer = Trainer(TorchStepper(student, wanted), conversations, wanted, settings.seed, base.device)
     passes: list[float] = []

@@ -73,7 +73,9 @@ def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
     if rank == 0:
         write_held_out(Path(config["output"]) / HELD_OUT, questions)
     corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
-    return base, initialize(base, corpus.text, settings.train, settings.seed), conversations, questions
+    # The other workers are sent the first one's start: theirs need only be of its shape.
+    start = settings.train if rank == 0 else settings.train.model_copy(update={"init": "prefix"})
+    return base, initialize(base, corpus.text, start, settings.seed), conversations, questions
 
 
 def _distractors(config: dict[str, Any], device) -> list:

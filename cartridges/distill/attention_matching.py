@@ -22,7 +22,7 @@ from cartridges.forward import through_layers
 from cartridges.models import BaseModel, rope_frequencies
 
 MOST_TOKENS = 32_768
-"""Tokens of the corpus that are read; of a longer one, stretches spread over it evenly."""
+"""Tokens of the corpus that are read, or twice the slots; of a longer one, stretches spread over it evenly."""
 ROW_TOKENS = 128
 SHIFTS = 2
 RIDGE = 0.01
@@ -78,18 +78,20 @@ def match_attention(base: BaseModel, text: str, num_tokens: int, stretch_tokens:
     Slot 0 is the attention sink as the model computes it. `text` must have `num_tokens` tokens at least.
     """
     install(base.model)
-    stretches = [_stretch(base, ids) for ids in _parts(base, text, stretch_tokens)]
+    # A stretch is read again after itself, so both must fit the window.
+    stretch_tokens = min(stretch_tokens, base.identity.max_position_embeddings // 2)
+    stretches = [_stretch(base, ids) for ids in _parts(base, text, stretch_tokens, max(MOST_TOKENS, 2 * num_tokens))]
     fitted = [_fit_layer(base, stretches, layer, num_tokens)
               for layer in range(base.model.config.num_hidden_layers)]
     return torch.stack([keys for keys, _ in fitted]), torch.stack([values for _, values in fitted])
 
 
-def _parts(base: BaseModel, text: str, stretch_tokens: int) -> list[list[int]]:
-    """Token ids of equal stretches, at most `MOST_TOKENS` in all."""
-    ids = base.tokenizer.encode(text, add_special_tokens=False)
+def _parts(base: BaseModel, text: str, stretch_tokens: int, most_tokens: int) -> list[list[int]]:
+    """Token ids of equal stretches, about `most_tokens` in all where the text has more."""
+    ids = base.tokenizer.encode(text, add_special_tokens=False, verbose=False)
     count = max(1, round(len(ids) / stretch_tokens))
     bounds = np.linspace(0, len(ids), count + 1).astype(int)
-    taken = min(count, max(1, MOST_TOKENS // stretch_tokens))
+    taken = min(count, max(1, most_tokens // stretch_tokens))
     return [ids[bounds[i]:bounds[i + 1]] for i in np.linspace(0, count - 1, taken).round().astype(int).tolist()]
 
 
@@ -111,8 +113,10 @@ def _fit_layer(base: BaseModel, stretches: list[Stretch], layer: int, num_tokens
     sources = [_read(base.model, stretch, layer, num_tokens, frequencies) for stretch in stretches]
     keys, values = _choose(sources, num_tokens)
     keys[:, :1] = rotate(keys[:, :1], frequencies, -sink_at)
+    # What the rows ask does not depend on the slots of this layer.
+    asking = [_pass(base.model, stretch.student, layer, keys, values) for stretch in stretches]
     for _ in range(SHIFTS):
-        keys[:, 1:] += _shift(base.model, stretches, sources, layer, keys, values)
+        keys[:, 1:] += _shift(base.model, stretches, sources, asking, layer, keys)
     values += _correction(base.model, stretches, sources, layer, keys, values)
     for stretch in stretches:
         stretch.student = _pass(base.model, stretch.student, layer, keys, values).hidden
@@ -143,14 +147,14 @@ def _choose(sources: list[Source], num_tokens: int) -> tuple[torch.Tensor, torch
     return chosen([source.keys for source in sources]), chosen([source.values for source in sources])
 
 
-def _shift(model, stretches: list[Stretch], sources: list[Source], layer: int, keys: torch.Tensor,
-           values: torch.Tensor) -> torch.Tensor:
+def _shift(model, stretches: list[Stretch], sources: list[Source], asking: list[Passed], layer: int,
+           keys: torch.Tensor) -> torch.Tensor:
     """What to add to each key but the sink's, `[H, 1, D]`, so that all slots together get the weight that the corpus
     gets: least squares over all queries."""
     H, _, D = keys.shape
     gram, moment = keys.new_zeros(H, D, D), keys.new_zeros(H, D, 1)
-    for stretch, source in zip(stretches, sources, strict=True):
-        rows, done = _pass(model, stretch.student, layer, keys, values), 0
+    for stretch, source, rows in zip(stretches, sources, asking, strict=True):
+        done = 0
         for look in _look(model, layer, rows, keys, stretch.real):
             count = look.odds.shape[1]
             missing = source.odds[:, done:done + count] - look.odds
