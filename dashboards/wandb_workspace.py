@@ -28,6 +28,8 @@ LINES: dict[str, dict[str, tuple[str, ...]]] = {
         "Learning rate": ("train/lr",),
         "Gradient norm": ("train/grad_norm",),
         "Conversation tokens per second": ("train/tokens_per_s",),
+        "Share of the machine's matrix-product rate": ("train/matmul_share",),
+        "Memory of the first worker (bytes)": ("train/memory_bytes",),
         "Top-k mass of the targets": ("train/topk_mass",),
     },
 }

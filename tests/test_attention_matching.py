@@ -72,7 +72,7 @@ def test_of_a_long_corpus_only_so_much_is_read(tiny_base_model, monkeypatch):
     hook.remove()
     assert keys.shape[2] == 48
     # Four stretches of 100, each once in its turn's template and once in a row of 128.
-    assert 8 == len(read) and sum(read) < 4 * (150 + 128)
+    assert len(read) == 8 and sum(read) < 4 * (150 + 128)
 
 
 def test_a_corpus_shorter_than_the_cartridge_is_refused(tiny_base_model):

@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cartridges.config import BuildSettings, ModelSettings, TrainSettings
-from cartridges.distill.packing import collate
+from cartridges.distill.matmul import Counts, computed, flops, needed, planned, step_products
+from cartridges.distill.packing import collate, plan_packs
 from cartridges.errors import UserError
 from cartridges.models import load_base_model
 from cartridges.selfstudy.storage import schema, to_row
@@ -19,7 +20,6 @@ from test_distill import conversation
 from workflows.bench.arms import Sizes, batch_size
 from workflows.bench.conversations import choose_work
 from workflows.bench.extrapolate import extrapolate
-from workflows.bench.matmul import computed, flops, needed, step_products
 from workflows.bench.padded import pad
 from workflows.bench.sides import make_side
 from workflows.bench.train import SIDES
@@ -95,6 +95,21 @@ def test_needed_products_are_those_of_the_real_tokens(tiny_model, shared):
     assert wanted.tokens == whole.tokens == 64 + shared
     assert whole.pairs - wanted.pairs == 64 * 63 // 2 + shared * (shared - 1) // 2
     assert wanted.losses == 4 and flops(tiny_model, wanted) < flops(tiny_model, whole)
+
+
+@pytest.mark.parametrize("shared", [0, 11])
+def test_what_a_pack_needs_is_known_from_its_plan(shared):
+    made = [conversation(i, shared, own=own) for i, own in enumerate([7, 30, 64, 65, 200, 300, 12])]
+    plans = plan_packs(made, 64, 256, seed=0)
+    assert [planned(made, plan, 8) for plan in plans] == [needed(collate(made, plan, 256), 8) for plan in plans]
+    assert sum(planned(made, plan, 8).losses for plan in plans) == 4 * 6, "of the cut one the answer is cut off"
+
+
+def test_layers_that_are_not_trained_are_not_counted(tiny_model):
+    counts = Counts(tokens=64, pairs=5000, losses=4)
+    upper, whole = flops(tiny_model, counts, first_layer=1), flops(tiny_model, counts)
+    head = 4 * counts.losses * tiny_model.get_output_embeddings().weight.numel()
+    assert (upper - head) * 2 < whole - head, "without the first layer's queries, keys and values going back"
 
 
 @pytest.mark.slow

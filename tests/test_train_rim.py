@@ -185,6 +185,7 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
         # An artifact is in bfloat16, and only the upper layers were trained.
         assert torch.equal(kept.bfloat16(), published[-len(kept):].bfloat16())
         assert best["step"] == max(asked, key=lambda step: (asked[step]["contains"], -asked[step]["nll_per_token"]))
+        assert all(0 < row["matmul_share"] < 1 and row["memory_bytes"] > 2**20 for row in rows(tmp_path / name))
     assert artifact.read_manifest(tmp_path / "one" / "cartridge").settings["train"]["distractors"]
     assert done["steps"] == 12 and done["truncated"] == 0 and done["mean_tokens"] > 5
     assert len(json.loads((tmp_path / "one" / "held_out.json").read_text())["questions"]) > 0

@@ -23,9 +23,10 @@ class StepLog:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
 
-    def write(self, metrics, held_out: dict[str, float]) -> None:
-        """`held_out`: figures of the held-out questions after this step, where they were asked."""
-        row = asdict(metrics) | ({"held_out": held_out} if held_out else {})
+    def write(self, metrics, more: dict[str, Any]) -> None:
+        """`more` fields of the row: the machine's (`gauge`), and `held_out`, the figures of the held-out questions
+        after this step, where they were asked."""
+        row = asdict(metrics) | more
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -71,7 +72,8 @@ class Following:
 
 
 def _figures(row: dict[str, Any]) -> dict[str, float]:
-    same = ("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "loss_tokens")
+    same = ("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "loss_tokens", "matmul_share",
+            "memory_bytes")
     held_out = {f"train/held_out_{name}": value for name, value in row.get("held_out", {}).items()}
     return {**{f"train/{name}": row[name] for name in same}, **held_out, "train/step_seconds": row["seconds"],
             "train/tokens_per_s": row["tokens"] / row["seconds"],

@@ -51,6 +51,8 @@ METRICS: dict[str, str] = {
     "train/tokens_per_s": "conversation tokens (no padding) per second",
     "train/step_seconds": "wall-clock of one optimiser step",
     "train/loss_tokens": "loss tokens of the step, over all workers",
+    "train/matmul_share": "matrix products that the trained layers need, of this machine's rate for the same ones",
+    "train/memory_bytes": "most memory that the first worker has taken (on a GPU: by tensors)",
     "train/eta_seconds": "estimated seconds to the last step",
     "train/held_out_contains": "share of the held-out self-study questions answered (train.evaluate_every)",
     "train/held_out_nll_per_token": "NLL of the held-out questions' answers, nats a token",

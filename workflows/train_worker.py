@@ -27,6 +27,7 @@ def train_worker(config: dict[str, Any]) -> None:
     from cartridges.distill.student import Student
     from cartridges.distill.trainer import Trainer
     from workflows.deepspeed_stepper import DeepSpeedStepper
+    from workflows.gauge import Gauge
 
     torch.set_num_threads(config["threads"])
     settings, output = BuildSettings.model_validate(config["settings"]), Path(config["output"])
@@ -39,19 +40,21 @@ def train_worker(config: dict[str, Any]) -> None:
     _resume(trainer)
     checkups = Checkups(base, cartridge, questions, settings.train, output)
     if settings.train.loss != "none":
-        trainer.run(_reporter(output, trainer, checkups) if rank == 0 else lambda _: None,
+        trainer.run(_reporter(output, trainer, checkups, Gauge(base, cartridge, trainer)) if rank == 0
+                    else lambda _: None,
                     lambda step: _checkpoint(trainer, step))
     if rank == 0:
         _save(config, settings, base, cartridge, trainer, checkups)
 
 
-def _reporter(output: Path, trainer, checkups: Checkups) -> Callable[[Any], None]:
+def _reporter(output: Path, trainer, checkups: Checkups, gauge) -> Callable[[Any], None]:
     """Writes a row a step; the other workers wait at the next step's gradients while this one looks."""
     log = StepLog(output / STEPS, trainer.next_step)
 
     def report(metrics) -> None:
         done = metrics.step + 1
-        log.write(metrics, checkups.run(done) if checkups.due(done, metrics.steps) else {})
+        held_out = {"held_out": checkups.run(done)} if checkups.due(done, metrics.steps) else {}
+        log.write(metrics, gauge.read(metrics) | held_out)
 
     return report
 

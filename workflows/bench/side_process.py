@@ -53,8 +53,8 @@ class Runner:
 
     def description(self) -> dict[str, Any]:
         """The round's sizes and the machine."""
+        from cartridges.distill.matmul import computed, flops, needed
         from cartridges.evaluation.report_card import machine
-        from workflows.bench.matmul import computed, flops, needed
 
         model, p = self.base.model, self.settings.train.num_tokens
         work = {
@@ -72,7 +72,7 @@ class Runner:
 
     def bare(self) -> dict[str, Any]:
         """Seconds of the round's matrix products alone."""
-        from workflows.bench.matmul import bare_seconds
+        from cartridges.distill.matmul import bare_seconds
 
         packs = [pack.to(self.base.device) for pack in self.packs]
         return {"seconds": bare_seconds(self.base, packs, self.settings.train.num_tokens)}

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from cartridges.distill.losses import SLICE
-from cartridges.distill.packing import Pack
+from cartridges.distill.packing import Pack, PackPlan, own_lengths
 from cartridges.forward import round_up
 from cartridges.models import BaseModel
+from cartridges.records import Conversation
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,18 @@ def needed(pack: Pack, num_tokens: int) -> Counts:
                   pack.num_loss_tokens)
 
 
+def planned(conversations: Sequence[Conversation], plan: PackPlan, num_tokens: int) -> Counts:
+    """`needed` of the pack that `plan` makes, without making it."""
+    members = [conversations[index] for row in plan.rows for index in row]
+    lengths = [min(length, plan.row_tokens) for length in own_lengths(members)]
+    before = num_tokens + plan.shared_tokens
+    own = sum(length * before + length * (length + 1) // 2 for length in lengths)
+    losses = sum(int(one.loss_mask[:plan.shared_tokens + length - 1].sum())
+                 for one, length in zip(members, lengths, strict=True))
+    shared = plan.shared_tokens
+    return Counts(sum(lengths) + shared, own + shared * num_tokens + shared * (shared + 1) // 2, losses)
+
+
 def computed(pack: Pack, num_tokens: int) -> Counts:
     """With padding and the masked half of a row, as the fixed shapes have it."""
     rows, slots = pack.segment_ids.shape
@@ -40,12 +53,13 @@ def computed(pack: Pack, num_tokens: int) -> Counts:
                   round_up(pack.num_loss_tokens, SLICE))
 
 
-def flops(model, counts: Counts) -> int:
-    """Floating-point operations of a step's matrix products, a product and a sum being two.
+def flops(model, counts: Counts, first_layer: int = 0) -> int:
+    """Floating-point operations of a step's matrix products, a product and a sum being two. The layers below
+    `first_layer` are not counted: what they make of a conversation is known from an earlier step.
 
     The base is frozen: its weights have no gradients, only the activations do. With W the weights of
     the layers' linear maps, W1 those of the first layer's queries, keys and values (whose input is
-    the frozen embedding), n tokens, a pairs, m loss positions, L layers, H query heads of D, V words:
+    the frozen embedding, or known), n tokens, a pairs, m loss positions, L layers, H query heads of D, V words:
 
         linear maps   2 n W forward, 2 n (W - W1) for the gradients of their inputs
         attention     L a H D (4 forward: scores and sum; 8 backward: the four gradients of those)
@@ -55,11 +69,12 @@ def flops(model, counts: Counts) -> int:
     """
     config = model.config
     heads = config.num_attention_heads * _head_dim(model)
-    weights = sum(linear.weight.numel() for linear in _linears(model))
+    weights = sum(linear.weight.numel() for linear in _linears(model, first_layer))
     first = sum(linear.weight.numel() for linear in _first_projections(model))
+    layers = config.num_hidden_layers - first_layer
     head = model.get_output_embeddings().weight.numel()
     return (2 * counts.tokens * (2 * weights - first)
-            + 12 * config.num_hidden_layers * counts.pairs * heads + 4 * counts.losses * head)
+            + 12 * layers * counts.pairs * heads + 4 * counts.losses * head)
 
 
 @torch.no_grad()
@@ -126,8 +141,8 @@ def _random(base: BaseModel, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=base.device).to(base.dtype)
 
 
-def _linears(model) -> list[nn.Linear]:
-    return [module for module in model.base_model.layers.modules() if isinstance(module, nn.Linear)]
+def _linears(model, first_layer: int = 0) -> list[nn.Linear]:
+    return [module for module in model.base_model.layers[first_layer:].modules() if isinstance(module, nn.Linear)]
 
 
 def _first_projections(model) -> list[nn.Linear]:
