@@ -153,7 +153,30 @@ def test_serve_on_the_command_line(settings, capfd):
     assert result["extrapolation"]["assumptions"] and "untrained" in result["notes"][0]
 
 
+@pytest.mark.slow
+def test_load_counts_what_is_loaded_and_put_out(settings, capfd):
+    """Twelve corpora on a replica that holds three."""
+    assert main(["bench", "load", "--model", settings.model.name, "--engine", "transformers", "--corpora", "12",
+                 "--resident", "3", "--requests", "30", "--clients", "2", "--num-tokens", "16", "--output-tokens", "4",
+                 "--runs", "1", "--set", "model.dtype=float32", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert len(result["rows"]) == 2 and result["errors"] == 0
+    assert rows["resident"]["loads"] == rows["resident"]["misses"] == 0 and rows["resident"]["hits"] == 30
+    skewed = rows["skewed"]
+    assert skewed["hits"] + skewed["misses"] == 30 and skewed["corpora"] > 3
+    assert skewed["corpora"] - 3 <= skewed["loads"] == skewed["evictions"] <= skewed["misses"]
+    assert result["hit_share"] == skewed["hits"] / 30
+    assert result["ratios"]["throughput"] == pytest.approx(
+        skewed["requests_per_s"] / rows["resident"]["requests_per_s"])
+    assert [one["loads"] for one in result["cold"]].count(1) >= 3
+    assert result["ratios"]["cold_ttft"] > 0
+
+
 @pytest.mark.parametrize(("options", "says"), [
+    (["load", "--corpora", "3", "--resident", "4"], "nothing would have to be loaded"),
+    (["load", "--resident", "4", "--clients", "8"], "may be in use"),
+    (["load", "--skew", "-1"], "asks all corpora alike"),
     (["serve", "--kv-budget", "1", "--contexts", "4000", "--set", "model.dtype=float32"], "does not hold one request"),
     (["serve", "--contexts", "1k"], "not a list of whole numbers"),
     (["serve", "--num-tokens", "2048", "--contexts", "1024"], "no shorter"),

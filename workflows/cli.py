@@ -205,6 +205,19 @@ def _add_bench(parsers: Any) -> None:
                        help="measure as well requests that all ask about one corpus and share its KV")
     _settings_options(serve, "model", "engine")
 
+    load = _command(benches, "load", commands.run_bench_load,
+                    "many registered corpora, asked unevenly, on one replica that holds a few")
+    load.add_argument("--corpora", type=_count, default=1000, metavar="N", help="registered corpora; default 1000")
+    load.add_argument("--resident", type=_count, default=50, metavar="N", help="of which fit at once; default 50")
+    load.add_argument("--requests", type=_count, default=200, metavar="N", help="requests of a run; default 200")
+    load.add_argument("--clients", type=_count, default=8, metavar="N", help="clients at once; default 8")
+    load.add_argument("--skew", type=float, default=1.0, metavar="S",
+                      help="corpus i is asked in proportion to 1 / i ** S; default 1")
+    load.add_argument("--num-tokens", type=_count, default=64, metavar="P", help="slots of each; default 64")
+    load.add_argument("--output-tokens", type=_count, default=16, metavar="N", help="most of an answer; default 16")
+    load.add_argument("--runs", type=_count, default=3, metavar="N", help="counted runs; default 3")
+    _settings_options(load, "model", "engine")
+
     route = _command(benches, "route", commands.run_bench_route,
                      "how often `model: \"auto\"` finds the corpus that a question belongs to")
     route.add_argument("corpora", nargs="+", metavar="FILE", help="JSONL, each row a corpus with questions; or "
@@ -284,7 +297,8 @@ def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
     elif args.command == "bench":
         from workflows.bench import tables
 
-        show = {"train": tables.print_train, "serve": tables.print_serve, "route": tables.print_route}
+        show = {"train": tables.print_train, "serve": tables.print_serve, "load": tables.print_load,
+                "route": tables.print_route}
         show[args.bench](result, sys.stdout)
     elif args.command == "evaluate":
         console.print_report_card(result, sys.stdout)

@@ -162,6 +162,21 @@ def run_bench_serve(args: argparse.Namespace) -> dict[str, Any]:
                        args.max_batch, args.one_corpus)
 
 
+def run_bench_load(args: argparse.Namespace) -> dict[str, Any]:
+    settings = settings_from(args)
+    if args.corpora < args.resident:
+        raise UserError(f"--resident {args.resident} of --corpora {args.corpora}: nothing would have to be loaded")
+    if args.resident < args.clients:
+        raise UserError(f"--resident {args.resident} is less than --clients {args.clients}: all that is held may be "
+                        "in use, and then nothing can be loaded")
+    if args.skew < 0:
+        raise UserError(f"--skew {args.skew:g} is below 0; 0 asks all corpora alike")
+    from workflows.bench.load import Load, bench_load
+
+    return bench_load(settings, Load(args.corpora, args.resident, args.requests, args.clients, args.skew,
+                                     args.num_tokens, args.output_tokens), args.runs)
+
+
 def run_bench_route(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_from(args)
     from cartridges.models import load_tokenizer, resolve_model_dir

@@ -21,8 +21,10 @@ from cartridges.compose import rotate
 from cartridges.forward import through_layers
 from cartridges.models import BaseModel, rope_frequencies
 
-MOST_TOKENS = 32_768
+MOST_TOKENS = 16_384
 """Tokens of the corpus that are read, or twice the slots; of a longer one, stretches spread over it evenly."""
+LONGEST_STRETCH = 8192
+"""The weights of a stretch's keys grow with its square."""
 ROW_TOKENS = 128
 SHIFTS = 2
 RIDGE = 0.01
@@ -71,28 +73,31 @@ class Passed:
 
 
 @torch.no_grad()
-def match_attention(base: BaseModel, text: str, num_tokens: int, stretch_tokens: int
+def match_attention(base: BaseModel, text: str, num_tokens: int, stretch_tokens: int, num_frozen_tokens: int = 1
                     ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[layers, H, num_tokens, D]`, float32, of `text` read `stretch_tokens` at a time.
+    """Keys and values `[layers, H, num_tokens, D]`, float32, of `text` read at most `stretch_tokens` at a time.
 
-    Slot 0 is the attention sink as the model computes it. `text` must have `num_tokens` tokens at least.
+    The first `num_frozen_tokens` slots (one at least: the attention sink) are the first tokens of the template as
+    the model computes them. `text` must have `num_tokens` tokens at least.
     """
     install(base.model)
-    # A stretch is read again after itself, so both must fit the window.
-    stretch_tokens = min(stretch_tokens, base.identity.max_position_embeddings // 2)
+    sinks = max(1, num_frozen_tokens)
     stretches = [_stretch(base, ids) for ids in _parts(base, text, stretch_tokens, max(MOST_TOKENS, 2 * num_tokens))]
-    fitted = [_fit_layer(base, stretches, layer, num_tokens)
+    fitted = [_fit_layer(base, stretches, layer, num_tokens, sinks)
               for layer in range(base.model.config.num_hidden_layers)]
     return torch.stack([keys for keys, _ in fitted]), torch.stack([values for _, values in fitted])
 
 
 def _parts(base: BaseModel, text: str, stretch_tokens: int, most_tokens: int) -> list[list[int]]:
-    """Token ids of equal stretches, about `most_tokens` in all where the text has more."""
-    ids = base.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    count = max(1, round(len(ids) / stretch_tokens))
+    """Token ids of equal stretches, of about `most_tokens` in all where the text has more."""
+    ids = base.template.text_ids(text)
+    # A stretch stands in its turn of the template, and a row after it.
+    room = base.identity.max_position_embeddings - len(base.template.system_ids("")) - ROW_TOKENS
+    count = -(-len(ids) // min(stretch_tokens, LONGEST_STRETCH, room))
+    taken = min(count, -(-most_tokens * count // len(ids)))
     bounds = np.linspace(0, len(ids), count + 1).astype(int)
-    taken = min(count, max(1, most_tokens // stretch_tokens))
-    return [ids[bounds[i]:bounds[i + 1]] for i in np.linspace(0, count - 1, taken).round().astype(int).tolist()]
+    middles = ((np.arange(taken) + 0.5) * count / taken).astype(int)
+    return [ids[bounds[index]:bounds[index + 1]] for index in middles.tolist()]
 
 
 def _stretch(base: BaseModel, ids: Sequence[int]) -> Stretch:
@@ -105,19 +110,19 @@ def _stretch(base: BaseModel, ids: Sequence[int]) -> Stretch:
     return Stretch(embed(torch.as_tensor(system, device=device)[None]), hidden, hidden, real)
 
 
-def _fit_layer(base: BaseModel, stretches: list[Stretch], layer: int, num_tokens: int
+def _fit_layer(base: BaseModel, stretches: list[Stretch], layer: int, num_tokens: int, sinks: int
                ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values `[H, num_tokens, D]` of `layer`; the stretches' states move on behind it."""
     frequencies = rope_frequencies(base.identity)
-    sink_at = num_tokens - stretches[0].context.shape[1]
+    moved = num_tokens - stretches[0].context.shape[1]
     sources = [_read(base.model, stretch, layer, num_tokens, frequencies) for stretch in stretches]
-    keys, values = _choose(sources, num_tokens)
-    keys[:, :1] = rotate(keys[:, :1], frequencies, -sink_at)
+    keys, values = _choose(sources, num_tokens, sinks)
+    keys[:, :sinks] = rotate(keys[:, :sinks], frequencies, -moved)
     # What the rows ask does not depend on the slots of this layer.
     asking = [_pass(base.model, stretch.student, layer, keys, values) for stretch in stretches]
     for _ in range(SHIFTS):
-        keys[:, 1:] += _shift(base.model, stretches, sources, asking, layer, keys)
-    values += _correction(base.model, stretches, sources, layer, keys, values)
+        keys[:, sinks:] += _shift(base.model, stretches, sources, asking, layer, keys)
+    values[:, sinks:] += _correction(base.model, stretches, sources, layer, keys, values, sinks)
     for stretch in stretches:
         stretch.student = _pass(base.model, stretch.student, layer, keys, values).hidden
     return keys, values
@@ -128,28 +133,29 @@ def _read(model, stretch: Stretch, layer: int, num_tokens: int, frequencies: tor
     context = _pass(model, stretch.context, layer)
     keys, values = context.keys[0].float(), context.values[0].float()
     rows = _pass(model, stretch.teacher, layer, keys, values)
-    looked = list(_look(model, layer, rows, keys, stretch.real))
+    looks = [(look.weights.amax(dim=1), look.odds) for look in _look(model, layer, rows, keys, stretch.real)]
     stretch.context, stretch.teacher = context.hidden, rows.hidden
     return Source(rotate(keys, frequencies, num_tokens - keys.shape[1]), values,
-                  torch.stack([look.weights.amax(dim=1) for look in looked]).amax(dim=0), rows.output,
-                  torch.cat([look.odds for look in looked], dim=1))
+                  torch.stack([weight for weight, _ in looks]).amax(dim=0), rows.output,
+                  torch.cat([odds for _, odds in looks], dim=1))
 
 
-def _choose(sources: list[Source], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all keys and their values those that were looked at most; every stretch has a sink, the first one's stays."""
+def _choose(sources: list[Source], num_tokens: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all keys and their values those that were looked at most, behind the `sinks` that the first stretch begins
+    with; those of the others are left out."""
     def chosen(tensors: list[torch.Tensor]) -> torch.Tensor:
         joined = torch.cat(tensors, dim=1)
         return joined.gather(1, kept[..., None].expand(-1, -1, joined.shape[-1]))
 
-    weight = torch.cat([functional.pad(source.weight[:, 1:], (1, 0), value=-1) for source in sources], dim=1)
-    weight[:, 0] = torch.inf
+    weight = torch.cat([functional.pad(source.weight[:, sinks:], (sinks, 0), value=-1) for source in sources], dim=1)
+    weight[:, :sinks] = torch.inf
     kept = weight.topk(num_tokens, dim=1).indices.sort(dim=1).values
     return chosen([source.keys for source in sources]), chosen([source.values for source in sources])
 
 
 def _shift(model, stretches: list[Stretch], sources: list[Source], asking: list[Passed], layer: int,
            keys: torch.Tensor) -> torch.Tensor:
-    """What to add to each key but the sink's, `[H, 1, D]`, so that all slots together get the weight that the corpus
+    """What to add to each key but the sinks', `[H, 1, D]`, so that all slots together get the weight that the corpus
     gets: least squares over all queries."""
     H, _, D = keys.shape
     gram, moment = keys.new_zeros(H, D, D), keys.new_zeros(H, D, 1)
@@ -165,16 +171,15 @@ def _shift(model, stretches: list[Stretch], sources: list[Source], asking: list[
 
 
 def _correction(model, stretches: list[Stretch], sources: list[Source], layer: int, keys: torch.Tensor,
-                values: torch.Tensor) -> torch.Tensor:
-    """What to add to `values` `[H, p, D]`: least squares over all queries; nothing to the sink."""
+                values: torch.Tensor, sinks: int) -> torch.Tensor:
+    """What to add to `values` behind the sinks, `[H, p - sinks, D]`: least squares over all queries."""
     H, p, D = values.shape
-    gram, moment = values.new_zeros(H, p, p), values.new_zeros(H, p, D)
+    gram, moment = values.new_zeros(H, p - sinks, p - sinks), values.new_zeros(H, p - sinks, D)
     for stretch, source in zip(stretches, sources, strict=True):
         rows = _pass(model, stretch.student, layer, keys, values)
         missing = source.target.float() - rows.output.float()
         for look in _look(model, layer, rows, keys, stretch.real):
-            weights = look.weights
-            weights[..., 0] = 0
+            weights = look.weights[..., sinks:]
             gram += weights.transpose(1, 2) @ weights
             moment += weights.transpose(1, 2) @ _by_head(missing[look.rows], stretch.real[look.rows], H)
     return _solve(gram, moment)
@@ -182,7 +187,9 @@ def _correction(model, stretches: list[Stretch], sources: list[Source], layer: i
 
 def _solve(gram: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-8)
-    return torch.linalg.solve(gram + ridge[:, None, None] * torch.eye(gram.shape[1], device=gram.device), moment)
+    regular = gram + ridge[:, None, None] * torch.eye(gram.shape[1], device=gram.device)
+    # Not linalg.solve: torch's on a CPU did not come back from a batch of 448 by 448 (docs/log.md).
+    return torch.cholesky_solve(moment, torch.linalg.cholesky(regular))
 
 
 def _pass(model, hidden: torch.Tensor, layer: int, keys: torch.Tensor | None = None,

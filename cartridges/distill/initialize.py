@@ -30,7 +30,8 @@ def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -
         return before.with_frozen_layers(frozen_layers(before.shape.num_layers, settings))
     if settings.init == "attention_matching":
         _closed_turn(base, text, settings.num_tokens)  # refuses a short corpus
-        matched = match_attention(base, text, settings.num_tokens, settings.stretch_tokens)
+        matched = match_attention(base, text, settings.num_tokens, settings.stretch_tokens,
+                                  settings.num_frozen_tokens)
         return Cartridge(*matched, settings.num_frozen_tokens, frozen_layers(len(matched[0]), settings))
     ids = start_ids(base, text, settings, seed)
     kv = prefill(base.model, ids)

@@ -1,5 +1,6 @@
 """What a person reads of a bench's result."""
 
+import statistics
 from typing import Any, TextIO
 
 from workflows.console import human_bytes, print_table
@@ -20,6 +21,26 @@ def print_train(result: dict[str, Any], stream: TextIO) -> None:
     print(f"matrix products: {result['matmul_share']:.0%} of {result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, "
           f"{result['matmul_share_with_padding']:.0%} with padding counted "
           f"({work['packed_tokens'] / work['packed_slots']:.0%} of the slots are tokens)", file=stream)
+    _print_notes(result["notes"], stream)
+
+
+def print_load(result: dict[str, Any], stream: TextIO) -> None:
+    """Asked unevenly beside asked with nothing to load, and what that took."""
+    load, ratios = result["load"], result["ratios"]
+    print(_headline(result, f"engine {result['engine']}, {load['corpora']} corpora of p {load['num_tokens']}, "
+                            f"{load['resident']} at once, {load['clients']} clients"), file=stream)
+    print(file=stream)
+    rows = [["arm", "requests/s", "TTFT s", "corpora asked", "loads", "put out"]]
+    for arm in ("skewed", "resident"):
+        of = [row for row in result["rows"] if row["arm"] == arm]
+        rows.append([arm, *(f"{statistics.median(row[key] for row in of):{places}}" for key, places in (
+            ("requests_per_s", ".2f"), ("ttft_s", ".2f"), ("corpora", ".0f"), ("loads", ".0f"), ("evictions", ".0f")))])
+    print_table(rows, stream)
+    print(f"\nskewed over resident: {_times(ratios['throughput'])} the requests a second, {_times(ratios['ttft'])} the "
+          f"time to first token; {result['hit_share']:.0%} found their cartridge loaded, {result['errors']} errors",
+          file=stream)
+    print(f"a first request on a corpus over its second: {_times(ratios['cold_ttft'])} the time to first token",
+          file=stream)
     _print_notes(result["notes"], stream)
 
 
