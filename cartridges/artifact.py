@@ -120,7 +120,9 @@ class Manifest(Record):
     @property
     def is_draft(self) -> bool:
         """Whether it is the start of a training that was not run."""
-        return self.settings.get("train", {}).get("loss") == "none"
+        train = self.settings.get("train")
+        # One that goes on from a cartridge is that cartridge.
+        return isinstance(train, dict) and train.get("loss") == "none" and train.get("init") != "cartridge"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

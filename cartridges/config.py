@@ -122,7 +122,7 @@ class TrainSettings(Settings):
     unrelated text; random vectors; or an existing cartridge."""
     stretch_tokens: int = Field(512, ge=64)
     """`init=attention_matching` reads the corpus in stretches of about so many tokens, each alone; as many as the
-    corpus has reads it at once."""
+    corpus has reads it at once, up to 8,192 and what the window leaves."""
     init_cartridge: str | None = None
     """Directory of the cartridge that `init=cartridge` continues from."""
     loss: Literal["distillation", "next_token", "none"] = "distillation"
@@ -137,7 +137,7 @@ class TrainSettings(Settings):
     distractor_share: float = Field(0.25, ge=0, le=1)
     """Share of the packs that are read with distractors."""
     max_distractors: int = Field(3, ge=1)
-    """At most so many at once. Each number of them is a shape of its own."""
+    """At most so many at once. Each number of slots that this makes is a shape of its own."""
     label_share: float = Field(0.5, ge=0, le=1)
     """Share of the target given to the known next token where the answer is known from the text; the
     rest is the teacher's distribution."""

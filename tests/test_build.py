@@ -62,9 +62,12 @@ def test_build_publishes_once_and_resumes_for_nothing(settings, corpus_file, tmp
     assert len(Registry(tmp_path / "registry").versions("lights")) == 1
 
 
-def test_a_draft_is_published_as_one_without_ray_and_conversations(settings, corpus_file, tmp_path, capsys):
-    import ray
+def test_a_draft_is_published_as_one_without_ray_and_conversations(settings, corpus_file, tmp_path, capsys,
+                                                                   monkeypatch, tiny_qwen3_dir):
+    def no_ray():
+        raise AssertionError("a draft needs no Ray")
 
+    monkeypatch.setattr("workflows.local_ray.local_ray", no_ray)
     questions = tmp_path / "questions.jsonl"
     rows = [{"question": f"How many {what}?", "answers": [str(n)]} for n, what in enumerate(("bells", "boats"))]
     questions.write_text(json.dumps({"corpus_id": "c", "text": "", "questions": rows}) + "\n")
@@ -73,7 +76,7 @@ def test_a_draft_is_published_as_one_without_ray_and_conversations(settings, cor
     registry = str(tmp_path / "registry")
     arguments = (str(corpus_file), "quick", settings, registry, str(questions), str(tmp_path / "work"))
     result = build(*arguments)
-    assert not ray.is_initialized()
+    assert not list((tmp_path / "work").glob("synthesize-*"))
     assert result["report_card"]["build"]["conversations"] == {"kept": 0, "dropped": {}}
     assert "published as a draft" in capsys.readouterr().err
     (line,) = list_cartridges(registry)["cartridges"]
@@ -85,11 +88,15 @@ def test_a_draft_is_published_as_one_without_ray_and_conversations(settings, cor
     made = next((tmp_path / "work").glob("draft-*/cartridge/cartridge.safetensors"))
     before = made.stat().st_mtime_ns
     assert build(*arguments)["version"] == result["version"] and made.stat().st_mtime_ns == before
+    other = settings.model_copy(update={"model": settings.model.model_copy(update={"name": str(tiny_qwen3_dir)})})
+    assert build(str(corpus_file), "other", other, *arguments[3:])["version"] != result["version"]
 
 
 def test_calibration_measures_what_a_plan_needs(settings, corpus_file):
     assert remembered(settings) is None
-    rates = calibrate(load_corpus(str(corpus_file)), settings)
+    # Distractors are not read for it, however they are named.
+    with_others = settings.train.model_copy(update={"distractors": ("elsewhere",), "distractor_share": 1.0})
+    rates = calibrate(load_corpus(str(corpus_file)), settings.model_copy(update={"train": with_others}))
     assert rates.conversation_seconds > 0 and rates.pack_seconds > 0
     assert 0 < rates.kept <= 1 and rates.tokens > 5
 
@@ -112,6 +119,8 @@ def test_mistakes_are_named_before_anything_begins(settings, corpus_file, tmp_pa
         attempt(train=settings.train.model_copy(update={"num_tokens": 4096}))
     with pytest.raises(UserError, match="budget"):
         attempt(budget="soon")
+    with pytest.raises(UserError, match="leave --budget and --curriculum out"):
+        attempt(budget="5m", train=settings.train.model_copy(update={"loss": "none"}))
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="empty"):
         attempt(questions=str(tmp_path / "empty.jsonl"))

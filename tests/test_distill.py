@@ -165,6 +165,7 @@ def test_a_distractor_stands_beside_as_in_a_composition(any_tiny_model, shared, 
     turned = rotate(keys[:, :, :own_slots], frequencies, own.num_tokens - whole.num_tokens)
     torch.testing.assert_close(grads[0], turned, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(grads[1], values[:, :, :own_slots], atol=1e-5, rtol=1e-3)
+    assert gradients(student, with_both)[0] == pytest.approx(loss, rel=1e-5), "met again, from what was kept"
     assert loss != pytest.approx(gradients(student, plain)[0], rel=1e-3), "what stands beside is seen"
     assert {name for name, _ in student.named_parameters() if "cartridge" in name} == {
         "cartridge.trainable_keys", "cartridge.trainable_values"}

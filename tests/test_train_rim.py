@@ -186,7 +186,8 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
         assert torch.equal(kept.bfloat16(), published[-len(kept):].bfloat16())
         assert best["step"] == max(asked, key=lambda step: (asked[step]["contains"], -asked[step]["nll_per_token"]))
         assert all(0 < row["matmul_share"] < 1 and row["memory_bytes"] > 2**20 for row in rows(tmp_path / name))
-    assert artifact.read_manifest(tmp_path / "one" / "cartridge").settings["train"]["distractors"]
+    told = artifact.read_manifest(tmp_path / "one" / "cartridge").settings["train"]
+    assert told["distractors"] == [artifact.read_manifest(tmp_path / "other").digest]
     assert done["steps"] == 12 and done["truncated"] == 0 and done["mean_tokens"] > 5
     assert len(json.loads((tmp_path / "one" / "held_out.json").read_text())["questions"]) > 0
     assert not (tmp_path / "one" / "work").exists()
@@ -244,6 +245,11 @@ def test_mistakes_are_named_before_ray_starts(tiny_base_model, tiny_qwen3_dir, d
     with pytest.raises(UserError, match="was built for"):
         attempt(distractors=(str(a_cartridge(load_stock(tiny_qwen3_dir), tmp_path / "qwen",
                                              OTHER)),))
+    other = str(a_cartridge(tiny_base_model, tmp_path / "another", OTHER))
+    with pytest.raises(UserError, match="same cartridge twice"):
+        attempt(distractors=(other, other))
+    with pytest.raises(UserError, match="leave no room"):
+        attempt(distractors=(other,), pack_tokens=1 << 20)
     with pytest.raises(UserError, match="set train.held_out"):
         attempt(held_out=0)
     with pytest.raises(UserError, match="no finished conversations"):

@@ -11,8 +11,8 @@ from cartridges.errors import UserError
 CONVERSATIONS_PER_TOKEN = 1.0
 """Planned conversations for each corpus token where neither a number nor a budget is given."""
 FEWEST_CONVERSATIONS = 256
-START_SECONDS = 45.0
-"""Of a budget: Ray, and the model loaded by an actor and by a training worker."""
+START_SECONDS = 90.0
+"""Of a budget: Ray, the model loaded by an actor and by a training worker, and the start of training."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 

@@ -3,7 +3,7 @@
     WORKDIR/synthesize-<fingerprint>/   see workflows.synthesize
     WORKDIR/train-<fingerprint>/        see workflows.train
     WORKDIR/evaluate-<fingerprint>/     rows.jsonl and, last, report_card.json
-    WORKDIR/draft-<fingerprint>/        in place of both with `train.loss=none`, see workflows.draft
+    WORKDIR/draft-<fingerprint>/        in place of both for a draft of a corpus with questions
     WORKDIR/build.json                  the result of the last finished build
 
 A stage whose finished output is there with the fingerprint of what it would do now is skipped, so
@@ -78,7 +78,11 @@ def _settle(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSetting
     if settings.train.loss == "none":
         say(summary)
         say(f"plan: no training; the start ({settings.train.init}) is published as a draft")
-        return settings if settings.synthesize.num_conversations else budget.with_plan(settings, DRAFT_CONVERSATIONS)
+        if not settings.synthesize.num_conversations:
+            settings = budget.with_plan(settings, DRAFT_CONVERSATIONS)
+        if settings.train.held_out:
+            say(f"plan: {settings.synthesize.num_conversations} conversations, for questions to ask it")
+        return settings
     if settings.budget is not None:
         settings = _fit_budget(corpus, settings, work)
     settings = budget.with_counts(settings, tokens)

@@ -1,4 +1,4 @@
-"""`train.loss=none`: the start of training as a cartridge of its own, in seconds and without Ray.
+"""`train.loss=none` for a corpus with questions: the start of training as a cartridge of its own, without Ray.
 
     DIR/cartridge/     the artifact
     DIR/train.json     manifest, written last
@@ -10,8 +10,8 @@ from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.records import Corpus
-from workflows.stage import fingerprint, read_manifest, write_manifest
-from workflows.synthesize import corpus_tokens
+from workflows.stage import read_manifest, write_manifest
+from workflows.synthesize import corpus_tokens, dataset_fingerprint
 from workflows.train import MANIFEST, train_fingerprint
 
 NO_DATASET = {"seconds": 0.0, "conversations": {"kept": 0, "dropped": {}}, "tokens": {"input": 0, "loss": 0}}
@@ -24,7 +24,8 @@ def draft(corpus: Corpus, settings: BuildSettings, work: Path) -> tuple[dict[str
     from cartridges.distill.initialize import initialize
     from cartridges.models import load_base_model
 
-    expected = train_fingerprint(fingerprint(corpus.fingerprint), settings)
+    # That of the conversations, though there are none: it tells corpus, model and template apart.
+    expected = train_fingerprint(dataset_fingerprint(corpus, settings), settings)
     output = work / f"draft-{expected}"
     done = read_manifest(output / MANIFEST)
     if done is None:
@@ -34,7 +35,7 @@ def draft(corpus: Corpus, settings: BuildSettings, work: Path) -> tuple[dict[str
                                        tokens=corpus_tokens(corpus, settings))
         artifact.save(output / "cartridge", initialize(base, corpus.text, settings.train, settings.seed),
                       model=base.identity, corpus=record, seed=settings.seed,
-                      settings={"train": settings.train.model_dump(mode="json")})
+                      settings={"train": settings.train.model_dump(mode="json", exclude={"distractors"})})
         done = {"fingerprint": expected, "seconds": time.monotonic() - start, "steps": 0}
         write_manifest(output / MANIFEST, done)
     return done, output / "cartridge"

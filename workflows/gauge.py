@@ -2,12 +2,14 @@
 
 import resource
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from cartridges.cartridge import Cartridge
+from cartridges.compose import composed_tokens
 from cartridges.distill.matmul import bare_seconds, computed, flops, planned
-from cartridges.distill.packing import collate
+from cartridges.distill.packing import PackPlan, collate
 from cartridges.distill.trainer import StepMetrics, Trainer
 from cartridges.models import BaseModel
 
@@ -18,8 +20,8 @@ class Gauge:
     Layers that are not trained are not counted, so in the first epoch, which still reads them, it is too low.
     """
 
-    def __init__(self, base: BaseModel, cartridge: Cartridge, trainer: Trainer):
-        self.base, self.cartridge, self.trainer = base, cartridge, trainer
+    def __init__(self, base: BaseModel, trainer: Trainer, cartridge: Cartridge, distractors: Sequence[Cartridge] = ()):
+        self.base, self.trainer, self.cartridge, self.distractors = base, trainer, cartridge, distractors
         pack = collate(trainer.conversations, trainer.order.plans(0)[0], trainer.settings.pack_tokens).to(base.device)
         # The first time builds kernels for the shapes, as the first step does.
         seconds = [bare_seconds(base, [pack], cartridge.num_tokens) for _ in range(2)][-1]
@@ -27,11 +29,16 @@ class Gauge:
 
     def read(self, metrics: StepMetrics) -> dict[str, float]:
         """`matmul_share` of the step, and the most memory taken so far, in bytes."""
-        trainer, cartridge = self.trainer, self.cartridge
-        needed = sum(flops(self.base.model, planned(trainer.conversations, plan, cartridge.num_tokens),
-                           cartridge.num_frozen_layers)
-                     for plan in trainer.order.plans(metrics.step)[trainer.rank::trainer.world])
+        plans = self.trainer.order.plans(metrics.step)[self.trainer.rank::self.trainer.world]
+        needed = sum(flops(self.base.model, planned(self.trainer.conversations, plan, self._slots(plan)),
+                           0 if plan.beside else self.cartridge.num_frozen_layers) for plan in plans)
         return {"matmul_share": needed / metrics.seconds / self.flops_per_s, "memory_bytes": memory_bytes()}
+
+
+    def _slots(self, plan: PackPlan) -> int:
+        """Before the pack, with the cartridges that stand beside."""
+        loaded = [self.cartridge, *(self.distractors[index] for index in plan.beside)]
+        return composed_tokens([(one.num_tokens, one.num_frozen_tokens) for one in loaded])
 
 
 def memory_bytes() -> int:

@@ -94,8 +94,9 @@ def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
     from cartridges.distill.student import Student
     from cartridges.distill.trainer import TorchStepper, Trainer
 
-    # Any start will do, so one that takes no time.
-    wanted = settings.train.model_copy(update={"steps": BATCHES, "init": "prefix"})
+    # Any start will do, so one that takes no time; what packs with distractors cost more is not known.
+    start = "prefix" if settings.train.init == "attention_matching" else settings.train.init
+    wanted = settings.train.model_copy(update={"steps": BATCHES, "init": start, "distractors": ()})
     student = Student(base.model, initialize(base, corpus.text, wanted, settings.seed), wanted.loss)
     trainer = Trainer(TorchStepper(student, wanted), conversations, wanted, settings.seed, base.device)
     passes: list[float] = []

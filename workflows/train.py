@@ -62,6 +62,7 @@ def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSetting
     config = {"datasets": [str(Path(one).resolve()) for one in (dataset_dir, *earlier)],
               "held_out": held_out and str(Path(held_out).resolve()), "corpus": str(Path(corpus).resolve()),
               "distractors": [str(Path(one).resolve()) for one in settings.train.distractors],
+              "distractor_digests": digests(settings.train.distractors),
               "output": str(output.resolve()), "settings": settings.model_dump(mode="json"),
               "corpus_record": made_of["corpus"], "synthesize": made_of["settings"]}
     with track("train", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
@@ -92,10 +93,21 @@ def train_fingerprint(dataset_fingerprint: str, settings: BuildSettings, earlier
     follows = {"earlier": fingerprints(earlier), "held_out": read_manifest(Path(held_out))} if held_out else {}
     return fingerprint({
         **follows, "dataset": dataset_fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
-        "train": settings.train.model_dump(mode="json", exclude=how),
-        "distractors": [read_artifact_manifest(one).digest for one in settings.train.distractors],
+        "train": settings.train.model_dump(mode="json", exclude=how | _without_effect(settings)),
+        **({"distractors": digests(settings.train.distractors)} if settings.train.distractors else {}),
         "init_cartridge": read_artifact_manifest(start).digest if start else None,
     })
+
+
+def _without_effect(settings: BuildSettings) -> set[str]:
+    """Settings that change nothing because what they are of is not used."""
+    return ({"distractor_share", "max_distractors"} if not settings.train.distractors else set()) | (
+        {"stretch_tokens"} if settings.train.init != "attention_matching" else set())
+
+
+def digests(directories: Sequence[str]) -> list[str]:
+    """Of the cartridges there: the same wherever they are kept."""
+    return [read_artifact_manifest(directory).digest for directory in directories]
 
 
 def check_training(corpus: Corpus, settings: BuildSettings) -> None:
@@ -116,6 +128,8 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     if wanted.zero_stage and wanted.optimizer.name != "adam":
         raise UserError(f"train.zero_stage={wanted.zero_stage} cuts the optimiser's state up, and "
                         f"{wanted.optimizer.name} needs it whole; use 0, or train.optimizer.name=adam")
+    if wanted.loss == "none" and (settings.budget or settings.curriculum.rounds > 1):
+        raise UserError("--loss none publishes the start, untrained: leave --budget and --curriculum out")
     _check_distractors(corpus, settings)
     if wanted.init == "cartridge":
         if wanted.init_cartridge is None:
@@ -132,13 +146,25 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
 
 def _check_distractors(corpus: Corpus, settings: BuildSettings) -> None:
     from cartridges.artifact import check_compatible
+    from cartridges.compose import composed_tokens
     from cartridges.models import load_identity, resolve_model_dir
 
-    for directory in settings.train.distractors:
-        given = read_artifact_manifest(directory)
-        check_compatible(given, load_identity(resolve_model_dir(settings.model)))
-        if given.corpus.fingerprint == corpus.fingerprint:
+    wanted = settings.train
+    if not wanted.distractors:
+        return
+    identity = load_identity(resolve_model_dir(settings.model))
+    given = [read_artifact_manifest(directory) for directory in wanted.distractors]
+    for directory, manifest in zip(wanted.distractors, given, strict=True):
+        check_compatible(manifest, identity)
+        if manifest.corpus.fingerprint == corpus.fingerprint:
             raise UserError(f"train.distractors: {directory} is of this very corpus; name cartridges of others")
+    if len({manifest.digest for manifest in given}) < len(given):
+        raise UserError("train.distractors names the same cartridge twice")
+    sizes = sorted(((manifest.num_tokens, manifest.num_frozen_tokens) for manifest in given), reverse=True)
+    most = composed_tokens([(wanted.num_tokens, wanted.num_frozen_tokens), *sizes[:wanted.max_distractors]])
+    if most + wanted.pack_tokens > identity.max_position_embeddings:
+        raise UserError(f"{most} slots with train.max_distractors={wanted.max_distractors} leave no room for packs of "
+                        f"{wanted.pack_tokens} tokens in the window of {identity.max_position_embeddings}; take fewer")
 
 
 def _fit(config: dict[str, Any], settings: BuildSettings, run, progress: ProgressCallback | None,

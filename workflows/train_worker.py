@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cartridges.config import BuildSettings
+from cartridges.config import BuildSettings, TrainSettings
 from cartridges.corpus import load_corpus
 from workflows.checkups import Checkups
 from workflows.held_out import HELD_OUT, read_held_out, write_held_out
@@ -34,14 +34,15 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     base, cartridge, conversations, questions = _prepare(config, settings, rank)
-    student = Student(base.model, cartridge, settings.train.loss, _distractors(config, base.device))
+    distractors = _distractors(config, base.device)
+    student = Student(base.model, cartridge, settings.train.loss, distractors)
     stepper = DeepSpeedStepper(student, settings.train)
     trainer = Trainer(stepper, conversations, settings.train, settings.seed, stepper.device, rank, world)
     _resume(trainer)
     checkups = Checkups(base, cartridge, questions, settings.train, output)
     if settings.train.loss != "none":
-        trainer.run(_reporter(output, trainer, checkups, Gauge(base, cartridge, trainer)) if rank == 0
-                    else lambda _: None,
+        gauge = Gauge(base, trainer, cartridge, distractors) if rank == 0 else None
+        trainer.run(_reporter(output, trainer, checkups, gauge) if gauge else lambda _: None,
                     lambda step: _checkpoint(trainer, step))
     if rank == 0:
         _save(config, settings, base, cartridge, trainer, checkups)
@@ -76,9 +77,16 @@ def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
     if rank == 0:
         write_held_out(Path(config["output"]) / HELD_OUT, questions)
     corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
-    # The other workers are sent the first one's start: theirs need only be of its shape.
-    start = settings.train if rank == 0 else settings.train.model_copy(update={"init": "prefix"})
-    return base, initialize(base, corpus.text, start, settings.seed), conversations, questions
+    return base, initialize(base, corpus.text, _start(settings.train, rank), settings.seed), conversations, questions
+
+
+def _start(wanted: TrainSettings, rank: int) -> TrainSettings:
+    """The other workers are sent the first one's start, and a resumed one reads its checkpoint: what these begin
+    with need only have the shape, so it need not be fitted."""
+    import ray.train
+
+    given = rank > 0 or ray.train.get_checkpoint() is not None
+    return wanted.model_copy(update={"init": "prefix"}) if given and wanted.init == "attention_matching" else wanted
 
 
 def _distractors(config: dict[str, Any], device) -> list:
@@ -121,7 +129,9 @@ def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trai
     artifact.save(
         output / "cartridge", cartridge, model=base.identity,
         corpus=artifact.CorpusRecord(**config["corpus_record"]), seed=settings.seed,
-        settings={"synthesize": config["synthesize"], "train": settings.train.model_dump(mode="json")})
+        settings={"synthesize": config["synthesize"], "train": settings.train.model_dump(mode="json") | (
+            # Not where they lay: the same training has the same version anywhere.
+            {"distractors": config["distractor_digests"]})})
     write_manifest(output / "trained.json", {
         "steps": trainer.order.steps, "best": best, "conversations": len(trainer.conversations),
         "mean_tokens": mean(lengths) if lengths else 0.0,

@@ -2,12 +2,12 @@
 
 Cartridges trained alone drown each other out when many are loaded: each one's slots have learned to be
 the only ones that a query can look at. So in a share of the packs read-only cartridges of other corpora
-stand beside the one in training, as `compose` would put them (others restored most of what twenty
-partners take that way). Gradients flow into the own slots alone.
+stand beside the one in training, as `compose` would put them. Gradients flow into the own slots alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from cartridges.cartridge import Cartridge
 from cartridges.compose import compose, rotate
 from cartridges.distill.lower_layers import LowerLayers
+
+MOST_MET = 8
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,29 @@ class Loaded:
     lower: LowerLayers
 
 
-def beside(model: PreTrainedModel, own: Cartridge, others: Sequence[Cartridge]) -> Loaded:
-    """`own` and then `others`, each where it was trained to stand: right before the first token."""
-    frequencies = model.base_model.rotary_emb.inv_freq.float()
-    with torch.no_grad():
-        whole = compose([own, *others], frequencies).with_frozen_layers(own.num_frozen_layers)
-    keys, values = own.upper_keys_values()
-    rest = [tensor[:, :, own.num_tokens:] for tensor in whole.upper_keys_values()]
-    moved = rotate(keys, frequencies, whole.num_tokens - own.num_tokens)
-    return Loaded(whole.num_tokens, torch.cat([moved, rest[0].detach()], dim=2),
-                  torch.cat([values, rest[1].detach()], dim=2), LowerLayers(model, whole, most_bytes=0))
+class Company:
+    """`others` beside `own`, each where it was trained to stand: right before the first token.
+
+    Of the companies that were met last, what does not change is kept. `own` must not change below its trained layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, own: Cartridge, others: Sequence[Cartridge]):
+        self.model, self.own, self.others = model, own, tuple(others)
+        self.frequencies = model.base_model.rotary_emb.inv_freq.float()
+        self._met = lru_cache(maxsize=MOST_MET)(self._meet)
+
+    def loaded(self, chosen: tuple[int, ...]) -> Loaded:
+        """`own` and then those of `others`, by index."""
+        met = self._met(chosen)
+        keys, values = self.own.upper_keys_values()
+        moved = rotate(keys, self.frequencies, met.num_tokens - self.own.num_tokens)
+        return Loaded(met.num_tokens, torch.cat([moved, met.keys], dim=2), torch.cat([values, met.values], dim=2),
+                      met.lower)
+
+    @torch.no_grad()
+    def _meet(self, chosen: tuple[int, ...]) -> Loaded:
+        """`keys` and `values` are those of the others alone."""
+        whole = compose([self.own, *(self.others[index] for index in chosen)], self.frequencies)
+        whole = whole.with_frozen_layers(self.own.num_frozen_layers)
+        keys, values = (tensor[:, :, self.own.num_tokens:].clone() for tensor in whole.upper_keys_values())
+        return Loaded(whole.num_tokens, keys, values, LowerLayers(self.model, whole, most_bytes=0))

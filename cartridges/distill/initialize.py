@@ -29,7 +29,7 @@ def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -
         before = artifact.load(settings.init_cartridge).cartridge
         return before.with_frozen_layers(frozen_layers(before.shape.num_layers, settings))
     if settings.init == "attention_matching":
-        _closed_turn(base, text, settings.num_tokens)  # refuses a short corpus
+        _check_length(len(base.template.system_ids(text)), settings.num_tokens)
         matched = match_attention(base, text, settings.num_tokens, settings.stretch_tokens,
                                   settings.num_frozen_tokens)
         return Cartridge(*matched, settings.num_frozen_tokens, frozen_layers(len(matched[0]), settings))
@@ -61,13 +61,17 @@ def start_ids(base: BaseModel, text: str, settings: TrainSettings, seed: int) ->
 def _closed_turn(base: BaseModel, text: str, p: int) -> list[int]:
     """The system turn around `text`, shortened in its middle to exactly `p` tokens."""
     full, empty = base.template.system_ids(text), base.template.system_ids("")
-    if len(full) < p:
-        raise UserError(f"the corpus has {len(full)} tokens, fewer than num_tokens={p}; choose a smaller "
-                        "--num-tokens (a tenth of the corpus is a good start)")
+    _check_length(len(full), p)
     tail = _common_end(full, empty)
     if p <= tail + 1:
         raise UserError(f"num_tokens={p} is too small: the chat template alone takes {len(empty)} tokens")
     return full[: p - tail] + full[len(full) - tail:]
+
+
+def _check_length(tokens: int, p: int) -> None:
+    if tokens < p:
+        raise UserError(f"the corpus has {tokens} tokens, fewer than num_tokens={p}; choose a smaller "
+                        "--num-tokens (a tenth of the corpus is a good start)")
 
 
 def _common_end(a: list[int], b: list[int]) -> int:

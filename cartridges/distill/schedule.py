@@ -51,8 +51,11 @@ class Order:
 
     def _beside(self, index: int) -> tuple[int, ...]:
         """The distractors of a pack: none in most, else one to `max_distractors` different ones."""
-        count, rng = len(self.settings.distractors), np.random.default_rng([self.seed, 2, index])
-        if not count or rng.random() >= self.settings.distractor_share:
+        count = len(self.settings.distractors)
+        if not count:
+            return ()
+        rng = np.random.default_rng([self.seed, 2, index])
+        if rng.random() >= self.settings.distractor_share:
             return ()
         drawn = rng.integers(1, min(self.settings.max_distractors, count) + 1)
         return tuple(rng.choice(count, drawn, replace=False).tolist())

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from cartridges.attention import AttentionContext, install
 from cartridges.cartridge import Cartridge
-from cartridges.distill.beside import Loaded, beside
+from cartridges.distill.beside import Company, Loaded
 from cartridges.distill.losses import LossSums, distillation, next_token
 from cartridges.distill.lower_layers import LowerLayers
 from cartridges.distill.packing import Pack, segment_bias
@@ -29,7 +29,7 @@ class Student(nn.Module):
         self.model = model.requires_grad_(False)
         self.cartridge = cartridge
         self.loss = loss
-        self.distractors = tuple(distractors)  # a tuple: not submodules, so nobody trains or saves them
+        self.company = Company(self.model, cartridge, distractors)  # no submodule: nobody trains or saves them
         self.lower = LowerLayers(self.model, cartridge)
 
     def forward(self, pack: Pack) -> LossSums:
@@ -56,5 +56,5 @@ class Student(nn.Module):
 
     def _loaded(self, pack: Pack) -> Loaded:
         if len(pack.beside):
-            return beside(self.model, self.cartridge, [self.distractors[index] for index in pack.beside.tolist()])
+            return self.company.loaded(tuple(pack.beside.tolist()))
         return Loaded(self.cartridge.num_tokens, *self.cartridge.upper_keys_values(), self.lower)

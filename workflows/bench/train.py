@@ -32,7 +32,8 @@ def bench_train(settings: BuildSettings, rounds: int, steps: int, conversations:
     if find_spec("peft") is None:
         raise UserError("PEFT, the peer, is not installed; run: pip install 'cartridges[bench]'")
     # The schedule's steps are the round's; a data set or settings of few steps would cut our round short.
-    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": steps})})
+    settings = settings.model_copy(update={"train": settings.train.model_copy(
+        update={"steps": steps, "distractors": ()})})
     load_config(resolve_model_dir(settings.model))  # a mistaken model is named here, not by four processes
     with ExitStack() as stack:
         if data is None:
