@@ -37,10 +37,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Following:
-    """Follows `metrics.jsonl` while the workers write it: progress, and W&B."""
+    """Follows `metrics.jsonl` while the workers write it: progress (of `steps`; 0 where not known), and W&B."""
 
-    def __init__(self, path: Path, run, progress: ProgressCallback, clock: Clock):
-        self.path, self.run, self.progress, self.clock = path, run, progress, clock
+    def __init__(self, path: Path, run, progress: ProgressCallback, clock: Clock, steps: int):
+        self.path, self.run, self.progress, self.clock, self.steps = path, run, progress, clock, steps
         self.seen = 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._loop, daemon=True)
@@ -53,6 +53,8 @@ class Following:
         rows = read_rows(self.path)
         for row in rows[self.seen:]:
             self.run.log(_figures(row), step=row["step"])
+        if not rows:
+            self.progress(0, self.steps, "loading the model and fitting the start")
         if rows[self.seen:]:
             last = rows[-1]
             told = next((f", held-out accuracy {row['held_out']['contains']:.2f}" for row in reversed(rows)

@@ -178,7 +178,8 @@ def _fit(config: dict[str, Any], settings: BuildSettings, run, progress: Progres
         if progress is None:
             progress = stack.enter_context(Progress(None, "train", "steps")).callback
         stack.enter_context(local_ray())
-        stack.enter_context(Following(Path(config["output"]) / STEPS, run, progress, clock))
+        stack.enter_context(Following(Path(config["output"]) / STEPS, run, progress, clock,
+                                      settings.train.steps))
         try:
             with _own_interrupt():
                 _torch_trainer(config, settings).fit()
