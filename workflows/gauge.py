@@ -34,7 +34,6 @@ class Gauge:
                            0 if plan.beside else self.cartridge.num_frozen_layers) for plan in plans)
         return {"matmul_share": needed / metrics.seconds / self.flops_per_s, "memory_bytes": memory_bytes()}
 
-
     def _slots(self, plan: PackPlan) -> int:
         """Before the pack, with the cartridges that stand beside."""
         loaded = [self.cartridge, *(self.distractors[index] for index in plan.beside)]
