@@ -27,7 +27,7 @@ LONGEST_STRETCH = 8192
 """The weights of a stretch's keys grow with its square."""
 ROW_TOKENS = 128
 SHIFTS = 2
-RIDGE = 0.01
+RIDGE = 1.0
 """Of the mean squared weight of a slot: values stay near their own where no query tells."""
 
 # Axis letters: R rows of T tokens, N tokens of a stretch, H key-value heads, G query heads each, D head_dim.
