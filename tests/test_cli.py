@@ -258,6 +258,18 @@ def test_progress_lines_off_a_terminal():
     assert "5/10 steps" in half.line() and " left" in half.line()
 
 
+def test_what_comes_before_the_first_step_is_not_in_the_rate(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("workflows.console.time.monotonic", lambda: now)
+    progress = Progress(100, "train", "steps", stream=io.StringIO())
+    for now, done in ((100.0, 10), (105.0, 20)):
+        progress.set(done)
+    assert "2/s, 40s left" in progress.line()
+    now = 145.0
+    progress.set(100)
+    assert "0.69/s, took 2m 25s" in progress.line()
+
+
 def test_human_numbers():
     assert [human_bytes(n) for n in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
     assert [human_seconds(s) for s in (0.42, 59.7, 75, 3725)] == ["0.4s", "1m 00s", "1m 15s", "1h 02m"]

@@ -64,6 +64,7 @@ class Progress:
         self.done = 0
         self._stream = sys.stderr if stream is None else stream
         self._start = self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first were done: what went before is no rate
         self._bar = None
         if self._stream.isatty():
             from tqdm import tqdm
@@ -78,6 +79,8 @@ class Progress:
     def set(self, done: int, total: int | None = None, note: str = "") -> None:
         """`done` are done in all."""
         advance, self.done = done - self.done, done
+        if done and self._first is None:
+            self._first = time.monotonic(), done
         if total is not None:
             self.total = total
         if self._bar is not None:
@@ -101,7 +104,7 @@ class Progress:
     def line(self, note: str = "") -> str:
         """`synthesize: 120/480 conversations, 3.2/s, 1m 52s left, loss 0.3`."""
         elapsed = max(time.monotonic() - self._start, 1e-6)
-        rate = self.done / elapsed
+        rate = self._rate(elapsed)
         count = f"{self.done}/{self.total}" if self.total else str(self.done)
         parts = [f"{self.label}: {count} {self.unit}", f"{rate:.3g}/s"]
         if self.total and self.done >= self.total:
@@ -109,6 +112,13 @@ class Progress:
         elif self.total and self.done:
             parts.append(f"{human_seconds((self.total - self.done) / rate)} left")
         return ", ".join(parts + ([note] if note else []))
+
+    def _rate(self, elapsed: float) -> float:
+        """A second: over all at the end, before that of what came after the first ones, where that is known."""
+        ended = self.total and self.done >= self.total
+        if ended or self._first is None or self.done <= self._first[1]:
+            return self.done / elapsed
+        return (self.done - self._first[1]) / max(time.monotonic() - self._first[0], 1e-6)
 
     def _print_line(self, note: str) -> None:
         self._last_line = time.monotonic()
