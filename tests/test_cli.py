@@ -259,13 +259,13 @@ def test_progress_lines_off_a_terminal():
 
 
 def test_what_comes_before_the_first_step_is_not_in_the_rate(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr("workflows.console.time.monotonic", lambda: now)
+    now = [0.0]
+    monkeypatch.setattr("workflows.console.time.monotonic", lambda: now[0])
     progress = Progress(100, "train", "steps", stream=io.StringIO())
-    for now, done in ((100.0, 10), (105.0, 20)):
+    for now[0], done in ((100.0, 10), (105.0, 20)):
         progress.set(done)
     assert "2/s, 40s left" in progress.line()
-    now = 145.0
+    now[0] = 145.0
     progress.set(100)
     assert "0.69/s, took 2m 25s" in progress.line()
 
