@@ -3,10 +3,11 @@
 The corpus is read in stretches, each alone, and then each is read again after itself: these are the queries
 that the slots are fitted to, and what attention gives them is the target. Layer by layer, and for each
 key-value head: the keys that any query looks at most become the slots' keys, turned by RoPE to stand
-right before the first token; then the values are solved for by least squares, so that attention to slots
-and own tokens gives the target. What a layer's queries are is computed behind the fitted layers below it, so
-that later layers make good what earlier ones miss. The paper also fits a bias for each key; none here, so that any
-engine can serve the result.
+right before the first token; one vector is added to all of them, by least squares, so that together they
+draw the weight that the corpus draws; then the values are solved for, so that attention to slots and own tokens
+gives the target. What a layer's queries are is computed behind the fitted layers below it, so that later layers
+make good what earlier ones miss. The paper fits a bias for each key where we fit that vector, whose product with a
+query is one: any engine can serve the result.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ LONGEST_STRETCH = 8192
 """The weights of a stretch's keys grow with its square."""
 ROW_TOKENS = 128
 SHIFTS = 2
+"""Steps towards the vector that is added to the keys: their joint weight is a logsumexp, so one does not arrive."""
 RIDGE = 1.0
 """Of the mean squared weight of a slot: values stay near their own where no query tells."""
 
@@ -133,7 +135,7 @@ def _read(model, stretch: Stretch, layer: int, num_tokens: int, frequencies: tor
     context = _pass(model, stretch.context, layer)
     keys, values = context.keys[0].float(), context.values[0].float()
     rows = _pass(model, stretch.teacher, layer, keys, values)
-    looks = [(look.weights.amax(dim=1), look.odds) for look in _look(model, layer, rows, keys, stretch.real)]
+    looks = [(look.weights().amax(dim=1), look.odds) for look in _look(model, layer, rows, keys, stretch.real)]
     stretch.context, stretch.teacher = context.hidden, rows.hidden
     return Source(rotate(keys, frequencies, num_tokens - keys.shape[1]), values,
                   torch.stack([weight for weight, _ in looks]).amax(dim=0), rows.output,
@@ -179,7 +181,7 @@ def _correction(model, stretches: list[Stretch], sources: list[Source], layer: i
         rows = _pass(model, stretch.student, layer, keys, values)
         missing = source.target.float() - rows.output.float()
         for look in _look(model, layer, rows, keys, stretch.real):
-            weights = look.weights[..., sinks:]
+            weights = look.weights()[..., sinks:]
             gram += weights.transpose(1, 2) @ weights
             moment += weights.transpose(1, 2) @ _by_head(missing[look.rows], stretch.real[look.rows], H)
     return _solve(gram, moment)
@@ -209,13 +211,23 @@ def _pass(model, hidden: torch.Tensor, layer: int, keys: torch.Tensor | None = N
 
 @dataclass(frozen=True)
 class Look:
-    """Attention of some `rows` to a prefix: scaled `query` `[H, queries, D]`, `weights` `[H, queries, P]` of the
-    keys, and the log `odds` `[H, queries]` of the prefix against the row's own tokens."""
+    """Attention of some `rows` to a prefix: scaled `query` `[H, queries, D]`, its products with the keys, `scores`
+    `[H, queries, P]`, and their logsumexp over the prefix and over the row's own keys `[H, queries]`."""
 
     rows: slice
     query: torch.Tensor
-    weights: torch.Tensor
-    odds: torch.Tensor
+    scores: torch.Tensor
+    of_prefix: torch.Tensor
+    of_own: torch.Tensor
+
+    @property
+    def odds(self) -> torch.Tensor:
+        """Log odds of the prefix against the row's own tokens, `[H, queries]`."""
+        return self.of_prefix - self.of_own
+
+    def weights(self) -> torch.Tensor:
+        """Of the prefix' keys, `[H, queries, P]`."""
+        return (self.scores - torch.logaddexp(self.of_prefix, self.of_own)[..., None]).exp_()
 
 
 def _look(model, layer: int, rows: Passed, keys: torch.Tensor, real: torch.Tensor) -> Iterator[Look]:
@@ -228,11 +240,8 @@ def _look(model, layer: int, rows: Passed, keys: torch.Tensor, real: torch.Tenso
         query = rows.query[block].float().reshape(-1, H, HG // H, T, D) * scaling
         to_prefix = torch.einsum("rhgtd,hpd->hrtgp", query, keys)
         to_own = torch.einsum("rhgtd,rhsd->hrtgs", query, rows.keys[block].float()) + ahead
-        of_prefix, of_own = to_prefix.logsumexp(-1), to_own.logsumexp(-1)
-        weights = (to_prefix - torch.logaddexp(of_prefix, of_own)[..., None]).exp_()
-        query, weights, odds = (tensor[:, real[block]].flatten(1, 2)
-                                for tensor in (query.permute(1, 0, 3, 2, 4), weights, of_prefix - of_own))
-        yield Look(block, query, weights, odds)
+        yield Look(block, *(tensor[:, real[block]].flatten(1, 2) for tensor in (
+            query.permute(1, 0, 3, 2, 4), to_prefix, to_prefix.logsumexp(-1), to_own.logsumexp(-1))))
 
 
 def _by_head(output: torch.Tensor, real: torch.Tensor, heads: int) -> torch.Tensor:
