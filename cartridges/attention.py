@@ -9,6 +9,7 @@ The hook is Hugging Face's attention interface: the model is not forked, and eve
 Qwen3-type model that supports attention backends takes it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cartridges.merged_attention import merged_attention, supports
+from cartridges.row_attention import RowKV, attend_rows
 
 NAME = "cartridge"
 
@@ -50,8 +52,9 @@ class AttentionContext:
     `prefix_keys` / `prefix_values`: for each layer `[N, H, P, D]` (differentiable for a cartridge),
     or None for no prefix. `prefix_bias`: `[N, P]`, 0 or -inf where a shorter prefix is padded.
     `own_bias`: `[N*M, T, S]`, 0 where a token may look, -inf elsewhere; None is plain causal.
-    `own`: decoding buffers. `collected`: when not None, receives each layer's own (key, value);
-    `observed`, likewise, its (query `[B, H*G, T, D]`, output `[B, T, H*G, D]`).
+    `own`: decoding buffers. `rows`: instead of all this, each row's own KV (`own_bias` is `[1, T, S]` then, None for
+    one token a row); rows of the batch beyond them are padding. `collected`: when not None, receives each layer's own
+    (key, value); `observed`, likewise, its (query `[B, H*G, T, D]`, output `[B, T, H*G, D]`).
     """
 
     prefix_keys: list[torch.Tensor] | torch.Tensor | None = None
@@ -59,6 +62,7 @@ class AttentionContext:
     prefix_bias: torch.Tensor | None = None
     own_bias: torch.Tensor | None = None
     own: OwnKV | None = None
+    rows: Sequence[RowKV] | None = None
     collected: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None)
     observed: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None)
 
@@ -82,6 +86,9 @@ def cartridge_attention(module, query, key, value, attention_mask, scaling, drop
 
 
 def _attend(layer: int, query, key, value, scaling: float, context: AttentionContext) -> torch.Tensor:
+    if context.rows is not None:
+        bias = None if context.own_bias is None else context.own_bias[0].to(query.dtype)
+        return attend_rows(layer, query, key, value, scaling, context.rows, bias)
     if context.prefix_keys is None:
         bias = None if context.own_bias is None else context.own_bias[:, None].to(query.dtype)
         output = functional.scaled_dot_product_attention(

@@ -1,31 +1,35 @@
-"""Streaming on stock transformers: several clients at once on one model, one token at a time.
+"""Streaming on a Hugging Face model: several clients at once, whose next tokens are decoded together.
 
-The reference that a faster serving engine must match. One worker thread gives the active requests
-turns, one forward pass each; a turn is a piece of prefill or one decoded token. Arithmetic is the
-model's own dtype.
+The reference that a faster serving engine must match. One worker thread takes turns: in each, every request
+that is still read gets one piece of prefill, and all that are being answered get a token in one forward pass
+(continuous batching: requests join and leave at any turn). Arithmetic is the model's own dtype.
 """
 
 import asyncio
 import threading
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Sequence
 
 import torch
-from transformers import DynamicCache
 
-from cartridges.attention import NAME
-from cartridges.engines.base import CartridgePrefix, Prefix, Request, TextPrefix, TokenEvent
+from cartridges.attention import AttentionContext, causal_bias
+from cartridges.engines.base import CartridgePrefix, Request, TextPrefix, TokenEvent
+from cartridges.engines.batching import power_of_two
 from cartridges.engines.decoding import stop_token_ids
 from cartridges.engines.detokenize import TextStream
+from cartridges.engines.prefix_store import LayerKV, PrefixStore, prefix_key
 from cartridges.engines.sampling import Draws, sample
 from cartridges.errors import UserError
+from cartridges.forward import hidden_states, round_up
 from cartridges.models import BaseModel
+from cartridges.row_attention import RowKV
 
 PREFILL_TOKENS = 512
 """Longest piece of prefill in one turn, so that a long prompt does not hold up the other streams."""
+PREFILL_MULTIPLE = 16
+"""Pieces are padded to multiples of this: on a CPU every new bfloat16 shape costs a kernel build."""
 
-LayerKV = list[tuple[torch.Tensor, torch.Tensor]]
-"""Per layer: keys (after RoPE) and values, both `[1, num_key_value_heads, tokens, head_dim]`."""
+Turns = Generator[None, None, None]
 
 
 class TransformersStreamingEngine:
@@ -39,6 +43,7 @@ class TransformersStreamingEngine:
         self.base = base
         self.max_active = max_active
         self.prefixes = PrefixStore(prefix_bytes)
+        self._head = base.model.get_output_embeddings()
         self._end_ids = stop_token_ids(base)
         self._waiting: deque[_Stream] = deque()
         self._active: list[_Stream] = []
@@ -52,7 +57,8 @@ class TransformersStreamingEngine:
 
         Shared prefixes are the only thing cached here, never conversations, so `tenant` parts nothing.
         """
-        stream = _Stream(self._generate(request), asyncio.get_running_loop())
+        stream = _Stream(request, asyncio.get_running_loop())
+        stream.turns = self._read(stream)
         with self._changed:
             if self._closed:
                 raise RuntimeError("the engine is closed")
@@ -89,10 +95,14 @@ class TransformersStreamingEngine:
     # The worker thread.
 
     def _work(self) -> None:
-        while self._admit():
-            for stream in self._active:
-                stream.step()
-            self._active = [stream for stream in self._active if not (stream.done or stream.cancelled)]
+        with torch.inference_mode():
+            while self._admit():
+                writing = [stream for stream in self._active if stream.answer and not stream.over]
+                self._attempt(writing, lambda: self._write(writing))  # noqa: B023  It is called at once.
+                for stream in self._active:
+                    if not (stream.answer or stream.over):
+                        self._attempt([stream], lambda: next(stream.turns, None))  # noqa: B023
+                self._active = [stream for stream in self._active if not stream.over]
         for stream in [*self._waiting, *self._active]:
             stream.send(RuntimeError("the engine was closed"))
 
@@ -105,77 +115,103 @@ class TransformersStreamingEngine:
                 self._active.append(self._waiting.popleft())
             return not self._closed
 
-    def _generate(self, request: Request) -> Iterator[TokenEvent | None]:
-        """Every `next` is one turn: None for prefill, an event for a token."""
-        if self.base.model.config._attn_implementation == NAME:
-            # Its attention does not read a DynamicCache's past as this path needs it.
-            raise ValueError("the batch engine's attention is installed in this model; load another copy")
-        prefix_kv = yield from self._prefix_kv(request)
-        start = prefix_kv[0][0].shape[2] if prefix_kv else 0
-        self._check_window(start, request)
-        # The cache's own first update copies the prefix: what is stored is never written to.
-        cache = DynamicCache(prefix_kv or None, config=self.base.model.config)
-        logits = yield from self._prefill(list(request.input_ids), cache, start)
-        draws = Draws(request.seed)
-        text = TextStream(self.base.tokenizer, request.stop)
-        for count in range(1, request.max_tokens + 1):
-            event = self._choose(logits, request, draws, text, last=count == request.max_tokens)
-            yield event
-            if event.finish_reason:
-                return
-            logits = self._forward([event.token_id], cache, start + len(request.input_ids) + count - 1)
+    @staticmethod
+    def _attempt(streams: Sequence["_Stream"], turn) -> None:
+        try:
+            turn()
+        except Exception as error:  # noqa: BLE001  It is raised again where the streams are read.
+            for stream in streams:
+                stream.send(error)
 
-    def _choose(self, logits, request: Request, draws: Draws, text: TextStream, last: bool) -> TokenEvent:
-        logprobs = torch.log_softmax(logits, dim=-1)
-        token_id = int(sample(logprobs[None], torch.tensor([request.temperature]), [request.top_p],
-                              torch.tensor([draws.next()])))
-        topk = torch.topk(logprobs, request.topk) if request.topk else None
-        ended = token_id in self._end_ids and not request.ignore_end
-        piece = "" if ended else text.push(token_id)
-        finish_reason = "stop" if ended or text.stopped else "length" if last else None
-        return TokenEvent(
-            token_id, piece + (text.finish() if finish_reason else ""), float(logprobs[token_id]),
-            tuple(topk.indices.tolist()) if topk else (), tuple(topk.values.tolist()) if topk else (),
-            finish_reason)
+    def _write(self, streams: Sequence["_Stream"]) -> None:
+        """The next token of each, by one pass over all."""
+        if not streams:
+            return
+        answers = [stream.answer for stream in streams]
+        ids = torch.zeros(power_of_two(len(streams)), 1, dtype=torch.long)
+        positions = torch.zeros_like(ids)
+        for index, answer in enumerate(answers):
+            ids[index], positions[index] = answer.last, answer.row.length
+            answer.row.reserve(1)
+        hidden = self._hidden(ids, positions, AttentionContext(rows=[answer.row for answer in answers]))
+        for answer in answers:
+            answer.row.length += 1
+        self._choose(streams, self._head(hidden[:, -1])[:len(streams)])
 
-    def _prefix_kv(self, request: Request) -> Generator[None, None, LayerKV]:
-        key = _key(request.prefix)
+    def _choose(self, streams: Sequence["_Stream"], logits: torch.Tensor) -> None:
+        """Send each of `streams` its token of `logits` `[streams, vocab_size]`."""
+        logprobs = logits.float().cpu().log_softmax(-1)
+        requests = [stream.request for stream in streams]
+        tokens = sample(logprobs, torch.tensor([request.temperature for request in requests]),
+                        [request.top_p for request in requests],
+                        torch.tensor([stream.answer.draws.next() for stream in streams]))
+        for stream, token_id, row in zip(streams, tokens.tolist(), logprobs, strict=True):
+            stream.send(stream.answer.take(token_id, row))
+
+    def _read(self, stream: "_Stream") -> Turns:
+        """Prefix and prompt, a piece each turn, and the first token of the answer."""
+        request = stream.request
+        row = yield from self._after_prefix(request)
+        self._check_window(row.length, request)
+        hidden = yield from self._prefill(request.input_ids, row)
+        stream.answer = _Answer(request, row, Draws(request.seed), TextStream(self.base.tokenizer, request.stop),
+                                self._end_ids)
+        self._choose([stream], self._head(hidden))
+
+    def _after_prefix(self, request: Request) -> Generator[None, None, RowKV]:
+        prefix, key = request.prefix, prefix_key(request.prefix)
         found = self.prefixes.get(key)
-        if found is None:
-            found = yield from self._compute_prefix(request)
-            if not isinstance(request.prefix, TextPrefix) or request.prefix.shared:
-                self.prefixes.put(key, found)
-        return found
+        if found is None and isinstance(prefix, CartridgePrefix):
+            found = self._cartridge_kv(prefix)
+            self.prefixes.put(key, found)
+        if found is not None:
+            # A copy, so that what is stored is never written to.
+            return RowKV([keys.clone() for keys, _ in found], [values.clone() for _, values in found],
+                         found[0][0].shape[2])
+        row = yield from self._read_text(request)
+        if not isinstance(prefix, TextPrefix) or prefix.shared:
+            self.prefixes.put(key, [(keys[:, :, :row.length].clone(), values[:, :, :row.length].clone())
+                                    for keys, values in zip(row.keys, row.values, strict=True)])
+        return row
 
-    def _compute_prefix(self, request: Request) -> Generator[None, None, LayerKV]:
-        prefix = request.prefix
-        if isinstance(prefix, CartridgePrefix):
-            keys, values = prefix.cartridge.keys_values()
-            place = {"device": self.base.device, "dtype": self.base.dtype}
-            return [(k[None].to(**place), v[None].to(**place)) for k, v in zip(keys, values, strict=True)]
-        template = self.base.template
-        ids = template.default_ids() if prefix is None else template.system_ids(prefix.text)
+    def _cartridge_kv(self, prefix: CartridgePrefix) -> LayerKV:
+        place = {"device": self.base.device, "dtype": self.base.dtype}
+        return [(keys[None].to(**place), values[None].to(**place))
+                for keys, values in zip(*prefix.cartridge.keys_values(), strict=True)]
+
+    def _read_text(self, request: Request) -> Generator[None, None, RowKV]:
+        template, shape = self.base.template, self.base.shape
+        ids = template.default_ids() if request.prefix is None else template.system_ids(request.prefix.text)
         self._check_window(len(ids), request)
-        if not ids:  # Some templates (Qwen3's) open a conversation with nothing.
-            return []
-        cache = DynamicCache(config=self.base.model.config)
-        yield from self._prefill(ids, cache, 0)
-        return [(layer.keys, layer.values) for layer in cache.layers]
+        size = (1, shape.num_key_value_heads, 0, shape.head_dim)
+        empty = [torch.zeros(size, dtype=self.base.dtype, device=self.base.device)] * shape.num_layers
+        row = RowKV(empty, list(empty))
+        if ids:  # Some templates (Qwen3's) open a conversation with nothing.
+            yield from self._prefill(ids, row)
+        return row
 
-    def _prefill(self, ids: list[int], cache: DynamicCache,
-                 start: int) -> Generator[None, None, torch.Tensor]:
+    def _prefill(self, ids: Sequence[int], row: RowKV) -> Generator[None, None, torch.Tensor]:
+        """Last hidden state `[1, hidden]`, after `ids` have been read into `row`."""
         for done in range(0, len(ids), PREFILL_TOKENS):
-            logits = self._forward(ids[done: done + PREFILL_TOKENS], cache, start + done)
-            yield None
-        return logits
+            if done:
+                yield None
+            hidden = self._read_piece(ids[done:done + PREFILL_TOKENS], row)
+        return hidden
 
-    def _forward(self, ids: list[int], cache: DynamicCache, start: int) -> torch.Tensor:
-        """float32 logits `[vocab_size]` after the last of `ids`, which take positions `start`..."""
-        output = self.base.model(
-            input_ids=torch.tensor([ids], device=self.base.device), past_key_values=cache, use_cache=True,
-            position_ids=torch.arange(start, start + len(ids), device=self.base.device)[None],
-            logits_to_keep=1)
-        return output.logits[0, -1].float().cpu()
+    def _read_piece(self, ids: Sequence[int], row: RowKV) -> torch.Tensor:
+        # Causal, so padding on the right changes nothing of what stands before it.
+        padded = torch.zeros(1, round_up(len(ids), PREFILL_MULTIPLE), dtype=torch.long)
+        padded[0, :len(ids)] = torch.tensor(ids)
+        tokens = padded.shape[1]
+        row.reserve(tokens)
+        bias = causal_bias(tokens, row.length + tokens, self.base.dtype, self.base.device)
+        hidden = self._hidden(padded, row.length + torch.arange(tokens)[None],
+                              AttentionContext(rows=[row], own_bias=bias[None]))
+        row.length += len(ids)
+        return hidden[:, len(ids) - 1]
+
+    def _hidden(self, ids: torch.Tensor, positions: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        return hidden_states(self.base.model, ids.to(self.base.device), positions.to(self.base.device), context)
 
     def _check_window(self, prefix_tokens: int, request: Request) -> None:
         window = self.base.identity.max_position_embeddings
@@ -187,26 +223,44 @@ class TransformersStreamingEngine:
             raise UserError("the prompt has no tokens; send at least one")
 
 
+class _Answer:
+    """What has been answered to one request, and the KV it goes on from."""
+
+    def __init__(self, request: Request, row: RowKV, draws: Draws, text: TextStream, end_ids: frozenset[int]):
+        self.request, self.row, self.draws, self.text, self.end_ids = request, row, draws, text, end_ids
+        self.last = -1
+        self.count = 0
+
+    def take(self, token_id: int, logprobs: torch.Tensor) -> TokenEvent:
+        """The event of the next token; `logprobs` `[vocab_size]` of T=1."""
+        self.last, self.count = token_id, self.count + 1
+        request = self.request
+        topk = logprobs.topk(request.topk) if request.topk else None
+        ended = token_id in self.end_ids and not request.ignore_end
+        piece = "" if ended else self.text.push(token_id)
+        stopped = ended or self.text.stopped
+        finish_reason = "stop" if stopped else "length" if self.count == request.max_tokens else None
+        return TokenEvent(
+            token_id, piece + (self.text.finish() if finish_reason else ""), float(logprobs[token_id]),
+            tuple(topk.indices.tolist()) if topk else (), tuple(topk.values.tolist()) if topk else (),
+            finish_reason)
+
+
 class _Stream:
     """One request: its turns on the worker's side, its events on the client's."""
 
-    def __init__(self, turns: Iterator[TokenEvent | None], loop: asyncio.AbstractEventLoop):
-        self.turns = turns
+    def __init__(self, request: Request, loop: asyncio.AbstractEventLoop):
+        self.request = request
         self.loop = loop
         self.events: asyncio.Queue[TokenEvent | BaseException] = asyncio.Queue()
+        self.turns: Turns | None = None
+        self.answer: _Answer | None = None
         self.cancelled = False
         self.done = False
 
-    def step(self) -> None:
-        if self.cancelled:
-            return
-        try:
-            with torch.inference_mode():
-                event = next(self.turns)
-        except Exception as error:  # noqa: BLE001  It is raised again where the stream is read.
-            event = error
-        if event is not None:
-            self.send(event)
+    @property
+    def over(self) -> bool:
+        return self.done or self.cancelled
 
     def send(self, event: TokenEvent | BaseException) -> None:
         self.done = isinstance(event, BaseException) or event.finish_reason is not None
@@ -214,42 +268,3 @@ class _Stream:
             self.cancelled = True
             return
         self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
-
-class PrefixStore:
-    """KV of prefixes by key, least recently used out first, at most `limit` bytes (one always fits)."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self._entries: OrderedDict[str, LayerKV] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(kv_bytes(kv) for kv in self._entries.values())
-
-    def get(self, key: str) -> LayerKV | None:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
-
-    def put(self, key: str, kv: LayerKV) -> None:
-        with self._lock:
-            self._entries[key] = kv
-            while self.num_bytes > self.limit and len(self._entries) > 1:
-                self._entries.popitem(last=False)
-
-    def drop(self, key: str) -> None:
-        with self._lock:
-            self._entries.pop(key, None)
-
-
-def kv_bytes(kv: LayerKV) -> int:
-    return sum(k.nbytes + v.nbytes for k, v in kv)
-
-
-def _key(prefix: Prefix) -> str:
-    if isinstance(prefix, CartridgePrefix):
-        return prefix.digest
-    return "" if prefix is None else f"text:{prefix.text}"
