@@ -1,22 +1,14 @@
-"""Settings, one frozen class a stage. The string under a field says what it means.
+"""Settings, one frozen class a stage. The string under a field says what it means."""
 
-`load(BuildSettings, file, overrides)` merges defaults < YAML file < `stage.key=value` overrides.
-"""
+from typing import Literal
 
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from pydantic import Field, model_validator
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from cartridges.errors import UserError
+from cartridges.settings import Settings
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+Dtype = Literal["auto", "float32", "bfloat16"]
+EngineName = Literal["auto", "transformers", "vllm"]
 
 
 class ModelSettings(Settings):
@@ -24,7 +16,7 @@ class ModelSettings(Settings):
     """Hub id or local directory of a Llama- or Qwen3-type instruct model."""
     revision: str | None = None
     """Hub revision; None is the hub's default branch."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     """Compute dtype. auto: bfloat16 on a GPU and on CPUs with AMX, float32 on other CPUs."""
 
 
@@ -46,6 +38,29 @@ Filter = Literal["empty", "malformed", "refers_to_text", "answer_in_question", "
                  "low_information_gain", "truncated", "round_trip", "ungrounded", "ungrounded_name", "duplicate",
                  "near_duplicate"]
 """Reasons for which a conversation is dropped; `nothing_to_ask` and errors are no filters."""
+
+
+class AskingSettings(Settings):
+    """Who asks, where it is not the model that answers: at most one of `model` and `endpoint`."""
+
+    model: ModelSettings | None = None
+    """Another model, beside the teacher in every actor (by transformers)."""
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible service, such as `https://host/v1`. Chunks of the corpus are sent there."""
+    endpoint_model: str = ""
+    """What the service calls its model."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the service's key; it is written nowhere."""
+    concurrency: int = Field(8, ge=1)
+    """Requests that an actor has in flight at the service."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "AskingSettings":
+        if self.model and self.endpoint:
+            raise ValueError("give a model or an endpoint, not both")
+        if self.endpoint and not self.endpoint_model:
+            raise ValueError("an endpoint needs endpoint_model, the name of a model there")
+        return self
 
 
 class SynthesizeSettings(Settings):
@@ -80,6 +95,10 @@ class SynthesizeSettings(Settings):
     general_share: float = Field(0.0, ge=0, lt=1)
     """Share of the planned conversations that are everyday requests about no chunk, answered by the
     model without any: they hold a cartridge to the model's behaviour off the corpus."""
+    asking: AskingSettings = AskingSettings()
+    """Another model for the asking side; the teacher answers and scores in any case."""
+    engine: EngineName = "auto"
+    """auto takes vLLM on a GPU where it is installed, else transformers (docs/data.md has what was measured)."""
     num_actors: int = Field(1, ge=1)
     """Ray Data actors, each holding one engine."""
     threads_per_actor: int = Field(0, ge=0)
@@ -183,6 +202,31 @@ class EvaluateSettings(Settings):
     the exact KV of an unrelated text, cut to p."""
 
 
+class VllmSettings(Settings):
+    """The vLLM engine, for whatever uses it."""
+
+    dtype: Dtype = "auto"
+    """Compute and KV cache dtype. auto: `model.dtype`."""
+    max_model_len: int = Field(0, ge=0)
+    """Longest prefix + conversation in tokens; 0 is the model's window."""
+    kv_cache_bytes: int = Field(0, ge=0)
+    """Bytes of the KV cache; 0 is 2 GiB on a CPU and what vLLM finds free on a GPU."""
+    block_size: int = Field(0, ge=0)
+    """Tokens of a KV block; 0 is 32 on a CPU (the smallest that works there), vLLM's own on a GPU.
+    Cartridges of a multiple of it are shared whole."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Requests that decode together."""
+    max_topk: int = Field(20, ge=0)
+    """Most logprobs a request may ask for at a token."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs one model is split over; each loads its KV heads of a cartridge."""
+    spool_dir: str | None = None
+    """Where cartridges are written for the workers to read; None is a temporary directory. Workers on
+    several machines need one that they share."""
+    spool_bytes: int = Field(8 << 30, ge=1)
+    """Bytes of spooled cartridges kept; the least recently used go first."""
+
+
 class ReplicaSettings(Settings):
     min_replicas: int = Field(1, ge=0)
     """0 lets an idle deployment sleep; its next request waits for a replica to start."""
@@ -196,7 +240,7 @@ class ReplicaSettings(Settings):
 class ServeSettings(Settings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    engine: EngineName = "auto"
     """auto takes vLLM where it is installed."""
     cartridges: tuple[str, ...] = ()
     """Names (`name[@version|@alias]`) loaded at start; empty offers the whole registry."""
@@ -256,64 +300,7 @@ class BuildSettings(Settings):
     curriculum: CurriculumSettings = CurriculumSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
+    vllm: VllmSettings = VllmSettings()
     budget: str | None = None
     """Wall-clock for synthesis and training together, such as `90s`, `10m`, `2h`."""
     seed: int = 0
-
-
-S = TypeVar("S", bound=Settings)
-
-
-def load(kind: type[S], file: str | None = None, overrides: list[str] | None = None) -> S:
-    """Defaults, then the YAML file, then dotted `key=value` overrides (values are YAML).
-
-    Raises `UserError`, one line, for an unreadable file, an unknown key or a bad value.
-    """
-    merged: dict[str, Any] = _read_yaml(file) if file else {}
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"--set {override!r} is not key=value (for example train.num_tokens=256)")
-        try:
-            _assign(merged, key.split("."), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise UserError(f"--set {key}: {value!r} is not a YAML value; quote it") from None
-    try:
-        return kind.model_validate(merged)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"there is no setting {where}{_nearest(kind, first['loc'])}") from None
-        raise UserError(f"setting {where}: {first['msg']}") from None
-
-
-def _nearest(kind: type[Settings], path: tuple[int | str, ...]) -> str:
-    """What may have been meant by the last name of `path`, or what there is."""
-    for part in path[:-1]:
-        field = kind.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Settings)):
-            return ""
-        kind = field.annotation
-    near = get_close_matches(str(path[-1]), kind.model_fields, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(kind.model_fields)}"
-
-
-def _read_yaml(file: str) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read settings file {file}: {str(error).splitlines()[0]}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"settings file {file} must be a mapping of stages, such as 'train:'")
-    return loaded
-
-
-def _assign(target: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        target = target.setdefault(part, {})
-        if not isinstance(target, dict):
-            raise UserError(f"--set {'.'.join(path)}: {part} is a value, not a group of settings")
-    target[path[-1]] = value

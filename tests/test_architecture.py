@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # A room's name stands for all modules in it that have no line of their own.
 FLOW = (
     "errors",
+    "settings",
     "records config",
     "template cartridge readers tables",
     "download models corpus chunking prompts",
-    "merged_attention attention forward engines.base compose",
+    "merged_attention row_attention attention forward engines.base compose",
     "selfstudy",
     "distill",
     "artifact corpus_text store archive registry",

@@ -92,6 +92,17 @@ def test_a_draft_is_published_as_one_without_ray_and_conversations(settings, cor
     assert build(str(corpus_file), "other", other, *arguments[3:])["version"] != result["version"]
 
 
+@pytest.mark.slow
+def test_a_draft_without_questions_is_asked_held_out_ones(settings, corpus_file, tmp_path):
+    train = settings.train.model_copy(update={"loss": "none"})
+    result = build(str(corpus_file), "quick", settings.model_copy(update={"train": train}), str(tmp_path / "registry"),
+                   None, str(tmp_path / "work"))
+    card = result["report_card"]
+    assert card["questions"]["source"] == "held_out_self_study" and card["questions"]["asked"] > 0
+    assert card["build"]["conversations"]["kept"] > 0
+    assert Registry(tmp_path / "registry").resolve("quick").manifest.is_draft
+
+
 def test_calibration_measures_what_a_plan_needs(settings, corpus_file):
     assert remembered(settings) is None
     # Distractors are not read for it, however they are named.

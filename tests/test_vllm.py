@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from cartridges.cartridge import Cartridge
+from cartridges.config import VllmSettings
 from cartridges.engines.base import CartridgePrefix, RawPrefix, Request, ScoreRequest, TextPrefix
 from cartridges.engines.spool import spool_file
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.engines.vllm import AsyncVllmEngine, CartridgeLoadError, VllmEngine
 from cartridges.engines.vllm_requests import Translator
-from cartridges.engines.vllm_setup import VllmSettings, engine_arguments, is_installed
+from cartridges.engines.vllm_setup import engine_arguments, is_installed
 from cartridges.errors import UserError
 
 pytestmark = [pytest.mark.vllm,

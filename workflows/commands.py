@@ -21,7 +21,8 @@ DIALS = {"model": "model.name", "num_tokens": "train.num_tokens", "pack_tokens":
 
 def settings_from(args: argparse.Namespace) -> Any:
     """`BuildSettings`: defaults < `--config` < dials < `--set`."""
-    from cartridges.config import BuildSettings, load
+    from cartridges.config import BuildSettings
+    from cartridges.settings import load
 
     given = vars(args)
     dials = [f"{key}={json.dumps(given[dial])}" for dial, key in DIALS.items() if given.get(dial) is not None]

@@ -9,7 +9,8 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-from cartridges.config import BuildSettings, load
+from cartridges.config import BuildSettings
+from cartridges.settings import load
 from workflows.exits import exit_code
 
 QUESTIONS = 2

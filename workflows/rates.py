@@ -69,20 +69,19 @@ def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
 def _time_synthesis(base, chunks: Sequence[Chunk],
                     settings: BuildSettings) -> tuple[list[Conversation], float, float]:
     """`(kept conversations, seconds for a planned one, share kept)`."""
-    from cartridges.engines.transformers import TransformersEngine
     from cartridges.selfstudy.plan import plan
-    from cartridges.selfstudy.synthesizer import Synthesizer
+    from workflows.generation import open_synthesizer
 
     size = settings.synthesize.batch_size
     wanted = settings.synthesize.model_copy(update={"num_conversations": BATCHES * size})
     tasks = plan(chunks, wanted, settings.seed)
-    synthesizer = Synthesizer(TransformersEngine(base), base.template,
-                              {chunk.chunk_id: chunk for chunk in chunks}, wanted)
-    results = synthesizer.run(tasks[:size])
-    start = time.monotonic()
-    for first in range(size, len(tasks), size):
-        results += synthesizer.run(tasks[first:first + size])
-    seconds = (time.monotonic() - start) / max(1, len(tasks) - size)
+    settings = settings.model_copy(update={"synthesize": wanted})
+    with open_synthesizer(settings, {chunk.chunk_id: chunk for chunk in chunks}, base) as synthesizer:
+        results = synthesizer.run(tasks[:size])
+        start = time.monotonic()
+        for first in range(size, len(tasks), size):
+            results += synthesizer.run(tasks[first:first + size])
+        seconds = (time.monotonic() - start) / max(1, len(tasks) - size)
     kept = [result for result in results if isinstance(result, Conversation)]
     return kept, seconds, len(kept) / len(results)
 

@@ -12,6 +12,7 @@ flight are done again, and the ids are those of the plan.
 """
 
 import logging
+import os
 import shutil
 import threading
 import time
@@ -56,8 +57,10 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
     require_match(done, expected, output)
     if done is not None:
         return done
+    from workflows.generation import check_generation
     from workflows.tracking import track
 
+    check_generation(settings)
     output.mkdir(parents=True, exist_ok=True)
     planned = _plan(loaded, output, settings, expected, weights)
     with track("synthesize", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
@@ -82,13 +85,19 @@ def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mappin
     from cartridges.selfstudy.families import DEFAULT_MIXTURE
 
     identity = load_identity(resolve_model_dir(settings.model))
-    how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries"}
+    how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine", "asking"}
     # What came later and is off is left out, so that data sets made before it stay valid.
     off = {name for name in ("drop_ungrounded_names", "near_duplicate", "filters_off", "general_share")
            if not getattr(settings.synthesize, name)}
+    asking = settings.synthesize.asking
+    if asking.model:
+        asker = load_identity(resolve_model_dir(asking.model))
+        asks = {"asking": [asker.weights_digest, asker.tokenizer_hash, asker.template_hash, asking.model.dtype]}
+    else:
+        asks = {"asking": [asking.endpoint, asking.endpoint_model]} if asking.endpoint else {}
     follows = {"weights": dict(weights or {}), "earlier": fingerprints(earlier)} if earlier or weights else {}
     return fingerprint({
-        **follows, "corpus": corpus.fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
+        **follows, **asks, "corpus": corpus.fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
         "synthesize": settings.synthesize.model_dump(mode="json", exclude=how | off),
         "families": settings.synthesize.families or DEFAULT_MIXTURE,
         "model": [identity.weights_digest, identity.tokenizer_hash, identity.template_hash],
@@ -156,8 +165,6 @@ def _generate(output: Path, settings: BuildSettings, total: int,
 
 
 def _run_pipeline(output: Path, settings: BuildSettings) -> None:
-    import os
-
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data.checkpoint import CheckpointConfig
@@ -191,14 +198,14 @@ class SynthesisActor:
         import pyarrow.parquet as pq
         import torch
 
-        from cartridges.engines.transformers import TransformersEngine
-        from cartridges.models import load_base_model
-        from cartridges.selfstudy.synthesizer import Synthesizer
+        from workflows.generation import open_synthesizer
 
+        # Ray gives an actor one; what vLLM starts reads the variable.
         torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         chunks = {row["chunk_id"]: Chunk(**row) for row in pq.read_table(chunks_file).to_pylist()}
-        base = load_base_model(settings.model)
-        self.synthesizer = Synthesizer(TransformersEngine(base), base.template, chunks, settings.synthesize)
+        # Never left: it ends with the actor's process.
+        self.synthesizer = ExitStack().enter_context(open_synthesizer(settings, chunks))
 
     def __call__(self, batch):
         import pyarrow as pa

@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, aclosing
 from pathlib import Path
 
+from cartridges.config import VllmSettings
 from cartridges.engines.base import CartridgePrefix, Completion, Request, Score, ScoreRequest, TokenEvent
 from cartridges.engines.detokenize import TextStream
 from cartridges.engines.spool import Spool, SpoolError, check_spooled
 from cartridges.engines.vllm_requests import Prompt, Translator, loss_positions, rows
-from cartridges.engines.vllm_setup import VllmSettings, engine_arguments, prepare
+from cartridges.engines.vllm_setup import engine_arguments, prepare
 
 
 class CartridgeLoadError(RuntimeError):

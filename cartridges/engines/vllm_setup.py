@@ -1,43 +1,30 @@
-"""How vLLM is set up: our settings, its arguments, its environment."""
+"""How vLLM is set up: its arguments and its environment, from our settings."""
 
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from cartridges.cartridge import KVShape
-from cartridges.config import Settings
+from cartridges.config import EngineName, ModelSettings, VllmSettings
 from cartridges.errors import UserError
 from cartridges.models import choose_dtype
 
 
-class VllmSettings(Settings):
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute and KV cache dtype. auto: as for the transformers engine (`ModelSettings.dtype`)."""
-    max_model_len: int = Field(0, ge=0)
-    """Longest prefix + conversation in tokens; 0 is the model's window."""
-    kv_cache_bytes: int = Field(0, ge=0)
-    """Bytes of the KV cache; 0 is 2 GiB on a CPU and what vLLM finds free on a GPU."""
-    block_size: int = Field(0, ge=0)
-    """Tokens of a KV block; 0 is 32 on a CPU (the smallest that works there), vLLM's own on a GPU.
-    Cartridges of a multiple of it are shared whole."""
-    max_num_seqs: int = Field(64, ge=1)
-    """Requests that decode together."""
-    max_topk: int = Field(20, ge=0)
-    """Most logprobs a request may ask for at a token."""
-    tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs one model is split over; each loads its KV heads of a cartridge."""
-    spool_dir: str | None = None
-    """Where cartridges are written for the workers to read; None is a temporary directory. Workers on
-    several machines need one that they share."""
-    spool_bytes: int = Field(8 << 30, ge=1)
-    """Bytes of spooled cartridges kept; the least recently used go first."""
-
-
 def is_installed() -> bool:
     return find_spec("vllm") is not None
+
+
+def wants_vllm(engine: EngineName, where: str) -> bool:
+    """Whether the setting `where`, `engine`, means vLLM here. Raises `UserError` where it asks for what is missing."""
+    if engine == "vllm" and not is_installed():
+        raise UserError(f"{where} is vllm, but vLLM is not installed; `make vllm` installs it")
+    return engine == "vllm" or (engine == "auto" and is_installed())
+
+
+def for_model(settings: VllmSettings, model: ModelSettings) -> VllmSettings:
+    """`settings` with the dtype that they leave to `model`."""
+    return settings if settings.dtype != "auto" else settings.model_copy(update={"dtype": model.dtype})
 
 
 def engine_arguments(model_dir: str | Path, settings: VllmSettings, shape: KVShape,

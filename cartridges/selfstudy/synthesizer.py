@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cartridges.config import SynthesizeSettings
-from cartridges.engines.base import Completion, Engine, RawPrefix, Request, ScoreRequest, TextPrefix
+from cartridges.engines.base import Completion, Engine, Request, ScoreRequest, TextPrefix
 from cartridges.prompts import example_messages
 from cartridges.records import Chunk, Conversation, Message
 from cartridges.selfstudy import filters
+from cartridges.selfstudy.asking import Ask, Asker, EngineAsker
 from cartridges.selfstudy.families import FAMILIES, Proposal
 from cartridges.selfstudy.general import General
 from cartridges.selfstudy.plan import Task
-from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 from cartridges.template import ChatTemplate
 
 
@@ -55,12 +55,12 @@ class _Draft:
 class Synthesizer:
     """Makes the conversations of `tasks` with `engine` on both sides.
 
-    `chunks` by id. `asking`: another engine for the asking side (None: the same).
+    `chunks` by id. `asker`: another asking side (None: `engine`).
     """
 
     def __init__(self, engine: Engine, template: ChatTemplate, chunks: Mapping[str, Chunk],
-                 settings: SynthesizeSettings, asking: Engine | None = None):
-        self.engine, self.asking = engine, asking or engine
+                 settings: SynthesizeSettings, asker: Asker | None = None):
+        self.engine, self.asker = engine, asker or EngineAsker(engine, template, settings)
         self.template, self.chunks, self.settings = template, chunks, settings
         self.tokenizer = template.tokenizer
         self.shared = template.conversation_ids(example_messages(), generation_prompt=False)
@@ -90,9 +90,8 @@ class Synthesizer:
     def _ask(self, drafts: list[_Draft], results) -> list[_Draft]:
         """Questions for the drafts that have none yet; those that come out unusable are dropped."""
         silent = [draft for draft in drafts if not draft.question]
-        completions = self.asking.generate([self._asking_request(draft) for draft in silent])
-        asked = {draft.task.conversation_id: _question(completion)
-                 for draft, completion in zip(silent, completions, strict=True)}
+        written = self.asker.ask([_ask_for(draft) for draft in silent])
+        asked = {draft.task.conversation_id: question for draft, question in zip(silent, written, strict=True)}
         kept = []
         for draft in drafts:
             question = asked.get(draft.task.conversation_id, draft.question)
@@ -103,16 +102,6 @@ class Synthesizer:
             else:
                 kept.append(draft)
         return kept
-
-    def _asking_request(self, draft: _Draft) -> Request:
-        settings, proposal = self.settings, draft.proposal
-        how = dict(max_tokens=settings.max_question_tokens, temperature=settings.asking_temperature,
-                   seed=draft.task.seed)
-        if proposal.completion is not None:
-            ids = self.tokenizer.encode(proposal.completion, add_special_tokens=False)
-            return Request(tuple(ids), RawPrefix(ASKING_EXAMPLES), stop=("\n", "?"), **how)
-        ids = self.template.conversation_ids([{"role": "user", "content": proposal.seed_prompt}])
-        return Request(tuple(ids), draft.prefix, **how)
 
     def _first(self, reasons: Iterable[str]) -> str | None:
         """The first of `reasons` whose filter is on."""
@@ -216,11 +205,9 @@ def _answer_mask(prompt: int, total: int) -> tuple[bool, ...]:
     return tuple(prompt - 1 <= i < total - 1 for i in range(total))
 
 
-def _question(completion: Completion) -> str:
-    text = completion.text.strip()
-    # The stop string "?" is cut from the text; a question that ended with it gets it back.
-    closed = completion.finish_reason == "stop"
-    return text + "?" if closed and text and text[-1].isalnum() else text
+def _ask_for(draft: _Draft) -> Ask:
+    return Ask(draft.task.seed, draft.proposal.seed_prompt, draft.proposal.completion,
+               draft.chunk.text if draft.chunk else None)
 
 
 def _drop(task: Task, reason: str, messages: Sequence[Message] = ()) -> Dropped:

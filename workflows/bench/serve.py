@@ -11,9 +11,8 @@ from contextlib import ExitStack
 from itertools import cycle
 from typing import Any
 
-from cartridges.config import BuildSettings
+from cartridges.config import BuildSettings, EngineName
 from cartridges.engines.base import Engine, Request
-from cartridges.errors import UserError
 from cartridges.forward import round_up
 from workflows.bench.arms import (
     BLOCK,
@@ -75,13 +74,11 @@ def bench_serve(settings: BuildSettings, contexts: Sequence[int], num_tokens: in
         "output_tokens": output_tokens, "machine": where}
 
 
-def choose_engine(setting: str) -> str:
+def choose_engine(setting: EngineName) -> str:
     """vLLM where it is installed, unless the settings say otherwise."""
-    from cartridges.engines.vllm_setup import is_installed
+    from cartridges.engines.vllm_setup import wants_vllm
 
-    if setting == "vllm" and not is_installed():
-        raise UserError("vLLM is not installed; run `make vllm`, or use --engine transformers")
-    return "vllm" if setting == "vllm" or (setting == "auto" and is_installed()) else "transformers"
+    return "vllm" if wants_vllm(setting, "--engine") else "transformers"
 
 
 class _Opened:
@@ -95,8 +92,8 @@ class _Opened:
             from cartridges.engines.transformers import TransformersEngine
 
             return TransformersEngine(self.base, self.max_batch, self.room)
+        from cartridges.config import VllmSettings
         from cartridges.engines.vllm import VllmEngine
-        from cartridges.engines.vllm_setup import VllmSettings
         from cartridges.models import resolve_model_dir
 
         dtype = str(self.base.dtype).removeprefix("torch.")

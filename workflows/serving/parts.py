@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cartridges.config import BuildSettings, ModelSettings, ServeSettings
-from cartridges.errors import UserError
+from cartridges.config import BuildSettings, ModelSettings
+from cartridges.engines.vllm_setup import for_model, wants_vllm
 from cartridges.models import load_base_model, load_identity, load_tokenizer, resolve_model_dir
 from cartridges.registry import Registry
 from cartridges.template import ChatTemplate
@@ -28,24 +28,16 @@ def build_service(registry: str, settings: BuildSettings, backend: Backend) -> C
 def build_backend(registry: str, settings: BuildSettings) -> LocalBackend:
     """The engine and the cartridges it holds, in this process. Loads the model."""
     directory = resolve_model_dir(settings.model)
-    engine = _vllm(directory, settings) if _wants_vllm(settings.serve) else _transformers(settings)
+    wanted = wants_vllm(settings.serve.engine, "serve.engine")
+    engine = _vllm(directory, settings) if wanted else _transformers(settings)
     return LocalBackend(engine, Registry(registry), load_identity(directory), settings.serve.resident_bytes,
                         engine.forget)
 
 
-def _wants_vllm(serve: ServeSettings) -> bool:
-    from cartridges.engines.vllm_setup import is_installed
-
-    if serve.engine == "vllm" and not is_installed():
-        raise UserError("serve.engine is vllm, but vLLM is not installed; `make vllm` installs it")
-    return serve.engine == "vllm" or (serve.engine == "auto" and is_installed())
-
-
 def _vllm(directory: Path, settings: BuildSettings) -> "AsyncVllmEngine":
     from cartridges.engines.vllm import AsyncVllmEngine
-    from cartridges.engines.vllm_setup import VllmSettings
 
-    return AsyncVllmEngine(directory, VllmSettings(dtype=settings.model.dtype))
+    return AsyncVllmEngine(directory, for_model(settings.vllm, settings.model))
 
 
 def _transformers(settings: BuildSettings) -> "TransformersStreamingEngine":
