@@ -89,6 +89,25 @@ def tiny_qwen3_dir(base_model_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vllm_dir(base_model_dir, tmp_path_factory) -> Path:
+    """As `tiny_model_dir`, with a head_dim that vLLM's attention on a CPU has."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from cartridges.models import load_tokenizer
+
+    directory = tmp_path_factory.mktemp("tiny-llama-32")
+    config = LlamaConfig(vocab_size=49152, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.3,
+                         max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(directory)
+    load_tokenizer(base_model_dir).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_base_model(tiny_model_dir):
     """`tiny_model_dir` loaded as a float32 `BaseModel` on the CPU. Do not change it."""
     from cartridges.config import ModelSettings

@@ -1,10 +1,17 @@
 """Helpers of the serving tests: exact-KV cartridges in a registry, and a server on a free port."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import httpx
 import uvicorn
 
 from cartridges.artifact import CorpusRecord, save
@@ -19,6 +26,9 @@ from workflows.serving.backend import LocalBackend
 from workflows.serving.catalog import Catalog
 from workflows.serving.metrics import Metrics
 from workflows.serving.service import CartridgeService
+
+PATIENCE = 800
+"""Seconds for what takes long on a machine that does other things besides."""
 
 TEXTS = {"harbour": "The harbour master of Quell is Ida Brand. The toll is 41 crowns a ship.",
          "orchard": "The orchard of Venn grows 730 pear trees, and its keeper is Tomas Reed."}
@@ -88,3 +98,39 @@ def listening(service: CartridgeService) -> Iterator[str]:
 
 def value_of(metrics: Metrics, name: str, **labels: str) -> float:
     return metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@contextmanager
+def serve_process(registry, model_dir, told: Path, *options: str) -> Iterator[subprocess.Popen]:
+    """`cartridges serve` on a free port, in a Ray of its own; what it says goes to `told`."""
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "workflows.cli", "serve", "--registry", str(registry), "--port", "0",
+               "--model", str(model_dir), *options]
+    with told.open("wb") as stderr:
+        process = subprocess.Popen(command, stderr=stderr, cwd=root,
+                                   env=os.environ | {"PYTHONPATH": str(root), "RAY_ADDRESS": ""})
+    process.told = told
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(PATIENCE)
+
+
+def url_of(process: subprocess.Popen) -> str:
+    """Where it listens, once it serves the base model and the two cartridges."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if found := re.search(r"serving 3 models at (http://127\.0\.0\.1:\d+)/v1", process.told.read_text()):
+            return found[1]
+        assert process.poll() is None, process.told.read_text()
+        time.sleep(0.2)
+    raise AssertionError(process.told.read_text())
+
+
+def metric(url: str, line: str) -> float:
+    """The sample of /metrics that begins with `line`, 0 if there is none."""
+    text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
+    found = [row.rpartition(" ")[2] for row in text.splitlines() if row.startswith(line + " ")]
+    return float(found[0]) if found else 0.0

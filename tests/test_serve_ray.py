@@ -1,26 +1,19 @@
 """The service as users run it: `cartridges serve` on Ray Serve, from start to the last process gone."""
 
 import asyncio
-import os
-import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import httpx
 import openai
 import psutil
 import pytest
 
-from tests.serve_support import TEXTS, load_stock, make_registry
+from tests.serve_support import PATIENCE, TEXTS, load_stock, make_registry, metric, serve_process, url_of
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 ASK = [{"role": "user", "content": "What is known?"}]
-PATIENCE = 800
 
 
 @pytest.fixture(scope="module")
@@ -32,29 +25,14 @@ def registry(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def process(registry, tiny_model_dir, tmp_path_factory):
-    told = tmp_path_factory.mktemp("serve") / "stderr"
-    command = [sys.executable, "-m", "workflows.cli", "serve", "--registry", str(registry), "--port", "0",
-               "--model", str(tiny_model_dir), "--engine", "transformers", "--set", "serve.max_queue=16",
-               "--set", "serve.drain_s=30"]
-    with told.open("wb") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, cwd=ROOT,
-                                   env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""})
-    process.told = told
-    yield process
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        process.wait(PATIENCE)
+    with serve_process(registry, tiny_model_dir, tmp_path_factory.mktemp("serve") / "stderr", "--engine",
+                       "transformers", "--set", "serve.max_queue=16", "--set", "serve.drain_s=30") as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def url(process):
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := re.search(r"serving 3 models at (http://127\.0\.0\.1:\d+)/v1", process.told.read_text()):
-            return found[1]
-        assert process.poll() is None, process.told.read_text()
-        time.sleep(0.2)
-    raise AssertionError(process.told.read_text())
+    return url_of(process)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +44,6 @@ def client(url):
 def ask(client, model: str, max_tokens: int = 8) -> str:
     answer = client.chat.completions.create(model=model, messages=ASK, max_tokens=max_tokens)
     return answer.choices[0].message.content
-
-
-def metric(url: str, line: str) -> float:
-    text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
-    found = [row.rpartition(" ")[2] for row in text.splitlines() if row.startswith(line + " ")]
-    return float(found[0]) if found else 0.0
 
 
 def test_openais_client_streams_from_two_cartridges(client, url):

@@ -20,6 +20,14 @@ from cartridges.engines.vllm import AsyncVllmEngine, CartridgeLoadError, VllmEng
 from cartridges.engines.vllm_requests import Translator
 from cartridges.engines.vllm_setup import engine_arguments, is_installed
 from cartridges.errors import UserError
+from cartridges.records import Conversation
+from cartridges.selfstudy.plan import plan
+from cartridges.selfstudy.storage import load_conversations
+from cartridges.selfstudy.synthesizer import Synthesizer
+from tests.test_selfstudy import CHUNKS, settings
+from tests.test_selfstudy_filters import UNUSABLE
+from tests.test_synthesize import CORPUS, tiny_settings
+from workflows.synthesize import synthesize
 
 pytestmark = [pytest.mark.vllm,
               pytest.mark.skipif(not is_installed(), reason="vLLM is not installed (make vllm)")]
@@ -70,21 +78,8 @@ def assert_close(one, other):
 
 
 @pytest.fixture(scope="module")
-def model_dir(base_model_dir, tmp_path_factory):
-    """A random tiny Llama with the real tokenizer. vLLM on a CPU wants head_dim in 32s."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from cartridges.models import load_tokenizer
-
-    directory = tmp_path_factory.mktemp("tiny-llama-32")
-    config = LlamaConfig(vocab_size=49152, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, initializer_range=0.3,
-                         max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(directory)
-    load_tokenizer(base_model_dir).save_pretrained(directory)
-    return directory
+def model_dir(tiny_vllm_dir):
+    return tiny_vllm_dir
 
 
 @pytest.fixture(scope="module")
@@ -352,3 +347,31 @@ async def _stream_checks(engine, base):
 
 async def collect(engine, request):
     return [event async for event in engine.stream(request)]
+
+
+def test_synthesis_through_it_makes_the_references_conversations(engine, reference, base):
+    wanted = settings(count=24, filters_off=UNUSABLE,
+                      families={"cloze": 1, "recall": 1, "question": 1, "anchored_asked": 1})
+    chunks, tasks = {chunk.chunk_id: chunk for chunk in CHUNKS}, plan(CHUNKS, wanted, 0)
+    ours, theirs = (Synthesizer(one, base.template, chunks, wanted).run(tasks) for one in (engine, reference))
+    assert sum(isinstance(result, Conversation) for result in ours) > 12
+    for one, other in zip(ours, theirs, strict=True):
+        assert type(one) is type(other)
+        if isinstance(one, Conversation):
+            assert one.messages == other.messages
+            np.testing.assert_allclose(one.topk_logprobs, other.topk_logprobs, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_ray_data_runs_on_it(model_dir, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(CORPUS)
+    plain = tiny_settings(model_dir, num_conversations=16, batch_size=8)
+    by = {name: plain.synthesize.model_copy(update={"engine": name}) for name in ("vllm", "transformers")}
+    manifests = {name: synthesize(str(corpus), str(tmp_path / name), plain.model_copy(update={"synthesize": wanted}))
+                 for name, wanted in by.items()}
+    assert manifests["vllm"]["fingerprint"] == manifests["transformers"]["fingerprint"]
+    made = {name: load_conversations(str(tmp_path / name)) for name in by}
+    assert [one.messages for one in made["vllm"]] == [one.messages for one in made["transformers"]]
+    for one, other in zip(made["vllm"], made["transformers"], strict=True):
+        np.testing.assert_allclose(one.topk_logprobs, other.topk_logprobs, atol=1e-3)
