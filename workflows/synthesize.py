@@ -204,8 +204,9 @@ class SynthesisActor:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         chunks = {row["chunk_id"]: Chunk(**row) for row in pq.read_table(chunks_file).to_pylist()}
-        # Never left: it ends with the actor's process.
-        self.synthesizer = ExitStack().enter_context(open_synthesizer(settings, chunks))
+        # Held, because what is let go of is closed.
+        self._held = open_synthesizer(settings, chunks)
+        self.synthesizer = self._held.__enter__()
 
     def __call__(self, batch):
         import pyarrow as pa
