@@ -211,6 +211,24 @@ def test_failed_load_fails_the_request_and_the_next_one_recovers(engine, referen
     assert_same(engine.generate([request]), reference.generate([request]))
 
 
+def test_a_call_that_raised_leaves_nothing_for_the_next(engine, reference, base, monkeypatch):
+    step, steps = engine._llm.llm_engine.step, []
+
+    def broken():
+        steps.append(step())
+        if len(steps) == 3:
+            raise OSError("the machine is busy")
+        return steps[-1]
+
+    monkeypatch.setattr(engine._llm.llm_engine, "step", broken)
+    requests = [ask(base, question, text_of(3)) for question in QUESTIONS]
+    with pytest.raises(OSError):
+        engine.generate(requests)
+    monkeypatch.undo()
+    assert_same(engine.generate(requests[:1]), reference.generate(requests[:1]))
+    assert not engine._llm.llm_engine.has_unfinished_requests()
+
+
 def test_a_digest_used_twice_does_not_mix(engine, reference, base):
     """The reference believes the digest; here the bytes decide."""
     ours, expected = ([ask(base, QUESTIONS[0], exact_kv(base, text_of(number), digest=digest))

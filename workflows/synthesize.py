@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -195,18 +196,24 @@ class SynthesisActor:
     """Holds one engine and a `Synthesizer`; a batch of tasks in, their conversations out."""
 
     def __init__(self, settings: BuildSettings, chunks_file: str, threads: int):
+        self.settings, self.chunks_file, self.threads = settings, chunks_file, threads
+        # Ray gives an actor one; what the engine starts reads the variable.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+    @cached_property
+    def synthesizer(self):
+        """Opened by the first batch: Ray Data calls from another thread than the one that constructs, and vLLM's
+        engine knows its settings in the thread it was made in only."""
         import pyarrow.parquet as pq
         import torch
 
         from workflows.generation import open_synthesizer
 
-        # Ray gives an actor one; what vLLM starts reads the variable.
-        torch.set_num_threads(threads)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        chunks = {row["chunk_id"]: Chunk(**row) for row in pq.read_table(chunks_file).to_pylist()}
+        torch.set_num_threads(self.threads)
+        chunks = {row["chunk_id"]: Chunk(**row) for row in pq.read_table(self.chunks_file).to_pylist()}
         # Held, because what is let go of is closed.
-        self._held = open_synthesizer(settings, chunks)
-        self.synthesizer = self._held.__enter__()
+        self._held = open_synthesizer(self.settings, chunks)
+        return self._held.__enter__()
 
     def __call__(self, batch):
         import pyarrow as pa

@@ -96,7 +96,13 @@ class VllmEngine:
         return outputs
 
     def _run(self, prompts: list[Prompt], params: list) -> list:
-        outputs = self._llm.generate([prompt.to_vllm() for prompt in prompts], params, use_tqdm=False)
+        try:
+            outputs = self._llm.generate([prompt.to_vllm() for prompt in prompts], params, use_tqdm=False)
+        except BaseException:
+            # vLLM would go on with what is left of them in the next call, and give their outputs there.
+            engine = self._llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
         for prompt, output in zip(prompts, outputs, strict=True):
             _check_finished(self.spool, prompt, output.outputs[0].finish_reason)
         return outputs
