@@ -17,6 +17,7 @@ from cartridges.errors import UserError
 from cartridges.models import load_base_model
 from cartridges.selfstudy.storage import schema, to_row
 from test_distill import conversation
+from tests.test_synthesize import CORPUS
 from workflows.bench.arms import Sizes, batch_size
 from workflows.bench.conversations import choose_work
 from workflows.bench.extrapolate import extrapolate
@@ -173,7 +174,25 @@ def test_load_counts_what_is_loaded_and_put_out(settings, capfd):
     assert result["ratios"]["cold_ttft"] > 0
 
 
+@pytest.mark.slow
+def test_synthesis_is_a_ratio_over_a_loop_of_the_same_tasks(settings, tmp_path, capfd):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(CORPUS)
+    assert main(["bench", "synthesize", "--model", settings.model.name, "--corpus", str(corpus), "--actors", "1",
+                 "--conversations", "64", "--rounds", "1", "--set", "model.dtype=float32",
+                 "--set", "synthesize.batch_size=8", "--set", "synthesize.max_teacher_nll=100",
+                 "--set", "synthesize.families={cloze: 1, recall: 1}", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    loop, pipeline = sorted(result["rows"], key=lambda row: row["actors"])
+    assert loop["kept"] >= pipeline["kept"] > 0  # which drops what is there twice
+    assert result["ratios"]["transformers"]["1 actor"] == pytest.approx(
+        pipeline["conversations_per_s"] / loop["conversations_per_s"])
+    assert 0.5 < result["prefix_hit_share"]["transformers"] < 1
+
+
 @pytest.mark.parametrize(("options", "says"), [
+    (["synthesize", "--engines", "fast"], "neither transformers nor vllm"),
+    (["synthesize", "--conversations", "200"], "less than two batches"),
     (["load", "--corpora", "3", "--resident", "4"], "nothing would have to be loaded"),
     (["load", "--resident", "4", "--clients", "8"], "may be in use"),
     (["load", "--skew", "-1"], "asks all corpora alike"),

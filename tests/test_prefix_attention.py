@@ -181,3 +181,11 @@ def test_merged_attention_is_prefix_attention_with_its_gradients(groups, rows, h
 
     for mine, expected in zip(run(merged_attention), run(prefix_attention), strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-9, rtol=1e-7)
+
+
+def test_the_share_of_prefixes_that_was_not_computed_again(tiny_base_model):
+    engine = TransformersEngine(tiny_base_model, max_rows=8)
+    texts = [TextPrefix("The well is deep."), TextPrefix("The well is dry.")]
+    for _ in range(2):
+        engine.generate([Request((5, 6, 7 + number), text, max_tokens=1) for number in range(4) for text in texts])
+    assert engine.prefix_hit_share() == pytest.approx(14 / 16)

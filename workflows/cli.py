@@ -205,6 +205,17 @@ def _add_bench(parsers: Any) -> None:
                        help="measure as well requests that all ask about one corpus and share its KV")
     _settings_options(serve, "model", "engine")
 
+    synthesis = _command(benches, "synthesize", commands.run_bench_synthesize,
+                         "self-study on Ray Data against a plain loop over the same engine")
+    synthesis.add_argument("--corpus", metavar="PATH", help="default: the sample corpus")
+    synthesis.add_argument("--engines", default="transformers", metavar="NAME,NAME",
+                           help="transformers, vllm or both; default transformers")
+    synthesis.add_argument("--actors", default="1,2", metavar="N,N", help="actors of the pipelines; default 1,2")
+    synthesis.add_argument("--conversations", type=_count, default=512, metavar="N",
+                           help="conversations to plan; default 512")
+    synthesis.add_argument("--rounds", type=_count, default=2, metavar="N", help="rounds; default 2")
+    _settings_options(synthesis, "model", "seed")
+
     load = _command(benches, "load", commands.run_bench_load,
                     "many registered corpora, asked unevenly, on one replica that holds a few")
     load.add_argument("--corpora", type=_count, default=1000, metavar="N", help="registered corpora; default 1000")
@@ -298,6 +309,7 @@ def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
         from workflows.bench import tables
 
         show = {"train": tables.print_train, "serve": tables.print_serve, "load": tables.print_load,
+                "synthesize": tables.print_synthesize,
                 "route": tables.print_route}
         show[args.bench](result, sys.stdout)
     elif args.command == "evaluate":

@@ -33,10 +33,14 @@ def trim(requests: Sequence[Request | ScoreRequest], limits: list[int]) -> list[
 
 
 class PrefixCache:
-    """KV of prefixes, least recently used out first once they exceed `max_bytes`."""
+    """KV of prefixes, least recently used out first once they exceed `max_bytes`.
+
+    `computed_tokens` counts what was computed because it was not there.
+    """
 
     def __init__(self, base: BaseModel, max_bytes: int):
         self.base, self.max_bytes = base, max_bytes
+        self.computed_tokens = 0
         self.entries: OrderedDict[object, PrefixKV] = OrderedDict()
 
     def get(self, row: Trimmed) -> PrefixKV:
@@ -44,14 +48,15 @@ class PrefixCache:
         before = self._get(prefix_key(row.prefix), lambda: self._make(row.prefix))
         if not row.common:
             return before
-        return self._get(row.key, lambda: extend(self.base.model, before, row.common))
+        return self._get(row.key, lambda: extend(self.base.model, before, row.common), before.num_tokens)
 
     def num_tokens(self, row: Trimmed) -> int:
         return self.get(row).num_tokens
 
-    def _get(self, key, make) -> PrefixKV:
+    def _get(self, key, make, known_tokens: int = 0) -> PrefixKV:
         if key not in self.entries:
             self.entries[key] = make()
+            self.computed_tokens += self.entries[key].num_tokens - known_tokens
             while len(self.entries) > 1 and sum(kv.num_bytes for kv in self.entries.values()) > self.max_bytes:
                 self.entries.popitem(last=False)
         self.entries.move_to_end(key)

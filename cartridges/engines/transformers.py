@@ -35,6 +35,11 @@ class TransformersEngine:
         self.prefixes = PrefixCache(base, cache_bytes)
         self.head = base.model.get_output_embeddings()
         self.stop_ids = stop_token_ids(base)
+        self._prefix_tokens = 0
+
+    def prefix_hit_share(self) -> float:
+        """Of all tokens of prefixes that requests stood behind so far, the share that was not computed for them."""
+        return 1 - self.prefixes.computed_tokens / max(1, self._prefix_tokens)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -80,6 +85,7 @@ class TransformersEngine:
             indices += rows
             lengths += [len(requests[index].input_ids) for index in rows]
             offsets += [prefix.num_tokens] * piece.rows
+            self._prefix_tokens += prefix.num_tokens * len(piece.indices)
         device = self.base.device
         ids = torch.zeros(len(indices), slots, dtype=torch.long, device=device)
         for row, index in enumerate(indices):

@@ -43,6 +43,11 @@ class VllmEngine:
         self.spool = Spool(settings.spool_dir, settings.spool_bytes)
         self._llm = LLM(**engine_arguments(model_dir, settings, self.translator.shape, self.spool.root))
         VllmEngine._open = self
+        self._prefix_tokens = self._cached_tokens = 0
+
+    def prefix_hit_share(self) -> float:
+        """Of all tokens of prefixes that requests stood behind so far, the share that was in the cache."""
+        return self._cached_tokens / max(1, self._prefix_tokens)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Raises `CartridgeLoadError` if a cartridge could not be loaded, `UserError` for a request
@@ -105,6 +110,8 @@ class VllmEngine:
             raise
         for prompt, output in zip(prompts, outputs, strict=True):
             _check_finished(self.spool, prompt, output.outputs[0].finish_reason)
+            self._prefix_tokens += prompt.prefix_tokens
+            self._cached_tokens += min(prompt.prefix_tokens, output.num_cached_tokens or 0)
         return outputs
 
 

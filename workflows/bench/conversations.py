@@ -57,11 +57,14 @@ def choose_work(conversations: Sequence[Conversation], settings: BuildSettings, 
     return Work(conversations, plans, chosen, max(1, round(len(chosen) / steps)))
 
 
+SAMPLE = files("workflows") / "sample" / "corpus"
+
+
 def sample_corpus():
     """The corpus that comes with the package."""
     from cartridges.corpus import load_corpus
 
-    return load_corpus(str(files("workflows") / "sample" / "corpus"))
+    return load_corpus(str(SAMPLE))
 
 
 def write_conversations(base: BaseModel, settings: BuildSettings, count: int, directory: Path) -> int:

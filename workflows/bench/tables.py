@@ -44,6 +44,21 @@ def print_load(result: dict[str, Any], stream: TextIO) -> None:
     _print_notes(result["notes"], stream)
 
 
+def print_synthesize(result: dict[str, Any], stream: TextIO) -> None:
+    """Conversations a second of each engine's loop and pipelines."""
+    what = f"{result['conversations']} conversations in batches of {result['batch_size']}"
+    print(_headline(result, what), file=stream)
+    print(file=stream)
+    rows = [["engine", "side", "conversations/s", "over its loop", "prefix tokens found"]]
+    for engine, rates in result["conversations_per_s"].items():
+        for side, rate in rates.items():
+            share = result["prefix_hit_share"][engine] if side == "loop" else None
+            rows.append([engine, side, f"{rate:.2f}", _times(result["ratios"][engine][side]),
+                         "-" if share is None else f"{share:.0%}"])
+    print_table(rows, stream)
+    _print_notes(result["notes"], stream)
+
+
 def print_route(result: dict[str, Any], stream: TextIO) -> None:
     """The share of questions that found their corpus, by corpus."""
     print(f"{result['accuracy']:.0%} of the questions found their corpus among {result['corpora']} "
