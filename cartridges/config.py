@@ -1,6 +1,7 @@
 """Settings, one frozen class a stage. The string under a field says what it means."""
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -49,8 +50,8 @@ class AskingSettings(Settings):
     """Base URL of an OpenAI-compatible service, such as `https://host/v1`. Chunks of the corpus are sent there."""
     endpoint_model: str = ""
     """What the service calls its model."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the service's key; it is written nowhere."""
+    api_key_env: str = ""
+    """Environment variable that holds the service's key, such as `OPENAI_API_KEY`. Empty: none is sent."""
     concurrency: int = Field(8, ge=1)
     """Requests that an actor has in flight at the service."""
 
@@ -58,8 +59,10 @@ class AskingSettings(Settings):
     def _one_of_them(self) -> "AskingSettings":
         if self.model and self.endpoint:
             raise ValueError("give a model or an endpoint, not both")
-        if self.endpoint and not self.endpoint_model:
-            raise ValueError("an endpoint needs endpoint_model, the name of a model there")
+        if bool(self.endpoint) != bool(self.endpoint_model):
+            raise ValueError("endpoint (a URL) and endpoint_model (the name of a model there) go together")
+        if self.endpoint and urlsplit(self.endpoint).username:
+            raise ValueError("endpoint must not hold a password; name the variable with the key in api_key_env")
         return self
 
 
@@ -98,7 +101,7 @@ class SynthesizeSettings(Settings):
     asking: AskingSettings = AskingSettings()
     """Another model for the asking side; the teacher answers and scores in any case."""
     engine: EngineName = "auto"
-    """auto takes vLLM on a GPU where it is installed, else transformers (docs/data.md has what was measured)."""
+    """auto takes vLLM on a GPU where it is installed, else transformers (docs/log.md has what was measured)."""
     num_actors: int = Field(1, ge=1)
     """Ray Data actors, each holding one engine."""
     threads_per_actor: int = Field(0, ge=0)

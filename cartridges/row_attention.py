@@ -24,6 +24,13 @@ class RowKV:
     values: list[torch.Tensor]
     length: int = 0
 
+    @classmethod
+    def after(cls, prefix: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> "RowKV":
+        """Behind a copy of `prefix`, keys and values `[1, H, P, D]` for each layer, with room for more."""
+        keys, values = ([functional.pad(tensor, (0, 0, 0, GROWTH)) for tensor in tensors]
+                        for tensors in zip(*prefix, strict=True))
+        return cls(keys, values, prefix[0][0].shape[2])
+
     def reserve(self, tokens: int) -> None:
         """Room for `tokens` more."""
         missing = self.length + tokens - self.keys[0].shape[2]
@@ -56,5 +63,6 @@ def attend_rows(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch
         # Queries of the heads that share keys stand one after the other: the keys are not repeated.
         grouped = query[index].reshape(1, H, HG // H * T, D)
         attended = functional.scaled_dot_product_attention(grouped, *seen, attn_mask=bias, scale=scaling)
-        output[index] = attended.view(HG, T, D).transpose(0, 1)
+        # Some of its kernels give what is not contiguous.
+        output[index] = attended.reshape(HG, T, D).transpose(0, 1)
     return output

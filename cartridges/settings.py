@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,9 +45,11 @@ def _nearest(kind: type[Settings], path: tuple[int | str, ...]) -> str:
     """What may have been meant by the last name of `path`, or what there is."""
     for part in path[:-1]:
         field = kind.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Settings)):
+        inner = [one for one in (get_args(field.annotation) or [field.annotation])
+                 if isinstance(one, type) and issubclass(one, Settings)] if field else []
+        if not inner:
             return ""
-        kind = field.annotation
+        kind = inner[0]
     near = get_close_matches(str(path[-1]), kind.model_fields, n=1)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(kind.model_fields)}"
 

@@ -80,8 +80,15 @@ def make_service(base, registry: Registry, engine: TransformersStreamingEngine,
 
 @contextmanager
 def listening(service: CartridgeService) -> Iterator[str]:
-    """Serve the app by uvicorn in a thread; yields the URL."""
-    config = uvicorn.Config(create_app(service), host="127.0.0.1", port=0, log_level="warning")
+    """Serve the service's app; yields the URL."""
+    with listening_app(create_app(service)) as url:
+        yield url
+
+
+@contextmanager
+def listening_app(app) -> Iterator[str]:
+    """Serve an ASGI app by uvicorn in a thread; yields the URL."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

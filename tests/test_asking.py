@@ -1,7 +1,12 @@
 """Another asking side: a second model beside the teacher, or one behind an OpenAI-compatible service."""
 
+from dataclasses import dataclass
+
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import Route
 
 from cartridges.config import AskingSettings, BuildSettings
 from cartridges.corpus import load_corpus
@@ -10,14 +15,16 @@ from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
 from cartridges.records import Conversation
 from cartridges.selfstudy.asking import Ask
+from cartridges.selfstudy.http_asking import HttpAsker
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 from cartridges.selfstudy.synthesizer import Synthesizer
 from cartridges.settings import load
-from tests.serve_support import listening, make_service
+from tests.serve_support import listening, listening_app, make_service
 from tests.test_selfstudy import CHUNKS, settings
 from tests.test_selfstudy_filters import UNUSABLE
 from tests.test_synthesize import CORPUS, tiny_settings
+from workflows.failures import run_with_retry
 from workflows.generation import check_generation, make_asker
 from workflows.synthesize import dataset_fingerprint
 
@@ -33,6 +40,26 @@ def url(base, engine, registry):
 
 def asking(model_dir, **fields) -> BuildSettings:
     return tiny_settings(model_dir, **BY_HAND, asking=fields)
+
+
+@dataclass
+class Always:
+    """An asker that gives the same for all."""
+
+    answer: object
+
+    def ask(self, asks):
+        return [self.answer] * len(asks)
+
+
+@dataclass
+class Raising:
+    """A synthesizer that does one thing."""
+
+    act: object
+
+    def run(self, tasks):
+        return self.act()
 
 
 def chat(url: str, **fields) -> str:
@@ -84,8 +111,40 @@ def test_a_service_that_cannot_be_used_is_named_before_anything_begins(url, tiny
         check_generation(asking(tiny_model_dir, endpoint="http://127.0.0.1:9/v1", endpoint_model="base"))
     with pytest.raises(UserError, match="synthesize.asking: give a model or an endpoint, not both$"):
         load(BuildSettings, None, ["synthesize.asking={endpoint: 'http://x', endpoint_model: m, model: {}}"])
-    with pytest.raises(UserError, match="needs endpoint_model"):
+    with pytest.raises(UserError, match="go together"):
         load(BuildSettings, None, ["synthesize.asking.endpoint=http://x"])
+    with pytest.raises(UserError, match="must not hold a password"):
+        load(BuildSettings, None, ["synthesize.asking={endpoint: 'https://a:b@x/v1', endpoint_model: m}"])
+    with pytest.raises(UserError, match="did you mean name"):
+        load(BuildSettings, None, ["synthesize.asking.model.nmae=x"])
+
+
+def test_what_is_odd_costs_its_own_conversation_and_a_refused_key_the_run(tiny_base_model, tiny_model_dir,
+                                                                          monkeypatch):
+    base_engine = TransformersEngine(tiny_base_model)
+    monkeypatch.setenv("THE_KEY", "sk-secret")
+    answers = {"odd": (200, "<html>hello</html>"), "none": (200, {"choices": []}), "busy": (500, {"error": "busy"}),
+               "key": (401, {"error": {"message": "wrong key sk-secret"}})}
+    seen = []
+
+    async def respond(request):
+        seen.append(request.headers["authorization"])
+        status, body = answers[(await request.json())["messages"][-1]["content"]]
+        return HTMLResponse(body, status) if isinstance(body, str) else JSONResponse(body, status)
+
+    app = Starlette(routes=[Route("/v1/chat/completions", respond, methods=["POST"])])
+    with listening_app(app) as url:
+        build = asking(tiny_model_dir, endpoint=f"{url}/v1", endpoint_model="m", api_key_env="THE_KEY")
+        asker = HttpAsker(build.synthesize, retries=0)
+        made = asker.ask([Ask(0, seed_prompt=prompt) for prompt in ("odd", "none", "busy")])
+        assert all(isinstance(one, Exception) for one in made)
+        chunks = {chunk.chunk_id: chunk for chunk in CHUNKS}
+        tasks = plan(CHUNKS, settings(count=4, families={"question": 1}), 0)
+        failing = Synthesizer(base_engine, base_engine.base.template, chunks, build.synthesize, Always(made[0]))
+        assert {result.reason.split(":")[0] for result in failing.run(tasks)} == {"error"}
+        with pytest.raises(UserError, match=r"wrong key \*\*\*") as refused:
+            run_with_retry(Raising(lambda: asker.ask([Ask(0, seed_prompt="key")])), tasks)
+    assert "sk-secret" not in str(refused.value) and set(seen) == {"Bearer sk-secret"}
 
 
 def test_who_asks_is_part_of_the_conversations_and_the_engine_is_not(tiny_model_dir, tiny_qwen3_dir, tmp_path):

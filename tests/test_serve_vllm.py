@@ -1,6 +1,7 @@
 """`cartridges serve` with vLLM underneath: it answers over HTTP what the reference engine answers."""
 
 import asyncio
+import time
 
 import httpx
 import openai
@@ -101,14 +102,16 @@ def test_a_client_that_leaves_frees_the_engine(url):
     body = {"model": "orchard", "messages": [{"role": "user", "content": "Go on."}], "max_tokens": 600, "stream": True}
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=PATIENCE) as response:
         next(response.iter_lines())
-    for _ in range(200):
-        if not metric(url, "cartridges_engine_active"):
-            return
-    raise AssertionError("the request still runs")
+        assert metric(url, "cartridges_engine_active") == 1
+    left = time.monotonic()
+    while metric(url, "cartridges_engine_active"):
+        assert time.monotonic() < left + 20
+    assert time.monotonic() - left < 5
 
 
 def test_stopping_leaves_no_process(process, url):
     family = psutil.Process(process.pid).children(recursive=True)
+    assert family
     process.terminate()
     assert process.wait(PATIENCE) == 0
     _, alive = psutil.wait_procs(family, timeout=30)

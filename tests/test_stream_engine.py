@@ -52,6 +52,37 @@ def test_equals_the_batch_engine(base, tiny_base_model, engine, prefix, sampling
     assert text_of(events) == expected.text.rstrip("\ufffd")
 
 
+def test_long_prompts_and_answers_too(base, tiny_base_model, engine):
+    """Several pieces of prefill, and more room for the KV several times."""
+    requests = [ask(base, "Who is it? " * (90 * number), max_tokens=300, ignore_end=True, topk=1) for number in (1, 3)]
+
+    async def together():
+        return await asyncio.gather(*[collect(engine, request) for request in requests])
+
+    for events, expected in zip(asyncio.run(together()), TransformersEngine(tiny_base_model).generate(requests),
+                                strict=True):
+        assert tuple(event.token_id for event in events) == expected.output_ids
+        assert [event.logprob for event in events] == pytest.approx(expected.logprobs.tolist(), abs=1e-3)
+
+
+def test_a_stream_that_fails_leaves_the_others(base, engine, monkeypatch):
+    push = TextStream.push
+
+    def broken(self, token_id):
+        if self.stop == ("never",):
+            raise OSError("no such token")
+        return push(self, token_id)
+
+    monkeypatch.setattr(TextStream, "push", broken)
+
+    async def together():
+        return await asyncio.gather(collect(engine, ask(base, "One?", stop=("never",))),
+                                    collect(engine, ask(base, "Two?", ignore_end=True)), return_exceptions=True)
+
+    failed, fine = asyncio.run(together())
+    assert isinstance(failed, OSError) and len(fine) == 12
+
+
 def test_exact_kv_answers_as_the_text(base, engine):
     for text in TEXTS.values():
         cartridge = CartridgePrefix(exact_cartridge(base, text), digest=text)

@@ -388,7 +388,8 @@ def test_ray_data_runs_on_it(model_dir, tmp_path):
     by = {name: plain.synthesize.model_copy(update={"engine": name}) for name in ("vllm", "transformers")}
     manifests = {name: synthesize(str(corpus), str(tmp_path / name), plain.model_copy(update={"synthesize": wanted}))
                  for name, wanted in by.items()}
-    assert manifests["vllm"]["fingerprint"] == manifests["transformers"]["fingerprint"]
+    # Where a conversation is sampled they differ, so a run that was begun on one does not go on with the other.
+    assert manifests["vllm"]["fingerprint"] != manifests["transformers"]["fingerprint"]
     made = {name: load_conversations(str(tmp_path / name)) for name in by}
     assert [one.messages for one in made["vllm"]] == [one.messages for one in made["transformers"]]
     for one, other in zip(made["vllm"], made["transformers"], strict=True):

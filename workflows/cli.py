@@ -211,8 +211,8 @@ def _add_bench(parsers: Any) -> None:
     synthesis.add_argument("--engines", default="transformers", metavar="NAME,NAME",
                            help="transformers, vllm or both; default transformers")
     synthesis.add_argument("--actors", default="1,2", metavar="N,N", help="actors of the pipelines; default 1,2")
-    synthesis.add_argument("--conversations", type=_count, default=512, metavar="N",
-                           help="conversations to plan; default 512")
+    synthesis.add_argument("--conversations", type=_count, default=768, metavar="N",
+                           help="conversations to plan; default 768")
     synthesis.add_argument("--rounds", type=_count, default=2, metavar="N", help="rounds; default 2")
     _settings_options(synthesis, "model", "seed")
 

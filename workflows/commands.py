@@ -168,14 +168,16 @@ def run_bench_synthesize(args: argparse.Namespace) -> dict[str, Any]:
     engines = [engine.strip() for engine in args.engines.split(",")]
     if unknown := set(engines) - {"transformers", "vllm"}:
         raise UserError(f"--engines {sorted(unknown)[0]!r} is neither transformers nor vllm")
-    if args.conversations < 2 * settings.synthesize.batch_size:
-        raise UserError(f"--conversations {args.conversations} is less than two batches (synthesize.batch_size="
-                        f"{settings.synthesize.batch_size}), between which the rate is taken")
+    actors = _numbers("--actors", args.actors)
+    least = 3 * max(actors) * settings.synthesize.batch_size
+    if args.conversations < least:
+        raise UserError(f"--conversations {args.conversations} is less than three batches for each of {max(actors)} "
+                        f"actors; give {least}, or a smaller synthesize.batch_size ({settings.synthesize.batch_size})")
     wanted = settings.synthesize.model_copy(update={"num_conversations": args.conversations})
     from workflows.bench.synthesize import bench_synthesize
 
-    return bench_synthesize(settings.model_copy(update={"synthesize": wanted}), args.corpus, engines,
-                            _numbers("--actors", args.actors), args.rounds)
+    return bench_synthesize(settings.model_copy(update={"synthesize": wanted}), args.corpus, engines, actors,
+                            args.rounds)
 
 
 def run_bench_load(args: argparse.Namespace) -> dict[str, Any]:

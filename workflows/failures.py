@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cartridges.selfstudy.card import ERROR
+from cartridges.errors import UserError
+from cartridges.selfstudy.card import ERROR, error_reason
 from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.synthesizer import Dropped
 
@@ -14,10 +15,12 @@ def run_with_retry(synthesizer, tasks: Sequence[Task], retries: int = 1) -> list
     """`synthesizer.run(tasks)`; where that raises, each task alone, up to `retries` times.
 
     One result a task, in order. What still raises is dropped with the reason `error: <type>: <message>`;
-    the others of its batch have `retries` in their `info`.
+    the others of its batch have `retries` in their `info`. A `UserError` is raised.
     """
     try:
         return synthesizer.run(tasks)
+    except UserError:  # wrong for every conversation: a key that is refused, say
+        raise
     except Exception as error:  # the declared retry: alone, so that one bad row does not cost the batch
         return [_retry(synthesizer, task, retries, error) for task in tasks]
 
@@ -26,12 +29,13 @@ def _retry(synthesizer, task: Task, retries: int, error: Exception) -> Any:
     for attempt in range(1, retries + 1):
         try:
             (result,) = synthesizer.run([task])
+        except UserError:
+            raise
         except Exception as again:  # recorded in the row, counted, and fatal above max_failed_share
             error = again
             continue
         return result if isinstance(result, Dropped) else replace(result, info={**result.info, "retries": attempt})
-    line = " ".join(str(error).split())[:200]
-    return Dropped(task.conversation_id, task.seed_family, f"{ERROR}{type(error).__name__}: {line}", task.chunk_id)
+    return Dropped(task.conversation_id, task.seed_family, error_reason(error), task.chunk_id)
 
 
 def require_few(failed: int, planned: int, allowed: float, work: Path) -> None:

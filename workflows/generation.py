@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from cartridges.config import BuildSettings
 from cartridges.models import BaseModel
 from cartridges.records import Chunk
-from cartridges.selfstudy.asking import Asker, EngineAsker
+from cartridges.selfstudy.asking import Ask, Asker, EngineAsker
 from cartridges.selfstudy.synthesizer import Synthesizer
 
 
@@ -69,4 +69,16 @@ def check_generation(settings: BuildSettings) -> None:
     if settings.synthesize.asking.model:
         load_identity(resolve_model_dir(settings.synthesize.asking.model))
     if settings.synthesize.asking.endpoint:
-        make_asker(settings).check()
+        from cartridges.selfstudy.http_asking import HttpAsker
+
+        HttpAsker(settings.synthesize, retries=1).check(_samples(settings))
+
+
+def _samples(settings: BuildSettings) -> list[Ask]:
+    """One request of each kind that the families make."""
+    from cartridges.selfstudy.families import DEFAULT_MIXTURE
+
+    told = Ask(0, seed_prompt="Ask a question about bread.", text="Bread is baked.")
+    continued = Ask(0, completion="Text: Bread is baked.\nAnswer: baked\nQuestion:")
+    families = settings.synthesize.families or DEFAULT_MIXTURE
+    return [told, continued] if families.get("anchored_asked") else [told]

@@ -84,6 +84,7 @@ def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mappin
     """Changes with whatever changes the conversations, and with nothing else."""
     from cartridges.models import load_identity, resolve_model_dir
     from cartridges.selfstudy.families import DEFAULT_MIXTURE
+    from workflows.generation import runs_on_vllm
 
     identity = load_identity(resolve_model_dir(settings.model))
     how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine", "asking"}
@@ -96,6 +97,8 @@ def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mappin
         asks = {"asking": [asker.weights_digest, asker.tokenizer_hash, asker.template_hash, asking.model.dtype]}
     else:
         asks = {"asking": [asking.endpoint, asking.endpoint_model]} if asking.endpoint else {}
+    if runs_on_vllm(settings):
+        asks["vllm"] = settings.vllm.dtype  # It draws differently, and may compute in another dtype.
     follows = {"weights": dict(weights or {}), "earlier": fingerprints(earlier)} if earlier or weights else {}
     return fingerprint({
         **follows, **asks, "corpus": corpus.fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
@@ -162,13 +165,17 @@ def _generate(output: Path, settings: BuildSettings, total: int,
         stack.enter_context(local_ray())
         reporting = stack.enter_context(_Reporting(output / "work" / "checkpoint", total, progress, clock))
         _run_pipeline(output.resolve(), settings)
-    return {"seconds": clock.seconds, "conversations_per_s": reporting.rate()}
+    wanted = settings.synthesize
+    return {"seconds": clock.seconds, "conversations_per_s": reporting.rate(wanted.num_actors * wanted.batch_size)}
 
 
 def _run_pipeline(output: Path, settings: BuildSettings) -> None:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data.checkpoint import CheckpointConfig
+
+    from cartridges.engines.vllm_setup import gpus_of_an_engine
+    from workflows.generation import runs_on_vllm
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     work, wanted = output / "work", settings.synthesize
@@ -186,7 +193,7 @@ def _run_pipeline(output: Path, settings: BuildSettings) -> None:
         tasks.repartition(target_num_rows_per_block=wanted.batch_size).map_batches(
             SynthesisActor, fn_constructor_args=(settings, str(output / "chunks.parquet"), threads),
             batch_size=None, batch_format="pyarrow", compute=ActorPoolStrategy(size=wanted.num_actors),
-            num_cpus=1, num_gpus=1 if has_gpu else None,
+            num_cpus=1, num_gpus=gpus_of_an_engine(settings.vllm, runs_on_vllm(settings)) if has_gpu else None,
         ).write_parquet(str(work / "parts"))
     finally:
         context.checkpoint_config = None
@@ -202,8 +209,8 @@ class SynthesisActor:
 
     @cached_property
     def synthesizer(self):
-        """Opened by the first batch: Ray Data calls from another thread than the one that constructs, and vLLM's
-        engine knows its settings in the thread it was made in only."""
+        """Opened by the first batch: Ray Data calls from another thread than the one that constructs, which vLLM's
+        engine does not stand (docs/log.md)."""
         import pyarrow.parquet as pq
         import torch
 
@@ -248,9 +255,10 @@ class _Reporting:
         self.progress(done, self.total, "")
         self.clock.save()
 
-    def rate(self) -> float:
-        """Conversations a second between the first commit that was seen and the last: no start-up."""
-        committed = [seen for seen in self.seen if seen[1]] or [(0.0, 0)]
+    def rate(self, first: int) -> float:
+        """Conversations a second from when `first` were committed (a batch of each actor: no start-up) to the last;
+        0 where no time was seen to pass between them."""
+        committed = [seen for seen in self.seen if seen[1] >= min(first, self.total)] or [(0.0, 0)]
         (first, before), (last, after) = committed[0], committed[-1]
         return (after - before) / (last - first) if last > first else 0.0
 

@@ -102,6 +102,9 @@ class TransformersStreamingEngine:
                 for stream in self._active:
                     if not (stream.answer or stream.over):
                         self._attempt([stream], lambda: next(stream.turns, None))  # noqa: B023
+                for stream in self._active:
+                    if stream.over:
+                        stream.turns.close()  # With it goes the KV of one that was still being read.
                 self._active = [stream for stream in self._active if not stream.over]
         for stream in [*self._waiting, *self._active]:
             stream.send(RuntimeError("the engine was closed"))
@@ -120,8 +123,11 @@ class TransformersStreamingEngine:
         try:
             turn()
         except Exception as error:  # noqa: BLE001  It is raised again where the streams are read.
+            if len(streams) == 1:
+                streams[0].send(error)
+                return
             for stream in streams:
-                stream.send(error)
+                stream.send(RuntimeError(f"decoding failed: {type(error).__name__}: {error}"))
 
     def _write(self, streams: Sequence["_Stream"]) -> None:
         """The next token of each, by one pass over all."""
@@ -146,7 +152,7 @@ class TransformersStreamingEngine:
                         [request.top_p for request in requests],
                         torch.tensor([stream.answer.draws.next() for stream in streams]))
         for stream, token_id, row in zip(streams, tokens.tolist(), logprobs, strict=True):
-            stream.send(stream.answer.take(token_id, row))
+            self._attempt([stream], lambda: stream.send(stream.answer.take(token_id, row)))  # noqa: B023
 
     def _read(self, stream: "_Stream") -> Turns:
         """Prefix and prompt, a piece each turn, and the first token of the answer."""
@@ -165,10 +171,9 @@ class TransformersStreamingEngine:
             found = self._cartridge_kv(prefix)
             self.prefixes.put(key, found)
         if found is not None:
-            # A copy, so that what is stored is never written to.
-            return RowKV([keys.clone() for keys, _ in found], [values.clone() for _, values in found],
-                         found[0][0].shape[2])
+            return RowKV.after(found)
         row = yield from self._read_text(request)
+        yield None
         if not isinstance(prefix, TextPrefix) or prefix.shared:
             self.prefixes.put(key, [(keys[:, :, :row.length].clone(), values[:, :, :row.length].clone())
                                     for keys, values in zip(row.keys, row.values, strict=True)])
@@ -239,7 +244,7 @@ class _Answer:
         ended = token_id in self.end_ids and not request.ignore_end
         piece = "" if ended else self.text.push(token_id)
         stopped = ended or self.text.stopped
-        finish_reason = "stop" if stopped else "length" if self.count == request.max_tokens else None
+        finish_reason = "stop" if stopped else "length" if self.count >= request.max_tokens else None
         return TokenEvent(
             token_id, piece + (self.text.finish() if finish_reason else ""), float(logprobs[token_id]),
             tuple(topk.indices.tolist()) if topk else (), tuple(topk.values.tolist()) if topk else (),

@@ -38,8 +38,9 @@ class TransformersEngine:
         self._prefix_tokens = 0
 
     def prefix_hit_share(self) -> float:
-        """Of all tokens of prefixes that requests stood behind so far, the share that was not computed for them."""
-        return 1 - self.prefixes.computed_tokens / max(1, self._prefix_tokens)
+        """Of all tokens of prefixes that requests stood behind so far, the share that was not computed for them;
+        0 before any."""
+        return max(0.0, 1 - self.prefixes.computed_tokens / self._prefix_tokens) if self._prefix_tokens else 0.0
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -22,6 +22,11 @@ def wants_vllm(engine: EngineName, where: str) -> bool:
     return engine == "vllm" or (engine == "auto" and is_installed())
 
 
+def gpus_of_an_engine(settings: VllmSettings, on_vllm: bool) -> int:
+    """GPUs that one engine takes, where there are any."""
+    return settings.tensor_parallel_size if on_vllm else 1
+
+
 def for_model(settings: VllmSettings, model: ModelSettings) -> VllmSettings:
     """`settings` with the dtype that they leave to `model`."""
     return settings if settings.dtype != "auto" else settings.model_copy(update={"dtype": model.dtype})

@@ -29,8 +29,8 @@ class Ask:
 
 
 class Asker(Protocol):
-    def ask(self, asks: Sequence[Ask]) -> list[str]:
-        """What is written for each, in order; it may be empty or unusable."""
+    def ask(self, asks: Sequence[Ask]) -> list[str | Exception]:
+        """What is written for each, in order, which may be empty or unusable; or why that one failed."""
 
 
 class EngineAsker:
@@ -39,7 +39,7 @@ class EngineAsker:
     def __init__(self, engine: Engine, template: ChatTemplate, settings: SynthesizeSettings):
         self.engine, self.template, self.settings = engine, template, settings
 
-    def ask(self, asks: Sequence[Ask]) -> list[str]:
+    def ask(self, asks: Sequence[Ask]) -> list[str | Exception]:
         completions = self.engine.generate([self._request(ask) for ask in asks])
         return [as_question(completion.text, completion.finish_reason) for completion in completions]
 

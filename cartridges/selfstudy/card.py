@@ -17,6 +17,12 @@ NEAR_DUPLICATE = "near_duplicate"
 ERROR = "error: "
 """A row dropped because it raised has a reason that begins so; the rest is the error."""
 ERRORS_LISTED = 50
+
+
+def error_reason(error: Exception) -> str:
+    """The reason of a conversation that raised, in one line."""
+    line = " ".join(str(error).split())[:200]
+    return f"{ERROR}{type(error).__name__}: {line}"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 

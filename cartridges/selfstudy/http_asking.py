@@ -7,6 +7,7 @@ distribution of its own base model.
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 
@@ -17,49 +18,65 @@ from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 
 RETRIES = 5
 """Of a request, with growing pauses, where the service is busy or cannot be reached."""
+TIMEOUT_S = 60.0
+HOPELESS = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+"""What trying again does not change, nor another question."""
+ODD = (AttributeError, IndexError, TypeError, ValueError)
+"""What an answer raises that is not one of the API: HTML, no choices, broken JSON."""
 
 
 class HttpAsker:
     """`Asker` over `settings.asking.endpoint`, several requests at a time.
 
-    Raises `UserError` where the service refuses the key or does not know the model: no retry would help. Other errors
-    of the service are raised as they come.
+    Raises `UserError` where the service refuses the key or does not know the model or the route. Whatever else
+    happens to one request is returned in its place.
     """
 
     def __init__(self, settings: SynthesizeSettings, retries: int = RETRIES):
-        self.settings, self.model = settings, settings.asking.endpoint_model
-        key = os.environ.get(settings.asking.api_key_env) or "none"
-        self.client = openai.OpenAI(base_url=settings.asking.endpoint, api_key=key, max_retries=retries)
+        self.settings, self.where = settings, f"synthesize.asking.endpoint {settings.asking.endpoint}"
+        self.key = os.environ.get(settings.asking.api_key_env, "") if settings.asking.api_key_env else ""
+        self.client = openai.OpenAI(base_url=settings.asking.endpoint, api_key=self.key or "none", max_retries=retries,
+                                    timeout=TIMEOUT_S)
         self.threads = ThreadPoolExecutor(settings.asking.concurrency, "asking")
 
-    def ask(self, asks: Sequence[Ask]) -> list[str]:
-        return list(self.threads.map(self._ask, asks))
+    def ask(self, asks: Sequence[Ask]) -> list[str | Exception]:
+        return list(self.threads.map(self._attempt, asks))
 
-    def check(self) -> None:
-        """One short request; raises `UserError`, one line, where the service cannot be used."""
+    def check(self, asks: Sequence[Ask]) -> None:
+        """Raises `UserError`, one line, where one of `asks` is not answered."""
+        for answer in self.ask(asks):
+            if isinstance(answer, Exception):
+                raise UserError(f"{self.where}: {self._line(answer)}")
+            if not answer:
+                raise UserError(f"{self.where}: the answer is empty; a model that thinks first needs a larger "
+                                "synthesize.max_question_tokens")
+
+    def _attempt(self, ask: Ask) -> str | Exception:
         try:
-            self._ask(Ask(seed=0, seed_prompt="Ask a question about bread."))
+            return self._ask(ask)
+        except HOPELESS as error:
+            raise UserError(f"{self.where}: {self._line(error)}; see asking.endpoint_model and asking.api_key_env"
+                            ) from None
         except openai.OpenAIError as error:
-            raise UserError(f"synthesize.asking.endpoint {self.settings.asking.endpoint}: {_line(error)}") from None
+            return error
+        except ODD as error:
+            return RuntimeError(f"the answer is none of the API ({type(error).__name__})")
 
     def _ask(self, ask: Ask) -> str:
-        how = dict(model=self.model, max_tokens=self.settings.max_question_tokens, seed=ask.seed % (1 << 31),
-                   temperature=self.settings.asking_temperature)
-        try:
-            if ask.completion is not None:
-                made = self.client.completions.create(prompt=ASKING_EXAMPLES + ask.completion, stop=list(STOP), **how)
-                return as_question(made.choices[0].text, made.choices[0].finish_reason)
-            made = self.client.chat.completions.create(messages=_messages(ask), **how)
-            return as_question(made.choices[0].message.content or "", made.choices[0].finish_reason)
-        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
-            raise UserError(f"synthesize.asking.endpoint {self.settings.asking.endpoint}: {_line(error)}; see "
-                            "asking.endpoint_model and asking.api_key_env") from None
+        how = dict(model=self.settings.asking.endpoint_model, max_tokens=self.settings.max_question_tokens,
+                   seed=ask.seed % (1 << 31), temperature=self.settings.asking_temperature)
+        if ask.completion is not None:
+            made: Any = self.client.completions.create(prompt=ASKING_EXAMPLES + ask.completion, stop=list(STOP), **how)
+            return as_question(made.choices[0].text, made.choices[0].finish_reason)
+        made = self.client.chat.completions.create(messages=_messages(ask), **how)
+        return as_question(made.choices[0].message.content or "", made.choices[0].finish_reason)
+
+    def _line(self, error: Exception) -> str:
+        """Without the key, which some services repeat."""
+        text = " ".join(str(error).split())[:200]
+        return text.replace(self.key, "***") if self.key else text
 
 
 def _messages(ask: Ask) -> list[dict[str, str]]:
     system = [] if ask.text is None else [{"role": "system", "content": ask.text}]
     return [*system, {"role": "user", "content": ask.seed_prompt}]
-
-
-def _line(error: openai.OpenAIError) -> str:
-    return " ".join(str(error).split())[:200]

@@ -16,6 +16,7 @@ from cartridges.prompts import example_messages
 from cartridges.records import Chunk, Conversation, Message
 from cartridges.selfstudy import filters
 from cartridges.selfstudy.asking import Ask, Asker, EngineAsker
+from cartridges.selfstudy.card import error_reason
 from cartridges.selfstudy.families import FAMILIES, Proposal
 from cartridges.selfstudy.general import General
 from cartridges.selfstudy.plan import Task
@@ -95,6 +96,9 @@ class Synthesizer:
         kept = []
         for draft in drafts:
             question = asked.get(draft.task.conversation_id, draft.question)
+            if isinstance(question, Exception):
+                results[draft.task.conversation_id] = _drop(draft.task, error_reason(question))
+                continue
             reason = self._first(self._question_faults(draft.proposal, question))
             draft = replace(draft, question=question)
             if reason:

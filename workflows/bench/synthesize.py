@@ -1,6 +1,6 @@
 """`cartridges bench synthesize`: self-study on Ray Data against a plain loop over the same engine, in one run.
 
-The loop is one actor that goes through the same batches of the same tasks and keeps the conversations in memory:
+The loop is one task that goes through the same batches of the same tasks and keeps the conversations in memory:
 what planning, blocks, commits and Parquet cost is the difference. Each engine is also a side of its own.
 """
 
@@ -16,7 +16,9 @@ from workflows.console import Progress
 
 LOOP = "loop"
 NOTES = (
-    "a rate counts from the first finished batch to the last: starting Ray, actors and models is left out",
+    "a rate counts from the first finished batch (of each actor) to the last: starting Ray, actors and models is left "
+    "out; a pipeline's commits are seen once a second",
+    "prefixes found: for transformers with the example turns that requests share, for vLLM without",
     "ratios are medians over rounds of the pipeline over the loop, which has all CPUs; actors share them",
     "kept is of the planned conversations; the engines draw differently, so between engines it differs a little",
 )
@@ -43,6 +45,8 @@ def bench_synthesize(settings: BuildSettings, corpus: str | None, engines: Seque
         for number in range(rounds):
             for side in sides if number % 2 else sides[::-1]:
                 measured = _measure(corpus or str(SAMPLE), chosen[side], pipeline=side[1] > 0)
+                if not measured["conversations_per_s"]:
+                    raise RuntimeError(f"{_name(side[1])}: too quick to be measured; give more --conversations")
                 rows.append({"round": number, "engine": side[0], "actors": side[1], **measured})
                 progress.update(note=_name(side[1]))
     return summarize(rows) | {"rounds": rounds, "runs": rounds, "batch_size": settings.synthesize.batch_size,
@@ -75,7 +79,7 @@ def _pipeline(corpus: str, settings: BuildSettings) -> dict[str, Any]:
 
 
 def _loop(corpus: str, settings: BuildSettings) -> dict[str, Any]:
-    """In an actor, so that it has what the pipeline's have: a process of its own, at Ray's priority."""
+    """As a Ray task, so that it has what the pipeline's actors have: a process of its own, at Ray's priority."""
     import ray
 
     loaded = _loaded(corpus, settings)

@@ -54,8 +54,8 @@ def _transformers(settings: BuildSettings) -> "TransformersStreamingEngine":
 def decoding_model(model: ModelSettings) -> ModelSettings:
     """`model` with the dtype for decoding: on a CPU `auto` is float32.
 
-    oneDNN builds bfloat16 kernels anew for every shape, and a growing cache makes one a token:
-    measured at batch 1, bfloat16 was no faster a token and 2.5 times slower to the first.
+    A product with a single row has no fast bfloat16 kernel there: one client would wait up to twice as long
+    (docs/serving.md).
     """
     import torch
 
