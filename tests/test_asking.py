@@ -26,7 +26,7 @@ from tests.test_selfstudy_filters import UNUSABLE
 from tests.test_synthesize import CORPUS, tiny_settings
 from workflows.failures import run_with_retry
 from workflows.generation import check_generation, make_asker
-from workflows.synthesize import dataset_fingerprint
+from workflows.synthesize import dataset_fingerprint, synthesize
 
 TEXT = "The toll is 41 crowns a ship."
 BY_HAND = {"families": {"question": 1, "anchored_asked": 1}, "asking_temperature": 0.0, "max_question_tokens": 8}
@@ -142,9 +142,10 @@ def test_what_is_odd_costs_its_own_conversation_and_a_refused_key_the_run(tiny_b
         tasks = plan(CHUNKS, settings(count=4, families={"question": 1}), 0)
         failing = Synthesizer(base_engine, base_engine.base.template, chunks, build.synthesize, Always(made[0]))
         assert {result.reason.split(":")[0] for result in failing.run(tasks)} == {"error"}
-        with pytest.raises(UserError, match=r"wrong key \*\*\*") as refused:
-            run_with_retry(Raising(lambda: asker.ask([Ask(0, seed_prompt="key")])), tasks)
-    assert "sk-secret" not in str(refused.value) and set(seen) == {"Bearer sk-secret"}
+        refused = run_with_retry(Raising(lambda: asker.ask([Ask(0, seed_prompt="key")])), tasks)
+        assert len(refused) == 4 and all("AskingRefusedError" in result.reason for result in refused)
+        assert all(result.reason.count("wrong key ***") == 1 for result in refused)
+    assert set(seen) == {"Bearer sk-secret"} and len(seen) == 4
 
 
 def test_who_asks_is_part_of_the_conversations_and_the_engine_is_not(tiny_model_dir, tiny_qwen3_dir, tmp_path):
@@ -163,3 +164,26 @@ def test_who_asks_is_part_of_the_conversations_and_the_engine_is_not(tiny_model_
         {"model": {"name": str(tiny_qwen3_dir)}}))]
     assert len({usual, *others}) == 3
     assert fingerprint(asking=service.model_copy(update={"concurrency": 2, "api_key_env": "K"})) == others[0]
+
+
+@pytest.mark.slow
+def test_a_key_that_is_refused_on_the_way_is_one_line(tiny_model_dir, tmp_path):
+    asked = []
+
+    async def respond(request):
+        asked.append(await request.json())
+        message = {"role": "assistant", "content": "What is it?"}
+        if len(asked) > 1:  # The first is the check.
+            return JSONResponse({"error": {"message": "this key has expired"}}, 401)
+        return JSONResponse({"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
+
+    file = tmp_path / "corpus.txt"
+    file.write_text(CORPUS)
+    app = Starlette(routes=[Route("/v1/chat/completions", respond, methods=["POST"])])
+    with listening_app(app) as url:
+        build = tiny_settings(tiny_model_dir, num_conversations=8, families={"question": 1},
+                              asking={"endpoint": f"{url}/v1", "endpoint_model": "m"})
+        with pytest.raises(UserError, match=r"^synthesize.asking.endpoint .*this key has expired") as refused:
+            synthesize(str(file), str(tmp_path / "out"), build)
+    assert "8 of 8 conversations failed" in str(refused.value)
+    assert asked[0]["messages"][-1]["content"].startswith("Ask a question")

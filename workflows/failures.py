@@ -6,21 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from cartridges.errors import UserError
+from cartridges.selfstudy.asking import AskingRefusedError
 from cartridges.selfstudy.card import ERROR, error_reason
 from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.synthesizer import Dropped
+
+REFUSED = f"{ERROR}{AskingRefusedError.__name__}: "
 
 
 def run_with_retry(synthesizer, tasks: Sequence[Task], retries: int = 1) -> list[Any]:
     """`synthesizer.run(tasks)`; where that raises, each task alone, up to `retries` times.
 
     One result a task, in order. What still raises is dropped with the reason `error: <type>: <message>`;
-    the others of its batch have `retries` in their `info`. A `UserError` is raised.
+    the others of its batch have `retries` in their `info`. Where the asking side is refused none is tried again.
     """
     try:
         return synthesizer.run(tasks)
-    except UserError:  # wrong for every conversation: a key that is refused, say
-        raise
+    except AskingRefusedError as error:  # so it would be each of them, alone too
+        return [_failed(task, error) for task in tasks]
     except Exception as error:  # the declared retry: alone, so that one bad row does not cost the batch
         return [_retry(synthesizer, task, retries, error) for task in tasks]
 
@@ -29,23 +32,29 @@ def _retry(synthesizer, task: Task, retries: int, error: Exception) -> Any:
     for attempt in range(1, retries + 1):
         try:
             (result,) = synthesizer.run([task])
-        except UserError:
-            raise
         except Exception as again:  # recorded in the row, counted, and fatal above max_failed_share
             error = again
             continue
         return result if isinstance(result, Dropped) else replace(result, info={**result.info, "retries": attempt})
+    return _failed(task, error)
+
+
+def _failed(task: Task, error: Exception) -> Dropped:
     return Dropped(task.conversation_id, task.seed_family, error_reason(error), task.chunk_id)
 
 
 def require_few(failed: int, planned: int, allowed: float, work: Path) -> None:
-    """Raise where more than the share `allowed` failed.
+    """Raise where more than the share `allowed` failed: `UserError` where the asking side was refused, else
+    `RuntimeError`.
 
     Their batches in `work` are taken back first, so that the next run does them again.
     """
     if failed <= allowed * planned:
         return
     reason = forget_failed(work)
+    if reason.startswith(REFUSED):
+        raise UserError(f"{reason.removeprefix(REFUSED)} ({failed} of {planned} conversations failed; the same command "
+                        "goes on)")
     raise RuntimeError(f"{failed} of {planned} conversations failed, more than synthesize.max_failed_share "
                        f"({allowed}) allows; the first: {reason}")
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from cartridges.config import SynthesizeSettings
 from cartridges.engines.base import Engine, RawPrefix, Request, TextPrefix
+from cartridges.errors import UserError
 from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 from cartridges.template import ChatTemplate
 
@@ -28,9 +29,16 @@ class Ask:
     text: str | None = None
 
 
+class AskingRefusedError(UserError):
+    """The asking side refuses whatever it is asked: a wrong key, an unknown model."""
+
+
 class Asker(Protocol):
     def ask(self, asks: Sequence[Ask]) -> list[str | Exception]:
-        """What is written for each, in order, which may be empty or unusable; or why that one failed."""
+        """What is written for each, in order, which may be empty or unusable; or why that one failed.
+
+        Raises `AskingRefusedError` where no other would be answered either.
+        """
 
 
 class EngineAsker:

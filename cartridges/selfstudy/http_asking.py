@@ -13,7 +13,7 @@ import openai
 
 from cartridges.config import SynthesizeSettings
 from cartridges.errors import UserError
-from cartridges.selfstudy.asking import STOP, Ask, as_question
+from cartridges.selfstudy.asking import STOP, Ask, AskingRefusedError, as_question
 from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 
 RETRIES = 5
@@ -28,8 +28,8 @@ ODD = (AttributeError, IndexError, TypeError, ValueError)
 class HttpAsker:
     """`Asker` over `settings.asking.endpoint`, several requests at a time.
 
-    Raises `UserError` where the service refuses the key or does not know the model or the route. Whatever else
-    happens to one request is returned in its place.
+    Raises `AskingRefusedError` where the service refuses the key or does not know the model or the route. Whatever
+    else happens to one request is returned in its place.
     """
 
     def __init__(self, settings: SynthesizeSettings, retries: int = RETRIES):
@@ -55,8 +55,8 @@ class HttpAsker:
         try:
             return self._ask(ask)
         except HOPELESS as error:
-            raise UserError(f"{self.where}: {self._line(error)}; see asking.endpoint_model and asking.api_key_env"
-                            ) from None
+            raise AskingRefusedError(f"{self.where}: {self._line(error)}; see asking.endpoint_model and "
+                                     "asking.api_key_env") from None
         except openai.OpenAIError as error:
             return error
         except ODD as error:
