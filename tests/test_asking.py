@@ -167,7 +167,8 @@ def test_who_asks_is_part_of_the_conversations_and_the_engine_is_not(tiny_model_
 
 
 @pytest.mark.slow
-def test_a_key_that_is_refused_on_the_way_is_one_line(tiny_model_dir, tmp_path):
+def test_a_key_that_is_refused_on_the_way_is_one_line(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     asked = []
 
     async def respond(request):

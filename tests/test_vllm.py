@@ -381,7 +381,8 @@ def test_synthesis_through_it_makes_the_references_conversations(engine, referen
 
 
 @pytest.mark.slow
-def test_ray_data_runs_on_it(model_dir, tmp_path):
+def test_ray_data_runs_on_it(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(CORPUS)
     plain = tiny_settings(model_dir, num_conversations=16, batch_size=8)
