@@ -118,7 +118,7 @@ def tiny_base_model(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def base(tiny_model_dir):
-    """The tiny model with its own attention, as a service loads it."""
+    """A copy of the tiny model of its own, as a service loads it."""
     from tests.serve_support import load_stock
 
     return load_stock(tiny_model_dir)

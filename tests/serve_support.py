@@ -35,7 +35,7 @@ TEXTS = {"harbour": "The harbour master of Quell is Ida Brand. The toll is 41 cr
 
 
 def load_stock(directory):
-    """A copy of the tiny model of its own: the batch engine puts its attention into the one it is given."""
+    """A copy of the tiny model of its own, with Hugging Face's attention until an engine puts ours into it."""
     return load_base_model(ModelSettings(name=str(directory), dtype="float32"), device="cpu")
 
 
@@ -63,10 +63,10 @@ def publish(base, registry: Registry, name: str, text: str, scratch, kept: str |
     return registry.publish(name, directory)
 
 
-def make_registry(base, root, scratch) -> Registry:
+def make_registry(base, root, scratch, keep_text: bool = False) -> Registry:
     registry = Registry(root)
     for name, text in TEXTS.items():
-        publish(base, registry, name, text, scratch)
+        publish(base, registry, name, text, scratch, kept=text if keep_text else None)
     return registry
 
 

@@ -167,14 +167,14 @@ def test_who_asks_is_part_of_the_conversations_and_the_engine_is_not(tiny_model_
 
 
 @pytest.mark.slow
-def test_a_key_that_is_refused_on_the_way_is_one_line(tiny_model_dir, tmp_path, monkeypatch):
+def test_a_key_that_is_refused_on_the_way_is_one_line_and_the_run_goes_on(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    asked = []
+    asked, allowed = [], [1]
 
     async def respond(request):
         asked.append(await request.json())
-        message = {"role": "assistant", "content": "What is it?"}
-        if len(asked) > 1:  # The first is the check.
+        message = {"role": "assistant", "content": f"What is number {len(asked)}?"}
+        if len(asked) > allowed[0]:
             return JSONResponse({"error": {"message": "this key has expired"}}, 401)
         return JSONResponse({"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
 
@@ -182,9 +182,15 @@ def test_a_key_that_is_refused_on_the_way_is_one_line(tiny_model_dir, tmp_path, 
     file.write_text(CORPUS)
     app = Starlette(routes=[Route("/v1/chat/completions", respond, methods=["POST"])])
     with listening_app(app) as url:
-        build = tiny_settings(tiny_model_dir, num_conversations=8, families={"question": 1},
-                              asking={"endpoint": f"{url}/v1", "endpoint_model": "m"})
+        build = tiny_settings(tiny_model_dir, num_conversations=8, families={"question": 1}, filters_off=UNUSABLE,
+                              max_answer_tokens=4, asking={"endpoint": f"{url}/v1", "endpoint_model": "m"})
+        arguments = str(file), str(tmp_path / "out"), build
         with pytest.raises(UserError, match=r"^synthesize.asking.endpoint .*this key has expired") as refused:
-            synthesize(str(file), str(tmp_path / "out"), build)
-    assert "8 of 8 conversations failed" in str(refused.value)
-    assert asked[0]["messages"][-1]["content"].startswith("Ask a question")
+            synthesize(*arguments)
+        assert "8 of 8 conversations failed" in str(refused.value)
+        assert asked[0]["messages"][-1]["content"].startswith("Ask a question")
+        allowed[0] = 1000
+        done = synthesize(*arguments)
+    assert done["conversations"] == {"kept": 8, "dropped": {}}
+    # The service is gone, and what is finished asks nobody.
+    assert synthesize(*arguments) == done

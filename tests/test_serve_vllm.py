@@ -11,7 +11,16 @@ import pytest
 from cartridges.engines.base import CartridgePrefix, Request, TextPrefix
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.engines.vllm_setup import is_installed
-from tests.serve_support import PATIENCE, TEXTS, exact_cartridge, load_stock, metric, publish, serve_process, url_of
+from tests.serve_support import (
+    PATIENCE,
+    TEXTS,
+    exact_cartridge,
+    load_stock,
+    make_registry,
+    metric,
+    serve_process,
+    url_of,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow,
               pytest.mark.skipif(not is_installed(), reason="vLLM is not installed (make vllm)")]
@@ -26,12 +35,7 @@ def base(tiny_vllm_dir):
 
 @pytest.fixture(scope="module")
 def registry(base, tmp_path_factory):
-    from cartridges.registry import Registry
-
-    registry, scratch = Registry(tmp_path_factory.mktemp("registry")), tmp_path_factory.mktemp("scratch")
-    for name, text in TEXTS.items():
-        publish(base, registry, name, text, scratch, kept=text)
-    return registry
+    return make_registry(base, tmp_path_factory.mktemp("registry"), tmp_path_factory.mktemp("scratch"), keep_text=True)
 
 
 @pytest.fixture(scope="module")

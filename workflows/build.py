@@ -40,7 +40,6 @@ def build(corpus: str, name: str, settings: BuildSettings, registry: str, questi
     anything expensive begins.
     """
     from cartridges.registry import Registry, check_name
-    from workflows.generation import check_generation
     from workflows.train import check_training
 
     start = time.monotonic()
@@ -53,8 +52,6 @@ def build(corpus: str, name: str, settings: BuildSettings, registry: str, questi
         settings = settings.model_copy(update={"train": train})
     work = Path(workdir or f"runs/{name}")
     check_training(loaded, settings)
-    if not (asked and settings.train.loss == "none"):
-        check_generation(settings)
     settings = _settle(loaded, settings, work)
     if asked and settings.train.loss == "none":
         dataset, (trained, cartridge) = NO_DATASET, draft(loaded, settings, work)

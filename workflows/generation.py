@@ -35,7 +35,7 @@ def open_synthesizer(settings: BuildSettings, chunks: Mapping[str, Chunk], base:
 
 
 def runs_on_vllm(settings: BuildSettings) -> bool:
-    """Raises `UserError` where the settings ask for vLLM and it is not installed."""
+    """On this machine. Raises `UserError` where the settings ask for vLLM and it is not installed."""
     from torch.cuda import is_available
 
     from cartridges.engines.vllm_setup import wants_vllm
@@ -62,7 +62,7 @@ def make_asker(settings: BuildSettings) -> Asker | None:
 
 def check_generation(settings: BuildSettings) -> None:
     """Raises `UserError` for an engine that is not installed, an asking model or an asking service that cannot be
-    used, before anything begins."""
+    used. Where conversations are there already nobody is asked, so it is for those who make some."""
     from cartridges.models import load_identity, resolve_model_dir
 
     runs_on_vllm(settings)

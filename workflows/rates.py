@@ -54,7 +54,9 @@ def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
     from cartridges.chunking import chunk_corpus
     from cartridges.distill.packing import own_lengths
     from cartridges.models import load_base_model
+    from workflows.generation import check_generation
 
+    check_generation(settings)
     base = load_base_model(settings.model)
     chunks = chunk_corpus(corpus, base.tokenizer, settings.synthesize.chunk)
     conversations, conversation_seconds, kept = _time_synthesis(base, chunks, settings)

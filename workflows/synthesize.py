@@ -81,10 +81,10 @@ def corpus_tokens(corpus: Corpus, settings: BuildSettings) -> int:
 
 def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mapping[str, float] | None = None,
                         earlier: Sequence[str] = ()) -> str:
-    """Changes with whatever changes the conversations, and with nothing else."""
+    """Changes with whatever changes the conversations, and with nothing else (but for what `engine=auto` comes to on
+    an actor's machine, which is not known here)."""
     from cartridges.models import load_identity, resolve_model_dir
     from cartridges.selfstudy.families import DEFAULT_MIXTURE
-    from workflows.generation import runs_on_vllm
 
     identity = load_identity(resolve_model_dir(settings.model))
     how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine", "asking"}
@@ -97,7 +97,7 @@ def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mappin
         asks = {"asking": [asker.weights_digest, asker.tokenizer_hash, asker.template_hash, asking.model.dtype]}
     else:
         asks = {"asking": [asking.endpoint, asking.endpoint_model]} if asking.endpoint else {}
-    if runs_on_vllm(settings):
+    if settings.synthesize.engine == "vllm":
         asks["vllm"] = settings.vllm.dtype  # It draws differently, and may compute in another dtype.
     follows = {"weights": dict(weights or {}), "earlier": fingerprints(earlier)} if earlier or weights else {}
     return fingerprint({
@@ -175,7 +175,6 @@ def _run_pipeline(output: Path, settings: BuildSettings) -> None:
     from ray.data.checkpoint import CheckpointConfig
 
     from cartridges.engines.vllm_setup import gpus_of_an_engine
-    from workflows.generation import runs_on_vllm
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     work, wanted = output / "work", settings.synthesize
@@ -193,7 +192,7 @@ def _run_pipeline(output: Path, settings: BuildSettings) -> None:
         tasks.repartition(target_num_rows_per_block=wanted.batch_size).map_batches(
             SynthesisActor, fn_constructor_args=(settings, str(output / "chunks.parquet"), threads),
             batch_size=None, batch_format="pyarrow", compute=ActorPoolStrategy(size=wanted.num_actors),
-            num_cpus=1, num_gpus=gpus_of_an_engine(settings.vllm, runs_on_vllm(settings)) if has_gpu else None,
+            num_cpus=1, num_gpus=gpus_of_an_engine(settings.vllm, wanted.engine) if has_gpu else None,
         ).write_parquet(str(work / "parts"))
     finally:
         context.checkpoint_config = None

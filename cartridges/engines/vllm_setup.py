@@ -22,9 +22,9 @@ def wants_vllm(engine: EngineName, where: str) -> bool:
     return engine == "vllm" or (engine == "auto" and is_installed())
 
 
-def gpus_of_an_engine(settings: VllmSettings, on_vllm: bool) -> int:
+def gpus_of_an_engine(settings: VllmSettings, engine: EngineName) -> int:
     """GPUs that one engine takes, where there are any."""
-    return settings.tensor_parallel_size if on_vllm else 1
+    return 1 if engine == "transformers" else settings.tensor_parallel_size
 
 
 def for_model(settings: VllmSettings, model: ModelSettings) -> VllmSettings:

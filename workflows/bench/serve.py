@@ -92,14 +92,13 @@ class _Opened:
             from cartridges.engines.transformers import TransformersEngine
 
             return TransformersEngine(self.base, self.max_batch, self.room)
-        from cartridges.config import VllmSettings
         from cartridges.engines.vllm import VllmEngine
         from cartridges.models import resolve_model_dir
 
         dtype = str(self.base.dtype).removeprefix("torch.")
         # The budget is the bench's; a cache of another dtype than the model's would be another measurement.
-        self.engine = VllmEngine(resolve_model_dir(self.settings.model), VllmSettings(
-            dtype=dtype, kv_cache_bytes=self.room, block_size=BLOCK, max_num_seqs=self.max_batch))
+        self.engine = VllmEngine(resolve_model_dir(self.settings.model), self.settings.vllm.model_copy(update={
+            "dtype": dtype, "kv_cache_bytes": self.room, "block_size": BLOCK, "max_num_seqs": self.max_batch}))
         return self.engine
 
     def __exit__(self, *exception: object) -> None:

@@ -82,9 +82,12 @@ def _loop(corpus: str, settings: BuildSettings) -> dict[str, Any]:
     """As a Ray task, so that it has what the pipeline's actors have: a process of its own, at Ray's priority."""
     import ray
 
+    from cartridges.engines.vllm_setup import gpus_of_an_engine
+
     loaded = _loaded(corpus, settings)
     has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    looping = ray.remote(num_cpus=1, num_gpus=1 if has_gpu else 0)(_run_loop)
+    looping = ray.remote(num_cpus=1, num_gpus=gpus_of_an_engine(
+        settings.vllm, settings.synthesize.engine) if has_gpu else 0)(_run_loop)
     return ray.get(looping.remote(loaded, settings))
 
 

@@ -54,8 +54,7 @@ def _transformers(settings: BuildSettings) -> "TransformersStreamingEngine":
 def decoding_model(model: ModelSettings) -> ModelSettings:
     """`model` with the dtype for decoding: on a CPU `auto` is float32.
 
-    A product with a single row has no fast bfloat16 kernel there: one client would wait up to twice as long
-    (docs/serving.md).
+    One client alone had 0.4 to 0.7 times the tokens a second in bfloat16 (docs/serving.md).
     """
     import torch
 

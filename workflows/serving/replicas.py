@@ -10,7 +10,7 @@ from ray.serve.schema import LoggingConfig
 
 from cartridges.config import BuildSettings, ReplicaSettings
 from cartridges.engines.base import TokenEvent
-from cartridges.engines.vllm_setup import gpus_of_an_engine, wants_vllm
+from cartridges.engines.vllm_setup import gpus_of_an_engine
 from workflows.serving.backend import EngineCall
 from workflows.serving.metrics import Family
 from workflows.serving.parts import build_backend
@@ -48,8 +48,7 @@ def run_dedicated(name: str, registry: str, settings: BuildSettings, replicas: R
 
 def engine_application(registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> serve.Application:
     has_gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
-    on_vllm = wants_vllm(settings.serve.engine, "serve.engine")
-    gpus = gpus_of_an_engine(settings.vllm, on_vllm) if has_gpu else 0
+    gpus = gpus_of_an_engine(settings.vllm, settings.serve.engine) if has_gpu else 0
     deployment = serve.deployment(EngineReplica).options(
         name="engine", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **_scaling(replicas),
         **shared_options(settings))
