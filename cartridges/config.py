@@ -183,6 +183,8 @@ class TrainSettings(Settings):
     """Steps between generations on the held-out questions; the cartridge that answers most of them is published.
     0: none, and the last is."""
     zero_stage: int = Field(0, ge=0, le=3)
+    """1 and 2 cut the optimiser's state up (with plain Adam); 3 spreads the frozen base model over the workers, for
+    one that is larger than a GPU, and then computes example turns and lower layers anew for each conversation."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between resumable checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -295,12 +297,26 @@ class CurriculumSettings(Settings):
     its cartridge is not taken."""
 
 
+class CohortSettings(Settings):
+    """One cartridge for each corpus of a collection (`build --each`)."""
+
+    active: int = Field(8, ge=1)
+    """Cartridges trained at once; the others wait, and have no optimiser state."""
+    acquainted: bool = False
+    """Each is trained with the others of its wave loaded beside it in some packs (`train.distractor_share`,
+    `train.max_distractors`), so that several can be loaded together."""
+    compression: float = Field(0, ge=0)
+    """Corpus tokens to a slot: sizes each cartridge by its corpus, in steps of 32 slots. 0: `train.num_tokens` for
+    all."""
+
+
 class BuildSettings(Settings):
     model: ModelSettings = ModelSettings()
     corpus: CorpusSettings = CorpusSettings()
     synthesize: SynthesizeSettings = SynthesizeSettings()
     train: TrainSettings = TrainSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
+    cohort: CohortSettings = CohortSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     serve: ServeSettings = ServeSettings()
     vllm: VllmSettings = VllmSettings()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from cartridges.attention import AttentionContext, install
@@ -56,13 +57,15 @@ def through_layers(model: PreTrainedModel, hidden: torch.Tensor, position_ids: t
 
 def read_after(model: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor,
                context: AttentionContext, first: int = 0, last: int | None = None) -> torch.Tensor:
-    """As `through_layers`, for one row that joins the prefix: `context` is extended by its keys and values."""
+    """As `through_layers`, for one row a group that joins its prefix: `context` is extended by its keys and values."""
     context.collected = []
     hidden = through_layers(model, hidden, position_ids, context, first, last)
     for layer, (key, value) in enumerate(context.collected, start=first):
         context.prefix_keys[layer] = torch.cat([context.prefix_keys[layer], key], dim=2)
         context.prefix_values[layer] = torch.cat([context.prefix_values[layer], value], dim=2)
     context.collected = None
+    if context.prefix_bias is not None:
+        context.prefix_bias = functional.pad(context.prefix_bias, (0, hidden.shape[1]))
     return hidden
 
 

@@ -9,12 +9,13 @@ import torch
 from cartridges.cartridge import Cartridge
 from cartridges.compose import compose, rotate
 from cartridges.config import OptimizerSettings, TrainSettings
+from cartridges.distill.course import Course
 from cartridges.distill.losses import distillation, next_token
 from cartridges.distill.optimizer import OrthogonalAdam, orthogonalized
 from cartridges.distill.packing import collate, count_truncated, own_lengths, plan_packs, with_label
 from cartridges.distill.schedule import Order, learning_rate
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import NonFiniteLoss, TorchStepper, Trainer
+from cartridges.distill.trainer import NonFiniteLoss, TorchStepper, Trainer, read
 from cartridges.records import Conversation
 
 V, K = 320, 20
@@ -190,17 +191,18 @@ def test_training_leaves_distractors_as_they_are(tiny_model):
     settings = SETTINGS.model_copy(update={"distractors": ("a",), "distractor_share": 1.0})
     other, own = cartridge(5, seed=1), cartridge()
     made = [conversation(i) for i in range(8)]
-    Trainer(TorchStepper(Student(tiny_model, own, distractors=[other]), settings), made, settings, seed=0).run()
+    student = Student(tiny_model, own, distractors=[other])
+    Trainer(TorchStepper([student], settings), [Course(made, settings, 0)]).run()
     assert all(map(torch.equal, other.keys_values(), cartridge(5, seed=1).keys_values()))
     alone = cartridge()
-    Trainer(TorchStepper(Student(tiny_model, alone), SETTINGS), made, SETTINGS, seed=0).run()
+    Trainer(TorchStepper([Student(tiny_model, alone)], SETTINGS), [Course(made, SETTINGS, 0)]).run()
     assert not torch.allclose(own.trainable_keys, alone.trainable_keys), "the steps saw it"
 
 
 def test_frozen_layers_stay_and_the_others_learn(tiny_model):
     made = [conversation(i) for i in range(8)]
     student = Student(tiny_model, cartridge(num_frozen_layers=1))
-    Trainer(TorchStepper(student, SETTINGS), made, SETTINGS, seed=0).run()
+    Trainer(TorchStepper([student], SETTINGS), [Course(made, SETTINGS, 0)]).run()
     for before, after in zip(cartridge().keys_values(), student.cartridge.keys_values(), strict=True):
         assert torch.equal(before[0], after[0])
         assert not torch.equal(before[1], after[1])
@@ -242,7 +244,7 @@ def test_only_trainable_slots_get_gradient_and_the_sink_stays(tiny_model):
     made = [conversation(i) for i in range(8)]
     before = cartridge()
     student = Student(tiny_model, cartridge())
-    Trainer(TorchStepper(student, SETTINGS), made, SETTINGS, seed=0).run()
+    Trainer(TorchStepper([student], SETTINGS), [Course(made, SETTINGS, 0)]).run()
     keys, values = student.cartridge.keys_values()
     expected_keys, expected_values = before.keys_values()
     assert torch.equal(keys[:, :, 0], expected_keys[:, :, 0])
@@ -260,7 +262,7 @@ def test_training_lowers_the_loss_and_resumes_to_the_same_curve(tiny_model, tmp_
     made = [conversation(i) for i in range(10)]
 
     def fresh():
-        return Trainer(TorchStepper(Student(tiny_model, cartridge()), SETTINGS), made, SETTINGS, seed=0)
+        return Trainer(TorchStepper([Student(tiny_model, cartridge())], SETTINGS), [Course(made, SETTINGS, 0)])
 
     losses: list[float] = []
     fresh().run(lambda m: losses.append(m.kl))
@@ -281,8 +283,83 @@ def test_non_finite_loss_stops_before_the_update(tiny_model):
     student = Student(tiny_model, cartridge())
     before = student.cartridge.trainable_keys.clone()
     with pytest.raises(NonFiniteLoss, match="lower train.optimizer.lr"):
-        Trainer(TorchStepper(student, SETTINGS), [bad], SETTINGS, seed=0).run()
+        Trainer(TorchStepper([student], SETTINGS), [Course([bad], SETTINGS, 0)]).run()
     assert torch.equal(before, student.cartridge.trainable_keys)
+
+
+@pytest.mark.parametrize("num_frozen_layers", [0, 1])
+@pytest.mark.parametrize("shared", [0, 11])
+def test_a_cohort_reads_together_what_each_reads_alone(any_tiny_model, shared, num_frozen_layers):
+    """Cartridges of different lengths; for each the loss and the gradients that it has alone."""
+    students = [Student(any_tiny_model, cartridge(p, seed, num_frozen_layers)) for seed, p in enumerate((8, 5, 13))]
+    members = [packs([conversation(10 * i + j, shared) for j in range(4)], 0)[0] for i in range(3)]
+    expected = [gradients(student, [pack]) for student, pack in zip(students, members, strict=True)]
+    for joined in (True, False, None):
+        for student in students:
+            student.zero_grad()
+        sums = read(students, dict(enumerate(members)), joined)
+        sum(one.loss / members[index].num_loss_tokens for index, one in sums.items()).backward()
+        for index, (loss, grads) in enumerate(expected):
+            assert float(sums[index].loss.detach()) / members[index].num_loss_tokens == pytest.approx(loss, rel=1e-5)
+            own = students[index].cartridge
+            torch.testing.assert_close([own.trainable_keys.grad, own.trainable_values.grad], grads, atol=1e-6,
+                                       rtol=1e-4)
+
+
+def test_a_cohort_learns_what_its_members_learn_alone(tiny_model, tmp_path):
+    """Of different lengths and numbers of steps, and though it was interrupted."""
+    settings = [SETTINGS, SETTINGS.model_copy(update={"steps": 7})]
+    made = [[conversation(100 * i + j) for j in range(9)] for i in range(2)]
+    starts = [lambda: cartridge(8, 0), lambda: cartridge(5, 1)]
+
+    def of(members) -> Trainer:
+        students = [Student(tiny_model, starts[i]()) for i in members]
+        return Trainer(TorchStepper(students, SETTINGS), [Course(made[i], settings[i], i) for i in members])
+
+    alone = []
+    for i in range(2):
+        trainer = of([i])
+        trainer.run()
+        alone.append(trainer.stepper.students[0].cartridge.trainable_keys.detach())
+    first, rows = of([0, 1]), []
+    first.run(rows.append, until=5)
+    first.stepper.save(tmp_path)
+    cohort = of([0, 1])
+    cohort.stepper.load(tmp_path)
+    cohort.next_step = 5
+    cohort.run(rows.append)
+    for student, expected in zip(cohort.stepper.students, alone, strict=True):
+        torch.testing.assert_close(student.cartridge.trainable_keys.detach(), expected, atol=1e-5, rtol=1e-4)
+    assert [(row.member, row.step) for row in rows] == [
+        (member, step) for step in range(12) for member in range(2) if step < (12, 7)[member]]
+
+
+def test_a_member_that_fails_stays_and_the_others_go_on(tiny_model):
+    bad = dataclasses.replace(conversation(0), topk_logprobs=np.full((4, K), np.nan, np.float32))
+    good = [conversation(i) for i in range(8)]
+    students = [Student(tiny_model, cartridge(seed=seed)) for seed in range(2)]
+    trainer = Trainer(TorchStepper(students, SETTINGS), [Course([bad], SETTINGS, 0), Course(good, SETTINGS, 0)])
+    trainer.run()
+    assert list(trainer.failed) == [0] and "lower train.optimizer.lr" in trainer.failed[0]
+    assert torch.equal(students[0].cartridge.trainable_keys, cartridge(seed=0).trainable_keys)
+    alone = Student(tiny_model, cartridge(seed=1))
+    Trainer(TorchStepper([alone], SETTINGS), [Course(good, SETTINGS, 0)]).run()
+    torch.testing.assert_close(students[1].cartridge.trainable_keys, alone.cartridge.trainable_keys)
+
+
+def test_live_distractors_are_seen_as_they_are_by_then(tiny_model):
+    own, other = cartridge(), loud(5, seed=1)
+    pack = dataclasses.replace(packs([conversation(i) for i in range(6)], 0)[0], beside=torch.tensor([0]))
+    live = Student(tiny_model, own, distractors=[other], live=True)
+    before = float(live(pack).loss.detach())
+    with torch.no_grad():
+        other.trainable_values.mul_(-1)
+    after = live(pack).loss
+    assert float(after.detach()) != pytest.approx(before, rel=1e-3)
+    assert float(after.detach()) == pytest.approx(
+        float(Student(tiny_model, own, distractors=[other])(pack).loss.detach()), rel=1e-6)
+    after.backward()
+    assert other.trainable_values.grad is None and own.trainable_values.grad is not None
 
 
 @pytest.mark.parametrize("seed", range(5))

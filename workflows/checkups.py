@@ -27,11 +27,12 @@ MAX_ANSWER_TOKENS = 24
 class Checkups:
     """Every `evaluate_every` steps and after the last. A resumed run goes on from the best that is there.
 
-    Half of `questions` are asked; the others are left for a report card.
+    Half of `questions` are asked; the others are left for a report card. Only who `keeps` writes.
     """
 
-    def __init__(self, base, cartridge, questions: Sequence[Question], settings: TrainSettings, output: Path):
-        self.base, self.cartridge, self.every = base, cartridge, settings.evaluate_every
+    def __init__(self, base, cartridge, questions: Sequence[Question], settings: TrainSettings, output: Path,
+                 keeps: bool = True):
+        self.base, self.cartridge, self.every, self.keeps = base, cartridge, settings.evaluate_every, keeps
         self.items = [_gold_alone(item) for item in plan_items(choosing(questions), base.template, 0)]
         self.file = output / BEST
 
@@ -45,7 +46,7 @@ class Checkups:
         # An engine of its own each time: what one keeps of a prefix would be of an earlier step.
         answered = ask(TransformersEngine(self.base), self.items, prefix, MAX_ANSWER_TOKENS, lambda _: None)
         found = {name: mean(one.values[name] for one in answered) for name in ("contains", "nll_per_token")}
-        if self._better(found):
+        if self.keeps and self._better(found):
             self._keep({"step": done, **found})
         return found
 

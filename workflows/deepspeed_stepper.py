@@ -2,12 +2,14 @@
 
 What is specific to training a cartridge before a frozen base:
 - only the cartridge's slots are given to the optimiser, so only they are reduced;
-- DeepSpeed never sees the base model: it neither broadcasts nor casts it, and the cartridge, its
+- This engine never sees the base model: it neither broadcasts nor casts it, and the cartridge, its
   gradients and moments stay float32 whatever the base computes in.
 
-Stages 0 to 2: stage 3 would partition the base, whose head the student reads outside of a module.
+Stages 1 and 2 cut up the optimiser's state. What stage 3 is for is the base, which has an engine of its own then
+(`workflows.partition`); cartridge and moments, small beside it, stay whole.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +18,47 @@ from torch import nn
 
 from cartridges.config import TrainSettings
 from cartridges.distill.losses import LossSums
-from cartridges.distill.optimizer import make_optimizer, set_learning_rate
+from cartridges.distill.optimizer import clip, make_optimizer
 from cartridges.distill.packing import Pack
 from cartridges.distill.student import Student
+from cartridges.distill.trainer import read
 
 TAG = "state"
 
 
 class _WithoutBase(nn.Module):
-    """A student whose base model is out of DeepSpeed's sight."""
+    """Students whose base model is out of DeepSpeed's sight."""
 
-    def __init__(self, student: Student):
+    def __init__(self, students: Sequence[Student]):
         super().__init__()
-        self.cartridge = student.cartridge
-        self._student = (student,)  # a tuple is not registered as a submodule
+        self.cartridges = nn.ModuleList(student.cartridge for student in students)
+        self._students = tuple(students)  # a tuple's members are not registered as submodules
 
-    def forward(self, pack: Pack) -> LossSums:
-        return self._student[0](pack)
+    def forward(self, packs: Mapping[int, Pack]) -> dict[int, LossSums]:
+        return read(self._students, packs)
 
 
 class DeepSpeedStepper:
-    """`student` under DeepSpeed. Needs an initialised `torch.distributed` process group.
+    """`students` under DeepSpeed. Needs an initialised `torch.distributed` process group.
 
-    One `forward_backward` for every pack of the worker (the same number on each), then `step`.
+    One `forward_backward` for every round of the worker's packs (as many on each), then `step`. Stages 1 and 2 take
+    one student: what they cut up has no members.
     """
 
-    def __init__(self, student: Student, settings: TrainSettings):
-        self.student = student
-        self.stage = settings.zero_stage
+    def __init__(self, students: Sequence[Student], settings: TrainSettings):
+        self.stage = settings.zero_stage % 3  # at stage 3 as at 0
         self.max_grad_norm = settings.optimizer.max_grad_norm
         self.world_size = torch.distributed.get_world_size()
-        trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(student.cartridge, settings.optimizer)
-        self._norm = 0.0
+        module = _WithoutBase(students)
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(list(module.cartridges), settings.optimizer)
+        self._lrs: Mapping[int, float] = {}
+        self._norms: dict[int, float] = {}
         if self.stage == 0:
             optimizer.register_step_pre_hook(self._clip)
-        self.engine = _initialize(_WithoutBase(student), optimizer, trainable, self._config())
-        # DeepSpeed makes the parameters equal on all workers; what is frozen of the cartridge are buffers.
-        for buffer in student.cartridge.buffers():
+        self.engine = _initialize(module, optimizer, trainable, self._config())
+        # DeepSpeed makes the parameters equal on all workers; what is frozen of the cartridges are buffers.
+        for buffer in module.buffers():
             if buffer.numel():
                 torch.distributed.broadcast(buffer, src=0)
 
@@ -73,26 +78,32 @@ class DeepSpeedStepper:
             "steps_per_print": 10**9,
         }
 
-    def forward_backward(self, pack: Pack, num_loss_tokens: int) -> LossSums:
-        """Add the gradient of `pack`'s loss divided by `num_loss_tokens`, the step's global count."""
-        sums = self.engine(pack)
-        # DeepSpeed averages over workers; the loss is already divided by the global count.
-        self.engine.backward(sums.loss * (self.world_size / num_loss_tokens), scale_wrt_gas=False)
+    def forward_backward(self, packs: Mapping[int, Pack], loss_tokens: Mapping[int, int]) -> dict[int, LossSums]:
+        """Add the gradient of each member's loss divided by its `loss_tokens`, the step's global count."""
+        sums = self.engine(packs)
+        # DeepSpeed averages over workers; the losses are already divided by the global counts.
+        loss = sum(sums[member].loss / loss_tokens[member] for member in packs)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
         return sums
 
-    def step(self, lr: float) -> float:
-        """Reduce, clip, update, clear; the gradient norm before clipping."""
-        set_learning_rate(self.engine.optimizer, lr)
+    def step(self, lrs: Mapping[int, float]) -> dict[int, float]:
+        """Reduce, clip, update the members in `lrs`, clear; their gradient norms before clipping."""
+        self._lrs = lrs
+        if self.stage == 0:
+            self.engine.step()
+            return self._norms
+        (lr,) = lrs.values()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
         self.engine.step()
-        return self._norm if self.stage == 0 else float(self.engine.get_global_grad_norm())
+        return {0: float(self.engine.get_global_grad_norm())}
 
     def _clip(self, optimizer, *_) -> None:
-        # Here and not by DeepSpeed at stage 0, which throws the norm away.
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._norm = float(nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        # Here and not by DeepSpeed at stage 0, which clips all by one norm and throws that away.
+        self._norms = clip(optimizer, self._lrs, self.max_grad_norm)
 
     def save(self, directory: Path) -> None:
-        """Cartridge and moments. Every worker calls it, with the same directory."""
+        """Cartridges and moments. Every worker calls it, with the same directory."""
         self.engine.save_checkpoint(str(directory), tag=TAG, exclude_frozen_parameters=True)
 
     def load(self, directory: Path) -> None:
@@ -100,15 +111,21 @@ class DeepSpeedStepper:
 
 
 def _initialize(module: nn.Module, optimizer, trainable, config: dict[str, Any]):
+    import deepspeed
+
+    quiet()
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, model_parameters=trainable, config=config,
+        dist_init_required=False)
+    return engine
+
+
+def quiet() -> None:
+    """Before DeepSpeed's first engine: no lines of its own, and nothing compiled."""
     import logging
 
-    import deepspeed
     from deepspeed.ops import __compatible_ops__
 
     # Compiled on first use otherwise (a minute), for a gain within one machine that gloo does not need.
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, model_parameters=trainable, config=config,
-        dist_init_required=False)
-    return engine

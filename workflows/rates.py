@@ -91,6 +91,7 @@ def _time_synthesis(base, chunks: Sequence[Chunk],
 def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
                 settings: BuildSettings) -> float:
     """Seconds for a pack of a training step, of the first epoch and of later ones, whose states are known."""
+    from cartridges.distill.course import Course
     from cartridges.distill.initialize import initialize
     from cartridges.distill.student import Student
     from cartridges.distill.trainer import TorchStepper, Trainer
@@ -99,7 +100,7 @@ def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
     start = "prefix" if settings.train.init == "attention_matching" else settings.train.init
     wanted = settings.train.model_copy(update={"steps": BATCHES, "init": start, "distractors": ()})
     student = Student(base.model, initialize(base, corpus.text, wanted, settings.seed), wanted.loss)
-    trainer = Trainer(TorchStepper(student, wanted), conversations, wanted, settings.seed, base.device)
+    trainer = Trainer(TorchStepper([student], wanted), [Course(conversations, wanted, settings.seed)], base.device)
     passes: list[float] = []
     for _ in range(2):
         seconds: list[float] = []

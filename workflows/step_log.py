@@ -4,12 +4,15 @@ import json
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from workflows.stage import Clock
 from workflows.synthesize import ProgressCallback
 
 STEPS = "metrics.jsonl"
+TRAINED = "trained.json"
+"""What the first worker tells of a cartridge when it is trained, or that it `failed`."""
 POLL_SECONDS = 0.5
 
 
@@ -23,12 +26,51 @@ class StepLog:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
 
-    def write(self, metrics, more: dict[str, Any]) -> None:
+    def write(self, metrics, more: dict[str, Any]) -> dict[str, Any]:
         """`more` fields of the row: the machine's (`gauge`), and `held_out`, the figures of the held-out questions
         after this step, where they were asked."""
-        row = asdict(metrics) | more
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        row = {name: value for name, value in asdict(metrics).items() if name != "member"} | more
+        _append(self.path, row)
+        return row
+
+
+class CohortLog:
+    """One row a step for all members together: means of what is a mean, sums of tokens and seconds.
+
+    Steps are counted from the beginning of the run, wave after wave, and those that a killed run did in vain too.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.done = path, len(read_rows(path))
+        self._rows: list[dict[str, Any]] = []
+
+    def write(self, row: dict[str, Any], steps: int) -> None:
+        """A member's row. `steps` are those of the longest member of the wave."""
+        if self._rows and row["step"] != self._rows[0]["step"]:
+            self.flush(steps)
+        self._rows.append(row)
+
+    def flush(self, steps: int) -> None:
+        """Write the step whose rows have come so far."""
+        if not self._rows:
+            return
+        rows, self._rows = self._rows, []
+        joined = {name: mean(row[name] for row in rows) for name in MEANS if name in rows[0]}
+        joined |= {name: sum(row[name] for row in rows) for name in ("tokens", "loss_tokens", "seconds")}
+        held_out = [row["held_out"] for row in rows if "held_out" in row]
+        if held_out:
+            joined["held_out"] = {name: mean(one[name] for one in held_out) for name in held_out[0]}
+        left = steps - rows[0]["step"]
+        _append(self.path, joined | {"step": self.done, "steps": self.done + left, "members": len(rows)})
+        self.done += 1
+
+
+MEANS = ("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "matmul_share", "memory_bytes")
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -77,6 +119,6 @@ def _figures(row: dict[str, Any]) -> dict[str, float]:
     same = ("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "loss_tokens", "matmul_share",
             "memory_bytes")
     held_out = {f"train/held_out_{name}": value for name, value in row.get("held_out", {}).items()}
-    return {**{f"train/{name}": row[name] for name in same}, **held_out, "train/step_seconds": row["seconds"],
-            "train/tokens_per_s": row["tokens"] / row["seconds"],
+    return {**{f"train/{name}": row[name] for name in same if name in row}, **held_out,
+            "train/step_seconds": row["seconds"], "train/tokens_per_s": row["tokens"] / row["seconds"],
             "train/eta_seconds": row["seconds"] * (row["steps"] - row["step"] - 1)}

@@ -1,21 +1,6 @@
-"""Context distillation under Ray Train: conversations -> cartridge, on any number of workers.
+"""One training: what it is made of, whether it can be done, and its fingerprint. `workflows.cohort` runs it."""
 
-    DIR/work/run/              Ray Train's run: checkpoints (pruned) and where it stands
-    DIR/metrics.jsonl          one row a step, by the first worker
-    DIR/cartridge/             the artifact
-    DIR/train.json             manifest, written last
-
-Killed anywhere, the same call goes on from the last checkpoint and reaches the same curve.
-"""
-
-import logging
-import os
-import shutil
-import signal
-import statistics
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +9,10 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Corpus
-from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
-from workflows.step_log import STEPS, Following, read_rows
+from workflows.cohort import MANIFEST, Member, train_cohort
+from workflows.stage import fingerprint, read_manifest
 from workflows.synthesize import MANIFEST as DATASET_MANIFEST
 from workflows.synthesize import ProgressCallback, corpus_tokens, fingerprints
-
-MANIFEST = "train.json"
-MAX_FAILURES = 2
-"""Lost workers after which the run is given up; it goes on from the last checkpoint each time."""
 
 
 def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSettings,
@@ -45,32 +26,24 @@ def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSetting
     Raises `UserError` where the data set is unfinished or of another corpus, or where `output_dir`
     holds another training.
     """
-    dataset, output = Path(dataset_dir), Path(output_dir)
-    loaded = load_corpus(corpus, settings.corpus.corpus_id)
-    made_of = _dataset_manifest(dataset, loaded)
-    expected = train_fingerprint(made_of["fingerprint"], settings, earlier, held_out)
-    done = read_manifest(output / MANIFEST)
-    require_match(done, expected, output)
-    if done is not None:
-        return done
-    check_training(loaded, settings)
-    output.mkdir(parents=True, exist_ok=True)
-    require_match(read_manifest(output / "started.json"), expected, output)
-    write_manifest(output / "started.json", {"fingerprint": expected})
-    from workflows.tracking import track
+    member = member_of(dataset_dir, corpus, output_dir, settings, earlier, held_out)
+    return train_cohort([member], member.output, member.config["corpus_record"]["id"], progress, job)[0]
 
+
+def member_of(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSettings, earlier: Sequence[str] = (),
+              held_out: str | None = None) -> Member:
+    """What is to be trained, checked."""
+    loaded = load_corpus(corpus, settings.corpus.corpus_id)
+    made_of = _dataset_manifest(Path(dataset_dir), loaded)
+    expected = train_fingerprint(made_of["fingerprint"], settings, earlier, held_out)
+    if read_manifest(Path(output_dir) / MANIFEST) is None:
+        check_training(loaded, settings)
     config = {"datasets": [str(Path(one).resolve()) for one in (dataset_dir, *earlier)],
               "held_out": held_out and str(Path(held_out).resolve()), "corpus": str(Path(corpus).resolve()),
               "distractors": [str(Path(one).resolve()) for one in settings.train.distractors],
-              "distractor_digests": digests(settings.train.distractors),
-              "output": str(output.resolve()), "settings": settings.model_dump(mode="json"),
+              "distractor_digests": digests(settings.train.distractors), "partners": 0,
               "corpus_record": made_of["corpus"], "synthesize": made_of["settings"]}
-    with track("train", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
-        clock = Clock(output / "work" / "clock.json")
-        _fit(config, settings, run, progress, clock)
-        manifest = _finish(output, expected, clock.seconds)
-        run.log({"train/seconds": manifest["seconds"]})
-    return manifest
+    return Member(Path(output_dir), expected, settings, made_of["conversations"]["kept"], config)
 
 
 def _dataset_manifest(dataset: Path, corpus: Corpus) -> dict[str, Any]:
@@ -95,6 +68,8 @@ def train_fingerprint(dataset_fingerprint: str, settings: BuildSettings, earlier
         **follows, "dataset": dataset_fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
         "train": settings.train.model_dump(mode="json", exclude=how | _without_effect(settings)),
         **({"distractors": digests(settings.train.distractors)} if settings.train.distractors else {}),
+        # Packed whole (`distill.packing.unshared`), so the packs are others.
+        **({"unshared": True} if settings.train.zero_stage == 3 else {}),
         "init_cartridge": read_artifact_manifest(start).digest if start else None,
     })
 
@@ -122,12 +97,9 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
     if wanted.evaluate_every and not wanted.held_out and settings.curriculum.rounds == 1:
         raise UserError("train.evaluate_every asks held-out questions during training; set train.held_out, to 64 "
                         "for example")
-    if wanted.zero_stage == 3:
-        raise UserError("train.zero_stage=3 (a base model partitioned over workers) is not supported yet; "
-                        "use 0, 1 or 2")
-    if wanted.zero_stage and wanted.optimizer.name != "adam":
+    if wanted.zero_stage in (1, 2) and wanted.optimizer.name != "adam":
         raise UserError(f"train.zero_stage={wanted.zero_stage} cuts the optimiser's state up, and "
-                        f"{wanted.optimizer.name} needs it whole; use 0, or train.optimizer.name=adam")
+                        f"{wanted.optimizer.name} needs it whole; use 0 or 3, or train.optimizer.name=adam")
     if wanted.loss == "none" and (settings.budget or settings.curriculum.rounds > 1):
         raise UserError("--loss none publishes the start, untrained: leave --budget and --curriculum out")
     _check_distractors(corpus, settings)
@@ -165,81 +137,3 @@ def _check_distractors(corpus: Corpus, settings: BuildSettings) -> None:
     if most + wanted.pack_tokens > identity.max_position_embeddings:
         raise UserError(f"{most} slots with train.max_distractors={wanted.max_distractors} leave no room for packs of "
                         f"{wanted.pack_tokens} tokens in the window of {identity.max_position_embeddings}; take fewer")
-
-
-def _fit(config: dict[str, Any], settings: BuildSettings, run, progress: ProgressCallback | None,
-         clock: Clock) -> None:
-    from ray.train import TrainingFailedError
-
-    from workflows.console import Progress
-    from workflows.local_ray import local_ray
-
-    with ExitStack() as stack:
-        if progress is None:
-            progress = stack.enter_context(Progress(None, "train", "steps")).callback
-        stack.enter_context(local_ray())
-        stack.enter_context(Following(Path(config["output"]) / STEPS, run, progress, clock,
-                                      settings.train.steps))
-        try:
-            with _own_interrupt():
-                _torch_trainer(config, settings).fit()
-        except TrainingFailedError as error:
-            raise _cause(error) from error
-
-
-@contextmanager
-def _own_interrupt() -> Iterator[None]:
-    """Ctrl-C stays a `KeyboardInterrupt`: Ray Train takes the signal, ends in `SystemExit`, and keeps it."""
-    in_main = threading.current_thread() is threading.main_thread()
-    previous = signal.getsignal(signal.SIGINT) if in_main else None
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if in_main:
-            signal.signal(signal.SIGINT, previous)
-
-
-def _cause(error) -> Exception:
-    """What a worker raised, where that is known: it says more than Ray Train's wrapper."""
-    from ray.train import WorkerGroupError
-
-    from cartridges.distill.trainer import NonFiniteLoss
-
-    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    return next((failure for failure in failures if isinstance(failure, UserError | NonFiniteLoss)), error)
-
-
-def _torch_trainer(config: dict[str, Any], settings: BuildSettings):
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from workflows.train_worker import train_worker
-
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    workers = settings.train.num_workers
-    threads = settings.train.threads_per_worker or max(1, (os.cpu_count() or 1) // workers)
-    return TorchTrainer(
-        train_worker, train_loop_config={**config, "threads": threads},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=has_gpu),
-        torch_config=TorchConfig(backend="nccl" if has_gpu else "gloo"),
-        run_config=RunConfig(
-            name="run", storage_path=str(Path(config["output"]) / "work"),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=settings.train.keep_checkpoints)))
-
-
-def _finish(output: Path, expected: str, seconds: float) -> dict[str, Any]:
-    trained = read_manifest(output / "trained.json")
-    rows = read_rows(output / STEPS)
-    manifest = {"fingerprint": expected, "seconds": seconds, **trained}
-    if rows:
-        # The first step warms up; the median does not see what else the machine did.
-        manifest |= {"first": rows[0], "last": rows[-1],
-                     "step_seconds": statistics.median(row["seconds"] for row in rows[1:] or rows)}
-    write_manifest(output / MANIFEST, manifest)
-    shutil.rmtree(output / "work")
-    return manifest

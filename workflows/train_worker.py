@@ -1,73 +1,152 @@
 """What a training worker runs under Ray Train, and what it leaves for the driver.
 
-Into the run's output directory: checkpoints through Ray Train, and by the first worker `metrics.jsonl`,
-`held_out.json`, `best.safetensors` where it was asked for, the artifact `cartridge/` and `trained.json`.
+Into each member's output directory: by the first worker `metrics.jsonl`, `held_out.json`, `best.safetensors` where it
+was asked for, the artifact `cartridge/` and `trained.json`. Checkpoints go through Ray Train.
 """
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cartridges.cartridge import Cartridge
 from cartridges.config import BuildSettings, TrainSettings
 from cartridges.corpus import load_corpus
+from cartridges.distill.course import Course, StepMetrics
+from cartridges.distill.trainer import Trainer
+from cartridges.models import BaseModel
 from workflows.checkups import Checkups
 from workflows.held_out import HELD_OUT, read_held_out, write_held_out
-from workflows.stage import write_manifest
-from workflows.step_log import STEPS, StepLog
+from workflows.stage import read_manifest, write_manifest
+from workflows.step_log import STEPS, TRAINED, CohortLog, StepLog
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A member of the cohort in a worker: `config` is its own, `cartridge` is at its start."""
+
+    config: dict[str, Any]
+    settings: BuildSettings
+    cartridge: Cartridge
+    course: Course
+    checkups: Checkups
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config["output"])
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What each worker runs: the student, from the last checkpoint to the last step, then the artifact."""
+    """What each worker runs: wave after wave, from the last checkpoint to the last step, then the artifacts."""
     import ray.train
     import torch
 
-    from cartridges.distill.student import Student
-    from cartridges.distill.trainer import Trainer
-    from workflows.deepspeed_stepper import DeepSpeedStepper
-    from workflows.gauge import Gauge
+    from cartridges.models import load_base_model
+    from workflows.partition import load_partitioned
 
     torch.set_num_threads(config["threads"])
-    settings, output = BuildSettings.model_validate(config["settings"]), Path(config["output"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    base, cartridge, conversations, questions = _prepare(config, settings, rank)
-    distractors = _distractors(config, base.device)
-    student = Student(base.model, cartridge, settings.train.loss, distractors)
-    stepper = DeepSpeedStepper(student, settings.train)
-    trainer = Trainer(stepper, conversations, settings.train, settings.seed, stepper.device, rank, world)
-    _resume(trainer)
-    checkups = Checkups(base, cartridge, questions, settings.train, output)
+    settings = BuildSettings.model_validate(config["members"][0]["settings"])
+    rank, world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    base = (load_partitioned if settings.train.zero_stage == 3 else load_base_model)(settings.model)
+    reached = _reached()
+    joint = CohortLog(Path(config["output"]) / "work" / STEPS) if rank == 0 and len(config["members"]) > 1 else None
+    for number, wave in enumerate(config["waves"]):
+        members = [config["members"][index] for index in wave]
+        if number < reached["wave"] or all(_is_trained(member) for member in members):
+            continue
+        resumed = number == reached["wave"] and reached["next_step"] > 0
+        pupils = [_pupil(member, base, rank, world, resumed) for member in members]
+        _train_wave(number, pupils, base, rank, reached if resumed else None, joint)
+
+
+def _reached() -> dict[str, Any]:
+    """Wave and step of the last checkpoint, and who had failed by then."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return {"wave": 0, "next_step": 0, "failed": {}}
+    with checkpoint.as_directory() as directory:
+        return json.loads((Path(directory) / "step.json").read_text())
+
+
+def _is_trained(member: dict[str, Any]) -> bool:
+    return member["done"] or read_manifest(Path(member["output"]) / TRAINED) is not None
+
+
+def _train_wave(number: int, pupils: Sequence[Pupil], base: BaseModel, rank: int, reached: dict[str, Any] | None,
+                joint: CohortLog | None) -> None:
+    import ray.train
+
+    from cartridges.distill.student import Student
+    from workflows.deepspeed_stepper import DeepSpeedStepper
+    from workflows.gauge import Gauge
+    from workflows.partition import gathered
+
+    settings = pupils[0].settings
+    spread = settings.train.zero_stage == 3
+    beside = [_beside(pupil, pupils, base) for pupil in pupils]
+    students = [Student(base.model, pupil.cartridge, settings.train.loss, others, gathered if spread else None,
+                        live=_live(pupil)) for pupil, others in zip(pupils, beside, strict=True)]
+    stepper = DeepSpeedStepper(students, settings.train)
+    trainer = Trainer(stepper, [pupil.course for pupil in pupils], stepper.device)
+    if reached is not None:
+        with ray.train.get_checkpoint().as_directory() as directory:
+            stepper.load(Path(directory))
+        trainer.next_step = reached["next_step"]
+        trainer.failed = {int(member): message for member, message in reached["failed"].items()}
     if settings.train.loss != "none":
-        gauge = Gauge(base, trainer, cartridge, distractors) if rank == 0 else None
-        trainer.run(_reporter(output, trainer, checkups, gauge) if gauge else lambda _: None,
-                    lambda step: _checkpoint(trainer, step))
+        if rank == 0:
+            gauge = Gauge(base, [pupil.course for pupil in pupils], [pupil.cartridge for pupil in pupils], beside)
+            report = _reporter(pupils, trainer, gauge, joint)
+        else:
+            report = _echo(pupils) if spread else lambda _: None
+        trainer.run(report, lambda step: _checkpoint(trainer, number, step))
+        if joint is not None:
+            joint.flush(trainer.steps)
     if rank == 0:
-        _save(config, settings, base, cartridge, trainer, checkups)
+        for member, pupil in enumerate(pupils):
+            if member in trainer.failed:
+                write_manifest(pupil.output / TRAINED, {"failed": trainer.failed[member]})
+            elif not _is_trained(pupil.config):
+                _save(pupil, base)
 
 
-def _reporter(output: Path, trainer, checkups: Checkups, gauge) -> Callable[[Any], None]:
+def _reporter(pupils: Sequence[Pupil], trainer: Trainer, gauge, joint: CohortLog | None) -> Callable[[Any], None]:
     """Writes a row a step; the other workers wait at the next step's gradients while this one looks."""
-    log = StepLog(output / STEPS, trainer.next_step)
+    logs = [StepLog(pupil.output / STEPS, trainer.next_step) for pupil in pupils]
 
-    def report(metrics) -> None:
-        done = metrics.step + 1
+    def report(metrics: StepMetrics) -> None:
+        done, checkups = metrics.step + 1, pupils[metrics.member].checkups
         held_out = {"held_out": checkups.run(done)} if checkups.due(done, metrics.steps) else {}
-        log.write(metrics, gauge.read(metrics) | held_out)
+        row = logs[metrics.member].write(metrics, gauge.read(metrics) | held_out)
+        if joint is not None:
+            joint.write(row, trainer.steps)
 
     return report
 
 
-def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
-    """`(base, cartridge at its start, conversations, held-out questions)`; the first worker writes these down."""
+def _echo(pupils: Sequence[Pupil]) -> Callable[[Any], None]:
+    """Of a worker that holds a part of the base: the first one cannot look at the answers without it."""
+    def report(metrics: StepMetrics) -> None:
+        checkups = pupils[metrics.member].checkups
+        if checkups.due(metrics.step + 1, metrics.steps):
+            checkups.run(metrics.step + 1)
+
+    return report
+
+
+def _pupil(config: dict[str, Any], base: BaseModel, rank: int, world: int, resumed: bool) -> Pupil:
+    """The member's cartridge at its start and what it is taught; the first worker writes its questions down."""
     from cartridges.distill.initialize import initialize
-    from cartridges.models import load_base_model
+    from cartridges.distill.packing import unshared
     from cartridges.selfstudy.held_out import split, without
     from cartridges.selfstudy.storage import load_conversations
 
-    base = load_base_model(settings.model)
+    settings, output = BuildSettings.model_validate(config["settings"]), Path(config["output"])
     made = [one for dataset in config["datasets"] for one in load_conversations(Path(dataset) / "shards")]
     if config["held_out"]:
         questions = read_held_out(Path(config["held_out"]))
@@ -75,64 +154,65 @@ def _prepare(config: dict[str, Any], settings: BuildSettings, rank: int):
     else:
         conversations, questions = split(made, settings.train.held_out, settings.seed)
     if rank == 0:
-        write_held_out(Path(config["output"]) / HELD_OUT, questions)
+        write_held_out(output / HELD_OUT, questions)
     corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
-    return base, initialize(base, corpus.text, _start(settings.train, rank), settings.seed), conversations, questions
+    cartridge = initialize(base, corpus.text, _start(settings.train, rank, resumed), settings.seed)
+    if settings.train.zero_stage == 3:
+        conversations = unshared(conversations)
+    course = Course(conversations, settings.train, settings.seed, rank, world, config["partners"])
+    return Pupil(config, settings, cartridge, course,
+                 Checkups(base, cartridge, questions, settings.train, output, keeps=rank == 0))
 
 
-def _start(wanted: TrainSettings, rank: int) -> TrainSettings:
+def _start(wanted: TrainSettings, rank: int, resumed: bool) -> TrainSettings:
     """The other workers are sent the first one's start, and a resumed one reads its checkpoint: what these begin
-    with need only have the shape, so it need not be fitted."""
-    import ray.train
-
-    given = rank > 0 or ray.train.get_checkpoint() is not None
+    with need only have the shape, so it need not be fitted. Where the base is spread over the workers none can do
+    without the others."""
+    given = resumed or (rank > 0 and wanted.zero_stage < 3)
     return wanted.model_copy(update={"init": "prefix"}) if given and wanted.init == "attention_matching" else wanted
 
 
-def _distractors(config: dict[str, Any], device) -> list:
-    """The cartridges of other corpora that are loaded beside in some packs."""
+def _live(pupil: Pupil) -> bool:
+    return pupil.config["partners"] > 0
+
+
+def _beside(pupil: Pupil, pupils: Sequence[Pupil], base: BaseModel) -> list[Cartridge]:
+    """What is loaded beside a cartridge in some packs: the others of its wave, as they are by then, or finished
+    cartridges of other corpora."""
     from cartridges import artifact
 
-    return [artifact.load(directory).cartridge.to(device) for directory in config["distractors"]]
+    if _live(pupil):
+        return [one.cartridge for one in pupils if one is not pupil]
+    return [artifact.load(directory).cartridge.to(base.device) for directory in pupil.config["distractors"]]
 
 
-def _resume(trainer) -> None:
-    """Go on from the last checkpoint, on every worker alike."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return
-    with checkpoint.as_directory() as directory:
-        trainer.stepper.load(Path(directory))
-        trainer.next_step = json.loads((Path(directory) / "step.json").read_text())["next_step"]
-
-
-def _checkpoint(trainer, step: int) -> None:
+def _checkpoint(trainer: Trainer, wave: int, step: int) -> None:
     """Every worker writes its part; Ray Train merges, registers and prunes."""
     import ray.train
 
     with tempfile.TemporaryDirectory() as directory:
         trainer.stepper.save(Path(directory))
-        (Path(directory) / "step.json").write_text(json.dumps({"next_step": step}))
+        (Path(directory) / "step.json").write_text(
+            json.dumps({"wave": wave, "next_step": step, "failed": trainer.failed}))
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
 
 
-def _save(config: dict[str, Any], settings: BuildSettings, base, cartridge, trainer, checkups: Checkups) -> None:
+def _save(pupil: Pupil, base: BaseModel) -> None:
     from cartridges import artifact
     from cartridges.distill.packing import count_truncated, own_lengths
 
-    best = checkups.best()
+    best = pupil.checkups.best()
     if best:
-        checkups.restore()
-    output, lengths = Path(config["output"]), own_lengths(trainer.conversations)
+        pupil.checkups.restore()
+    settings, conversations = pupil.settings, pupil.course.conversations
+    lengths = own_lengths(conversations)
     artifact.save(
-        output / "cartridge", cartridge, model=base.identity,
-        corpus=artifact.CorpusRecord(**config["corpus_record"]), seed=settings.seed,
-        settings={"synthesize": config["synthesize"], "train": settings.train.model_dump(mode="json") | (
+        pupil.output / "cartridge", pupil.cartridge, model=base.identity,
+        corpus=artifact.CorpusRecord(**pupil.config["corpus_record"]), seed=settings.seed,
+        settings={"synthesize": pupil.config["synthesize"], "train": settings.train.model_dump(mode="json") | (
             # Not where they lay: the same training has the same version anywhere.
-            {"distractors": config["distractor_digests"]})})
-    write_manifest(output / "trained.json", {
-        "steps": trainer.order.steps, "best": best, "conversations": len(trainer.conversations),
+            {"distractors": pupil.config["distractor_digests"]})})
+    write_manifest(pupil.output / TRAINED, {
+        "steps": pupil.course.steps, "best": best, "conversations": len(conversations),
         "mean_tokens": mean(lengths) if lengths else 0.0,
-        "truncated": count_truncated(trainer.conversations, settings.train.pack_tokens)})
+        "truncated": count_truncated(conversations, settings.train.pack_tokens)})

@@ -33,13 +33,14 @@ class Loaded:
 class Company:
     """`others` beside `own`, each where it was trained to stand: right before the first token.
 
-    Of the companies that were met last, what does not change is kept. `own` must not change below its trained layers.
+    Of the companies that were met last, what does not change is kept: of `live` others, which change, nothing. `own`
+    must not change below its trained layers.
     """
 
-    def __init__(self, model: PreTrainedModel, own: Cartridge, others: Sequence[Cartridge]):
+    def __init__(self, model: PreTrainedModel, own: Cartridge, others: Sequence[Cartridge], live: bool = False):
         self.model, self.own, self.others = model, own, tuple(others)
         self.frequencies = model.base_model.rotary_emb.inv_freq.float()
-        self._met = lru_cache(maxsize=MOST_MET)(self._meet)
+        self._met = self._meet if live else lru_cache(maxsize=MOST_MET)(self._meet)
 
     def loaded(self, chosen: tuple[int, ...]) -> Loaded:
         """`own` and then those of `others`, by index."""

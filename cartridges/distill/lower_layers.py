@@ -73,8 +73,10 @@ class LowerLayers:
                         for tensor in (self.cartridge.lower_keys, self.cartridge.lower_values))
         context = AttentionContext(list(keys), list(values))
         positions = self.cartridge.num_tokens + torch.arange(len(ids), device=ids.device)[None]
+        if not len(ids):  # where weights are spread over workers, even to embed nothing would be a collective
+            return Shared(keys.new_zeros(1, 0, self.model.config.hidden_size), positions, context)
         hidden = self.model.base_model.embed_tokens(ids[None])
-        if self.count and len(ids):
+        if self.count:
             hidden = read_after(self.model, hidden, positions, context, last=self.count)
         return Shared(hidden, positions, context)
 

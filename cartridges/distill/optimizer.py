@@ -7,7 +7,11 @@ optimizer for hidden layers"), applied to Adam's update instead of the momentum:
 step than either alone (docs/log.md).
 """
 
+import math
+from collections.abc import Mapping, Sequence
+
 import torch
+from torch import nn
 
 from cartridges.cartridge import Cartridge
 from cartridges.config import OptimizerSettings
@@ -17,17 +21,30 @@ _QUINTIC = 3.4445, -4.7750, 2.0315
 _ROUNDS = 5
 
 
-def make_optimizer(cartridge: Cartridge, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Over keys and values apart: `key_lr_scale` is the keys'."""
-    groups = [{"params": [cartridge.trainable_keys], "lr_scale": settings.key_lr_scale},
-              {"params": [cartridge.trainable_values], "lr_scale": 1.0}]
+def make_optimizer(cartridges: Sequence[Cartridge], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Over keys and values apart: `key_lr_scale` is the keys'. `member` of a group is whose they are, by number."""
+    groups = [{"params": [parameter], "lr_scale": scale, "member": member}
+              for member, cartridge in enumerate(cartridges)
+              for parameter, scale in ((cartridge.trainable_keys, settings.key_lr_scale),
+                                       (cartridge.trainable_values, 1.0))]
     kind = {"adam": torch.optim.Adam, "orthogonal_adam": OrthogonalAdam}[settings.name]
     return kind(groups, lr=settings.peak_lr, betas=settings.betas)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def clip(optimizer: torch.optim.Optimizer, lrs: Mapping[int, float], max_norm: float) -> dict[int, float]:
+    """Make ready for a step of the members in `lrs`, at these learning rates: each one's gradients are clipped by
+    their own norm, and those of the others, and what is not finite, forgotten: these stay as they are. Returns the
+    norms before."""
+    parameters: dict[int, list[torch.nn.Parameter]] = {}
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lrs.get(group["member"], 0.0) * group["lr_scale"]
+        parameters.setdefault(group["member"], []).extend(group["params"])
+    norms = {member: float(nn.utils.clip_grad_norm_(parameters[member], max_norm)) for member in lrs}
+    for member, own in parameters.items():
+        if not math.isfinite(norms.get(member, math.nan)):
+            for parameter in own:
+                parameter.grad = None
+    return norms
 
 
 class OrthogonalAdam(torch.optim.Optimizer):

@@ -6,7 +6,7 @@ few shapes, because on a CPU a new one costs seconds (oneDNN builds kernels per 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -97,6 +97,11 @@ def with_label(topk_ids: np.ndarray, topk_logprobs: np.ndarray, targets: np.ndar
 def own_lengths(conversations: Sequence[Conversation]) -> list[int]:
     """Tokens of each conversation beyond those that it shares."""
     return [len(conversation.input_ids) - conversation.shared_tokens for conversation in conversations]
+
+
+def unshared(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The same, but no tokens are taken out to stand in a pack once: each is packed whole."""
+    return [replace(conversation, shared_tokens=0) for conversation in conversations]
 
 
 def count_truncated(conversations: Sequence[Conversation], pack_tokens: int) -> int:

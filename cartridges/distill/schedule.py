@@ -21,10 +21,15 @@ def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
 
 
 class Order:
-    """Which packs each step takes. An epoch's packs are a function of (lengths, seed, epoch)."""
+    """Which packs each step takes. An epoch's packs are a function of (lengths, seed, epoch).
 
-    def __init__(self, conversations: Sequence[Conversation], settings: TrainSettings, seed: int):
+    `beside` cartridges may be loaded as distractors; None: `settings.distractors`.
+    """
+
+    def __init__(self, conversations: Sequence[Conversation], settings: TrainSettings, seed: int,
+                 beside: int | None = None):
         self.conversations, self.settings, self.seed = conversations, settings, seed
+        self.num_beside = len(settings.distractors) if beside is None else beside
         self.per_epoch = len(self._epoch(0))
         self._cached: tuple[int, list[PackPlan]] = (0, self._epoch(0))
 
@@ -51,7 +56,7 @@ class Order:
 
     def _beside(self, index: int) -> tuple[int, ...]:
         """The distractors of a pack: none in most, else one to `max_distractors` different ones."""
-        count = len(self.settings.distractors)
+        count = self.num_beside
         if not count:
             return ()
         rng = np.random.default_rng([self.seed, 2, index])

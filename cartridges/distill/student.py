@@ -1,16 +1,21 @@
-"""The student: a frozen base model with a trainable cartridge before every conversation."""
+"""The student: a frozen base model with a trainable cartridge before every conversation.
 
-from collections.abc import Sequence
+Students of one base model, each with a cartridge of its own, may read their packs in one pass: `together`.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from cartridges.attention import AttentionContext, install
 from cartridges.cartridge import Cartridge
 from cartridges.distill.beside import Company, Loaded
 from cartridges.distill.losses import LossSums, distillation, next_token
-from cartridges.distill.lower_layers import LowerLayers
+from cartridges.distill.lower_layers import MOST_BYTES, LowerLayers
 from cartridges.distill.packing import Pack, segment_bias
 from cartridges.forward import read_after, through_layers
 
@@ -19,42 +24,82 @@ class Student(nn.Module):
     """One module over both. `parameters()` that require grad are the cartridge's trainable slots.
 
     `loss` is "distillation" or "next_token". `distractors` are read-only cartridges; those that a pack
-    names stand beside the trained one while it is read.
+    names stand beside the trained one while it is read; `live` ones are in training themselves. `gathered` is given
+    where the model's weights are spread over workers: within it the head's are whole. Workers then call the same
+    layers in the same order, so nothing is kept that another may not have, and conversations must share no tokens
+    (`packing.unshared`).
     """
 
     def __init__(self, model: PreTrainedModel, cartridge: Cartridge, loss: str = "distillation",
-                 distractors: Sequence[Cartridge] = ()):
+                 distractors: Sequence[Cartridge] = (),
+                 gathered: Callable[[torch.Tensor], AbstractContextManager] | None = None, live: bool = False):
         super().__init__()
         install(model)
         self.model = model.requires_grad_(False)
         self.cartridge = cartridge
         self.loss = loss
-        self.company = Company(self.model, cartridge, distractors)  # no submodule: nobody trains or saves them
-        self.lower = LowerLayers(self.model, cartridge)
+        self.gathered, self.lockstep = gathered or nullcontext, gathered is not None
+        self.company = Company(self.model, cartridge, distractors, live)  # no submodule: nobody trains or saves them
+        self.lower = LowerLayers(self.model, cartridge, MOST_BYTES if gathered is None else 0)
 
     def forward(self, pack: Pack) -> LossSums:
         """Sums over the pack's loss positions. Divide by the global number of loss tokens."""
-        at_loss = self._hidden_states(pack).flatten(0, 1)[pack.loss_positions]
-        head = self.model.get_output_embeddings().weight
-        if self.loss == "next_token":
-            return next_token(at_loss, head, pack.targets)
-        return distillation(at_loss, head, pack.topk_ids, pack.topk_logprobs)
+        return together([self], [pack])[0]
 
-    def _hidden_states(self, pack: Pack) -> torch.Tensor:
-        """`[R, T, hidden]`, differentiable in the cartridge."""
-        loaded = self._loaded(pack)
-        first = loaded.lower.count
-        keys, values = (tensor.to(self.model.dtype).unsqueeze(1) for tensor in (loaded.keys, loaded.values))
-        context = AttentionContext([None] * first + list(keys), [None] * first + list(values))
-        shared = loaded.lower.shared(pack)
-        if len(pack.shared_ids):  # once for all rows; gradients flow through
-            read_after(self.model, shared.states, shared.positions, context, first)
-        positions = pack.position_ids + loaded.num_tokens + len(pack.shared_ids)
-        context.own_bias = segment_bias(pack.segment_ids, self.model.dtype)
-        hidden = loaded.lower.states(pack, shared, positions)
-        return self.model.base_model.norm(through_layers(self.model, hidden, positions, context, first))
-
-    def _loaded(self, pack: Pack) -> Loaded:
+    def loaded(self, pack: Pack) -> Loaded:
+        """What stands before the pack."""
         if len(pack.beside):
             return self.company.loaded(tuple(pack.beside.tolist()))
         return Loaded(self.cartridge.num_tokens, *self.cartridge.upper_keys_values(), self.lower)
+
+    def losses(self, hidden: torch.Tensor, pack: Pack) -> LossSums:
+        """Of the pack's last hidden states `[R, T, hidden]`."""
+        at_loss = hidden.flatten(0, 1)[pack.loss_positions]
+        head = self.model.get_output_embeddings().weight
+        with self.gathered(head):  # the loss takes its gradient with it: the backward pass asks for no head
+            if self.loss == "next_token":
+                return next_token(at_loss, head, pack.targets)
+            return distillation(at_loss, head, pack.topk_ids, pack.topk_logprobs)
+
+
+def together(students: Sequence[Student], packs: Sequence[Pack]) -> list[LossSums]:
+    """Each student's losses on its pack, in one pass through the trained layers: the packs have one shape (`kind`),
+    the students one base model and as many trained layers. Cartridges may differ in length."""
+    loaded = [student.loaded(pack) for student, pack in zip(students, packs, strict=True)]
+    hidden = _hidden_states(students[0].model, loaded, packs)
+    return [student.losses(states, pack) for student, states, pack in zip(students, hidden, packs, strict=True)]
+
+
+def kind(pack: Pack) -> tuple[int, ...]:
+    """Packs of one kind can be read together."""
+    return (*pack.input_ids.shape, len(pack.shared_ids))
+
+
+def _hidden_states(model: PreTrainedModel, loaded: Sequence[Loaded],
+                   packs: Sequence[Pack]) -> Sequence[torch.Tensor]:
+    """`[R, T, hidden]` of each pack, differentiable in its cartridge."""
+    first, num_shared = loaded[0].lower.count, len(packs[0].shared_ids)
+    context = _prefixes(loaded, first, model.dtype)
+    shared = [one.lower.shared(pack) for one, pack in zip(loaded, packs, strict=True)]
+    if num_shared:  # once for all rows of a pack; gradients flow through
+        read_after(model, torch.cat([one.states for one in shared]), torch.cat([one.positions for one in shared]),
+                   context, first)
+    positions = [pack.position_ids + one.num_tokens + num_shared for one, pack in zip(loaded, packs, strict=True)]
+    context.own_bias = segment_bias(torch.cat([pack.segment_ids for pack in packs]), model.dtype)
+    hidden = torch.cat([one.lower.states(*of) for one, *of in zip(loaded, packs, shared, positions, strict=True)])
+    hidden = through_layers(model, hidden, torch.cat(positions), context, first)
+    return model.base_model.norm(hidden).chunk(len(packs))
+
+
+def _prefixes(loaded: Sequence[Loaded], first: int, dtype: torch.dtype) -> AttentionContext:
+    """For each layer from `first` on `[N, H, P, D]`; shorter ones are padded to the longest and masked."""
+    longest = max(one.num_tokens for one in loaded)
+    keys, values = (
+        torch.stack([functional.pad(tensor.to(dtype), (0, 0, 0, longest - tensor.shape[2])) for tensor in tensors], 1)
+        for tensors in ([one.keys for one in loaded], [one.values for one in loaded]))
+    bias = None
+    if any(one.num_tokens < longest for one in loaded):
+        slots, lengths = torch.arange(longest, device=keys.device), [one.num_tokens for one in loaded]
+        beyond = slots >= torch.tensor(lengths, device=keys.device)[:, None]
+        bias = torch.zeros(beyond.shape, dtype=dtype, device=keys.device).masked_fill(beyond, float("-inf"))
+    return AttentionContext([None] * first + list(keys), [None] * first + list(values), bias)

@@ -1,53 +1,38 @@
-"""The optimiser loop: plain, resumable, and blind to who computes the gradients."""
+"""The optimiser loop: plain, resumable, and blind to who computes the gradients.
+
+One loop trains one cartridge or a cohort: several, of several corpora, side by side before one base model. Each
+member has its own course, learning rate and gradient norm, so it learns what it would alone.
+"""
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from cartridges.config import TrainSettings
+from cartridges.distill.course import Course, Step, StepMetrics
 from cartridges.distill.losses import LossSums
-from cartridges.distill.optimizer import make_optimizer, set_learning_rate
-from cartridges.distill.packing import Pack, collate
-from cartridges.distill.schedule import Order, learning_rate
-from cartridges.distill.student import Student
-from cartridges.records import Conversation
+from cartridges.distill.optimizer import clip, make_optimizer
+from cartridges.distill.packing import Pack
+from cartridges.distill.student import Student, kind, together
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss became NaN or infinite; the last checkpoint is good."""
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """Means over the step's loss tokens (nats a token), and rates."""
-
-    step: int
-    steps: int
-    loss: float
-    kl: float
-    teacher_entropy: float
-    topk_mass: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    loss_tokens: int
-    seconds: float
-
-
 class Stepper(Protocol):
-    """Owns the student, its optimiser and the communication between workers."""
+    """Owns the students, their optimiser and the communication between workers. Members go by number."""
 
-    def forward_backward(self, pack: Pack, num_loss_tokens: int) -> LossSums:
-        """Accumulate the gradient of `loss / num_loss_tokens`. `num_loss_tokens` is global."""
+    def forward_backward(self, packs: Mapping[int, Pack], loss_tokens: Mapping[int, int]) -> dict[int, LossSums]:
+        """Accumulate the gradients of each member's `loss / loss_tokens`, which is the global count of its step."""
         ...
 
-    def step(self, lr: float) -> float:
-        """Reduce, clip, update, clear. Returns the gradient norm before clipping."""
+    def step(self, lrs: Mapping[int, float]) -> dict[int, float]:
+        """Reduce, clip and update the members in `lrs`, clear all. Returns their gradient norms before clipping."""
         ...
 
     def save(self, directory: Path) -> None: ...
@@ -56,83 +41,112 @@ class Stepper(Protocol):
 
 
 class TorchStepper:
-    """One process; the optimiser is on the cartridge's trainable slots (float32 master and moments)."""
+    """One process; the optimiser is on the cartridges' trainable slots (float32 master and moments)."""
 
-    def __init__(self, student: Student, settings: TrainSettings):
-        self.student = student
-        self.max_grad_norm = settings.optimizer.max_grad_norm
-        self.parameters = [p for p in student.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(student.cartridge, settings.optimizer)
+    def __init__(self, students: Sequence[Student], settings: TrainSettings):
+        self.students, self.max_grad_norm = tuple(students), settings.optimizer.max_grad_norm
+        self.optimizer = make_optimizer([student.cartridge for student in students], settings.optimizer)
 
-    def forward_backward(self, pack: Pack, num_loss_tokens: int) -> LossSums:
-        sums = self.student(pack)
-        (sums.loss / num_loss_tokens).backward()
+    def forward_backward(self, packs: Mapping[int, Pack], loss_tokens: Mapping[int, int]) -> dict[int, LossSums]:
+        sums = read(self.students, packs)
+        sum(sums[member].loss / loss_tokens[member] for member in packs).backward()
         return sums
 
-    def step(self, lr: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        set_learning_rate(self.optimizer, lr)
+    def step(self, lrs: Mapping[int, float]) -> dict[int, float]:
+        norms = clip(self.optimizer, lrs, self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norms
 
     def save(self, directory: Path) -> None:
-        state = {"cartridge": self.student.cartridge.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"cartridges": [student.cartridge.state_dict() for student in self.students],
+                 "optimizer": self.optimizer.state_dict()}
         torch.save(state, directory / "trainer.pt")
 
     def load(self, directory: Path) -> None:
         state = torch.load(directory / "trainer.pt", weights_only=True)
-        self.student.cartridge.load_state_dict(state["cartridge"])
+        for student, cartridge in zip(self.students, state["cartridges"], strict=True):
+            student.cartridge.load_state_dict(cartridge)
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-class Trainer:
-    """Runs the steps of `order` on `stepper`. `rank` of `world` workers takes every `world`-th pack.
+def read(students: Sequence[Student], packs: Mapping[int, Pack], joined: bool | None = None) -> dict[int, LossSums]:
+    """The losses of the members in `packs`. `joined`: those whose packs are of one kind in one pass. None does so on a
+    GPU; on a CPU a pack fills the cores, and how many are joined would only make new shapes.
+    """
+    if joined is None:
+        joined = next(iter(packs.values())).input_ids.is_cuda and not any(one.lockstep for one in students)
+    passes: dict[object, list[int]] = {}
+    for member, pack in packs.items():
+        passes.setdefault(kind(pack) if joined else member, []).append(member)
+    sums: dict[int, LossSums] = {}
+    for members in passes.values():
+        found = together([students[member] for member in members], [packs[member] for member in members])
+        sums |= dict(zip(members, found, strict=True))
+    return sums
 
-    `report(metrics)` is called after every step, `checkpoint(step)` every `checkpoint_every` steps
-    and after the last one. Raises `NonFiniteLoss` before a bad gradient is applied.
+
+class Trainer:
+    """Runs the members' `courses` on `stepper`, a step of each at a time.
+
+    `report(metrics)` is called after every member's step, `checkpoint(step)` every `checkpoint_every` steps and after
+    the last one. A member whose gradients are not finite stays as it was before that step, its message is in `failed`,
+    and the others go on; `NonFiniteLoss` is raised when none is left, before the bad gradient is applied.
     """
 
-    def __init__(self, stepper: Stepper, conversations: Sequence[Conversation], settings: TrainSettings,
-                 seed: int, device="cpu", rank: int = 0, world: int = 1):
-        self.stepper, self.conversations, self.settings = stepper, conversations, settings
-        self.order = Order(conversations, settings, seed)
-        self.device, self.rank, self.world = device, rank, world
+    def __init__(self, stepper: Stepper, courses: Sequence[Course], device="cpu"):
+        self.stepper, self.courses, self.device = stepper, tuple(courses), device
+        self.steps = max(course.steps for course in courses)
+        self.checkpoint_every = courses[0].settings.checkpoint_every
         self.next_step = 0
+        self.failed: dict[int, str] = {}
 
     def run(self, report: Callable[[StepMetrics], None] = lambda _: None,
             checkpoint: Callable[[int], None] = lambda _: None, until: int | None = None) -> None:
         """Steps from `next_step` to `until` (None: the end)."""
-        last = self.order.steps if until is None else min(until, self.order.steps)
+        last = self.steps if until is None else min(until, self.steps)
         while self.next_step < last:
-            report(self.train_step())
+            for metrics in self.train_step():
+                report(metrics)
             done = self.next_step
-            if done % self.settings.checkpoint_every == 0 or done == self.order.steps:
+            if done % self.checkpoint_every == 0 or done == self.steps:
                 checkpoint(done)
 
-    def train_step(self) -> StepMetrics:
-        start, step = time.perf_counter(), self.next_step
-        plans = self.order.plans(step)
-        packs = [collate(self.conversations, plan, self.settings.pack_tokens, self.settings.label_share)
-                 for plan in plans]
-        # Every worker knows every pack, so the global count of loss tokens needs no communication.
-        loss_tokens = sum(pack.num_loss_tokens for pack in packs)
-        mine = packs[self.rank::self.world]
-        sums = [self.stepper.forward_backward(pack.to(self.device), loss_tokens) for pack in mine]
-        total = _add(sums)
-        if not math.isfinite(total["loss"]):
-            raise NonFiniteLoss(f"the loss became {total['loss']} at step {step}; lower train.optimizer.lr "
-                                "and run again: the last checkpoint is kept")
-        lr = learning_rate(step, self.order.steps, self.settings.optimizer)
-        norm = self.stepper.step(lr)
+    def train_step(self) -> list[StepMetrics]:
+        """One step of each member that has not come to its end; `seconds` are its share of the time."""
+        start = time.perf_counter()
+        steps = {member: course.step(self.next_step) for member, course in enumerate(self.courses)
+                 if self.next_step < course.steps and member not in self.failed}
+        sums = self._losses(steps)
+        self._check(sums)
+        norms = self.stepper.step({member: step.lr for member, step in steps.items()})
+        self._note_failures(norms)
         self.next_step += 1
-        count = max(total["count"], 1.0)
-        return StepMetrics(step, self.order.steps, total["loss"] / count, total["kl"] / count,
-                           total["entropy"] / count, total["mass"] / count, lr, norm,
-                           sum(int((pack.segment_ids > 0).sum()) for pack in packs), loss_tokens,
-                           time.perf_counter() - start)
+        seconds = (time.perf_counter() - start) / max(1, len(steps))
+        return [self.courses[member].metrics(member, step, sums[member], norms[member], seconds)
+                for member, step in steps.items() if member not in self.failed]
 
+    def _losses(self, steps: Mapping[int, Step]) -> dict[int, list[LossSums]]:
+        loss_tokens = {member: step.loss_tokens for member, step in steps.items()}
+        sums: dict[int, list[LossSums]] = {member: [] for member in steps}
+        for packs in zip(*(step.packs for step in steps.values()), strict=True):
+            beside = {member: pack.to(self.device) for member, pack in zip(steps, packs, strict=True)}
+            for member, found in self.stepper.forward_backward(beside, loss_tokens).items():
+                sums[member].append(found)
+        return sums
 
-def _add(sums: Sequence[LossSums]) -> dict[str, float]:
-    names = ("loss", "kl", "entropy", "mass", "count")
-    return {name: sum(float(getattr(s, name).detach()) for s in sums) for name in names}
+    def _check(self, sums: Mapping[int, Sequence[LossSums]]) -> None:
+        """Of one cartridge alone, before the step: there is nothing to go on with."""
+        loss = sum(float(one.loss.detach()) for found in sums.values() for one in found)
+        if len(self.courses) == 1 and not math.isfinite(loss):
+            raise NonFiniteLoss(self._message(loss))
+
+    def _note_failures(self, norms: Mapping[int, float]) -> None:
+        """By the gradients, which every worker has alike where a loss is known to one."""
+        self.failed |= {member: self._message(norm) for member, norm in norms.items() if not math.isfinite(norm)}
+        if len(self.failed) == len(self.courses):
+            raise NonFiniteLoss(next(iter(self.failed.values())))
+
+    def _message(self, value: float) -> str:
+        return (f"the loss became {value} at step {self.next_step}; lower train.optimizer.lr and run again: the last "
+                "checkpoint is kept")

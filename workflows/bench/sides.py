@@ -15,6 +15,7 @@ import torch
 
 from cartridges.cartridge import Cartridge
 from cartridges.config import BuildSettings
+from cartridges.distill.course import Course
 from cartridges.distill.student import Student
 from cartridges.distill.trainer import TorchStepper, Trainer
 from cartridges.models import BaseModel
@@ -63,8 +64,8 @@ def make_side(name: str, base: BaseModel, work: Work, settings: BuildSettings) -
 class Ours:
     def __init__(self, base: BaseModel, cartridge: Cartridge, work: Work, settings: BuildSettings):
         self.base, self.work = base, work
-        stepper = TorchStepper(Student(base.model, cartridge), settings.train)
-        self.trainer = Trainer(stepper, work.conversations, settings.train, settings.seed, base.device)
+        stepper = TorchStepper([Student(base.model, cartridge)], settings.train)
+        self.trainer = Trainer(stepper, [Course(work.conversations, settings.train, settings.seed)], base.device)
 
     def round(self) -> float:
         self.trainer.next_step = 0

@@ -1,0 +1,70 @@
+"""What one cartridge is taught, step by step: a pure function of conversations, settings, seed and step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cartridges.config import TrainSettings
+from cartridges.distill.losses import LossSums
+from cartridges.distill.packing import Pack, collate
+from cartridges.distill.schedule import Order, learning_rate
+from cartridges.records import Conversation
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Means over the step's loss tokens (nats a token), and rates. `member` is whose step it was, by number."""
+
+    member: int
+    step: int
+    steps: int
+    loss: float
+    kl: float
+    teacher_entropy: float
+    topk_mass: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    loss_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """A worker's packs of one step; `loss_tokens` and `tokens` count those of all workers."""
+
+    step: int
+    lr: float
+    packs: list[Pack]
+    loss_tokens: int
+    tokens: int
+
+
+class Course:
+    """Of `world` workers, the `rank`-th takes every `world`-th pack of a step. `partners` other members of the cohort
+    may be loaded beside the own cartridge; 0: the distractors of the settings."""
+
+    def __init__(self, conversations: Sequence[Conversation], settings: TrainSettings, seed: int, rank: int = 0,
+                 world: int = 1, partners: int = 0):
+        self.conversations, self.settings, self.rank, self.world = conversations, settings, rank, world
+        self.order = Order(conversations, settings, seed, partners or None)
+
+    @property
+    def steps(self) -> int:
+        return self.order.steps
+
+    def step(self, step: int) -> Step:
+        # Every worker knows every pack, so the global count of loss tokens needs no communication.
+        packs = [collate(self.conversations, plan, self.settings.pack_tokens, self.settings.label_share)
+                 for plan in self.order.plans(step)]
+        return Step(step, learning_rate(step, self.steps, self.settings.optimizer), packs[self.rank::self.world],
+                    sum(pack.num_loss_tokens for pack in packs),
+                    sum(int((pack.segment_ids > 0).sum()) for pack in packs))
+
+    def metrics(self, member: int, step: Step, sums: Sequence[LossSums], grad_norm: float,
+                seconds: float) -> StepMetrics:
+        total = {name: sum(float(getattr(one, name).detach()) for one in sums)
+                 for name in ("loss", "kl", "entropy", "mass", "count")}
+        count = max(total["count"], 1.0)
+        return StepMetrics(member, step.step, self.steps, total["loss"] / count, total["kl"] / count,
+                           total["entropy"] / count, total["mass"] / count, step.lr, grad_norm, step.tokens,
+                           step.loss_tokens, seconds)
