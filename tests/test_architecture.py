@@ -14,7 +14,7 @@ FLOW = (
     "settings",
     "records config",
     "template cartridge readers tables",
-    "download models corpus chunking prompts",
+    "download models corpus collection chunking prompts",
     "merged_attention row_attention attention forward engines.base compose",
     "selfstudy",
     "distill",

@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus, load_questions
 from cartridges.errors import UserError
 from cartridges.records import Corpus, Question
+from cartridges.registry import Registry, check_name
 from workflows.draft import NO_DATASET, draft
 from workflows.held_out import HELD_OUT, read_held_out, reporting
 from workflows.stage import fingerprint, read_manifest, write_manifest
@@ -31,6 +33,19 @@ DRAFT_CONVERSATIONS = 256
 """Planned for a draft whose corpus has no questions: they are made to be asked, not to train on."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """One cartridge to build: its corpus (a path, and what is there), and the questions asked of it in the end."""
+
+    corpus: str
+    loaded: Corpus
+    name: str
+    settings: BuildSettings
+    store: Registry
+    work: Path
+    asked: tuple[Question, ...]
+
+
 def build(corpus: str, name: str, settings: BuildSettings, registry: str, questions: str | None = None,
           workdir: str | None = None) -> dict[str, Any]:
     """Build `name` from `corpus` and publish it: `{report_card, name, version, seconds, workdir}`.
@@ -39,34 +54,43 @@ def build(corpus: str, name: str, settings: BuildSettings, registry: str, questi
     Raises `UserError` for whatever is wrong with the corpus, the questions or the settings, before
     anything expensive begins.
     """
-    from cartridges.registry import Registry, check_name
-    from workflows.train import check_training
-
     start = time.monotonic()
-    check_name(name)
-    store = Registry(registry)
     loaded = load_corpus(corpus, settings.corpus.corpus_id)
     asked = load_questions(questions, settings.corpus.corpus_id) if questions else loaded.questions
-    if not asked:
-        train = settings.train.model_copy(update={"held_out": HELD_OUT_QUESTIONS})
-        settings = settings.model_copy(update={"train": train})
-    work = Path(workdir or f"runs/{name}")
-    check_training(loaded, settings)
-    settings = _settle(loaded, settings, work)
+    job = prepare(corpus, loaded, name, settings, Registry(registry), asked, Path(workdir or f"runs/{name}"))
+    job = replace(job, settings=settle(loaded, job.settings, job.work))
     if asked and settings.train.loss == "none":
-        dataset, (trained, cartridge) = NO_DATASET, draft(loaded, settings, work)
+        dataset, (trained, cartridge) = NO_DATASET, draft(loaded, job.settings, job.work)
     else:
-        dataset, trained, cartridge = _make_cartridge(corpus, loaded, name, settings, work)
-    card = _evaluate(loaded, asked, name, settings, work, store, dataset, trained, cartridge)
-    text = loaded.text if settings.corpus.keep_text else None
-    version = _publish(store, name, cartridge, card, text, work)
-    result = {"name": name, "version": version, "registry": registry, "workdir": str(work),
-              "seconds": time.monotonic() - start, "report_card": card}
-    write_manifest(work / "build.json", result)
+        dataset, trained, cartridge = _make_cartridge(job)
+    result = {"registry": registry, "workdir": str(job.work), **finish(job, dataset, trained, cartridge),
+              "seconds": time.monotonic() - start}
+    write_manifest(job.work / "build.json", result)
     return result
 
 
-def _settle(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSettings:
+def prepare(corpus: str, loaded: Corpus, name: str, settings: BuildSettings, store: Registry,
+            asked: tuple[Question, ...], work: Path) -> Job:
+    """The job, checked; without questions it holds some of self-study back. Raises `UserError`."""
+    from workflows.train import check_training
+
+    check_name(name)
+    if not asked:
+        train = settings.train.model_copy(update={"held_out": HELD_OUT_QUESTIONS})
+        settings = settings.model_copy(update={"train": train})
+    check_training(loaded, settings)
+    return Job(corpus, loaded, name, settings, store, work, asked)
+
+
+def finish(job: Job, dataset: dict[str, Any], trained: dict[str, Any], cartridge: Path) -> dict[str, Any]:
+    """Examine the artifact and publish it: `{name, version, report_card}`."""
+    card = _evaluate(job, dataset, trained, cartridge)
+    text = job.loaded.text if job.settings.corpus.keep_text else None
+    return {"name": job.name, "version": _publish(job.store, job.name, cartridge, card, text, job.work),
+            "report_card": card}
+
+
+def settle(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSettings:
     """Derive what was left open (conversations; with a budget, steps), and print the plan on stderr."""
     from workflows import budget, rates
     from workflows.console import human_seconds
@@ -126,52 +150,63 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _make_cartridge(corpus: str, loaded: Corpus, name: str, settings: BuildSettings,
-                    work: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def _make_cartridge(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """Synthesis and training: `(data set manifest, training manifest, artifact directory)`."""
     from workflows import rates
     from workflows.local_ray import local_ray
     from workflows.synthesize import MANIFEST as DATASET
-    from workflows.synthesize import dataset_fingerprint, synthesize
     from workflows.train import MANIFEST as TRAINING
     from workflows.train import train, train_fingerprint
 
+    settings = job.settings
     if settings.curriculum.rounds > 1:
-        return _make_by_rounds(corpus, loaded, name, settings, work)
-    of_dataset = dataset_fingerprint(loaded, settings)
-    dataset_dir = work / f"synthesize-{of_dataset}"
-    train_dir = work / f"train-{train_fingerprint(of_dataset, settings)}"
+        return _make_by_rounds(job)
+    of_dataset, dataset_dir = dataset_place(job)
+    train_dir = job.work / f"train-{train_fingerprint(of_dataset, settings)}"
     with ExitStack() as stack:
         if not ((dataset_dir / DATASET).is_file() and (train_dir / TRAINING).is_file()):
             stack.enter_context(local_ray())  # one Ray for both stages
-        dataset = synthesize(corpus, str(dataset_dir), settings, job=name)
-        trained = train(str(dataset_dir), corpus, str(train_dir), settings, job=name)
+        dataset = synthesize_for(job)
+        trained = train(str(dataset_dir), job.corpus, str(train_dir), settings, job=job.name)
     rates.remember(settings, dataset, trained)
     return dataset, trained, train_dir / "cartridge"
 
 
-def _make_by_rounds(corpus: str, loaded: Corpus, name: str, settings: BuildSettings,
-                    work: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def dataset_place(job: Job) -> tuple[str, Path]:
+    """Fingerprint and directory of the job's conversations."""
+    from workflows.synthesize import dataset_fingerprint
+
+    expected = dataset_fingerprint(job.loaded, job.settings)
+    return expected, job.work / f"synthesize-{expected}"
+
+
+def synthesize_for(job: Job) -> dict[str, Any]:
+    from workflows.synthesize import synthesize
+
+    return synthesize(job.corpus, str(dataset_place(job)[1]), job.settings, job=job.name)
+
+
+def _make_by_rounds(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     from workflows import rates
     from workflows.curriculum import joined, run_rounds
     from workflows.local_ray import local_ray
 
     with local_ray():  # one Ray for all rounds
-        rounds = run_rounds(corpus, loaded, name, settings, work, say)
-    rates.remember(settings, rounds[0].dataset, rounds[0].trained)
+        rounds = run_rounds(job.corpus, job.loaded, job.name, job.settings, job.work, say)
+    rates.remember(job.settings, rounds[0].dataset, rounds[0].trained)
     return *joined(rounds), rounds[-1].train_dir / "cartridge"
 
 
-def _evaluate(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: BuildSettings, work: Path,
-              store, dataset: dict, trained: dict, cartridge: Path) -> dict[str, Any]:
-    """The report card; held-out self-study questions where `asked` is empty."""
+def _evaluate(job: Job, dataset: dict, trained: dict, cartridge: Path) -> dict[str, Any]:
+    """The report card; held-out self-study questions where the job has none to ask."""
     from workflows.tracking import track
 
-    source = "user" if asked else "held_out_self_study"
-    asked = asked or _held_out_questions(cartridge.parent, settings)
+    settings = job.settings
+    source = "user" if job.asked else "held_out_self_study"
+    asked = job.asked or _held_out_questions(cartridge.parent, settings)
     expected = fingerprint([trained["fingerprint"], settings.evaluate.model_dump(mode="json"), source,
                             [[one.question_id, one.question, *one.answers, *one.options] for one in asked]])
-    output = work / f"evaluate-{expected}"
+    output = job.work / f"evaluate-{expected}"
     done = read_manifest(output / "report_card.json")
     if done is not None:
         return done
@@ -179,17 +214,16 @@ def _evaluate(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: 
             "conversations": dataset["conversations"], "tokens": dataset["tokens"],
             **({"rounds": trained["rounds"]} if "rounds" in trained else {})}
     start = time.monotonic()
-    with track("evaluate", name, settings.model_dump(mode="json"), work) as run:
-        report = _report(corpus, asked, name, settings, store, cartridge, source, made)
+    with track("evaluate", job.name, settings.model_dump(mode="json"), job.work) as run:
+        report = _report(job, asked, cartridge, source, made)
         made["seconds"]["evaluate"] = report.card["build"]["seconds"]["evaluate"] = time.monotonic() - start
         run.report_card(report.card)
-        run.artifact(cartridge, name, "cartridge")
+        run.artifact(cartridge, job.name, "cartridge")
     report.save(output)
     return report.card
 
 
-def _report(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: BuildSettings, store,
-            cartridge: Path, source: str, made: dict[str, Any]):
+def _report(job: Job, asked: tuple[Question, ...], cartridge: Path, source: str, made: dict[str, Any]):
     from cartridges import artifact
     from cartridges.engines.base import CartridgePrefix
     from cartridges.engines.transformers import TransformersEngine
@@ -198,13 +232,14 @@ def _report(corpus: Corpus, asked: tuple[Question, ...], name: str, settings: Bu
     from workflows.console import Progress
     from workflows.evaluate import wrong_cartridge
 
+    settings, corpus = job.settings, job.loaded
     loaded, base = artifact.load(cartridge), load_base_model(settings.model)
-    subject = Subject(name, CartridgePrefix(loaded.cartridge, loaded.digest), corpus.corpus_id,
+    subject = Subject(job.name, CartridgePrefix(loaded.cartridge, loaded.digest), corpus.corpus_id,
                       corpus.fingerprint, loaded.manifest.corpus.tokens, corpus.text, loaded.manifest.version)
     with Progress(None, "evaluate", "requests") as bar:
         return report_card(
             TransformersEngine(base), base, subject, asked, settings.evaluate, settings.seed,
-            wrong=wrong_cartridge(store, loaded, base, settings), questions_source=source, build=made,
+            wrong=wrong_cartridge(job.store, loaded, base, settings), questions_source=source, build=made,
             progress=bar.callback)
 
 

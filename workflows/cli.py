@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from workflows import commands
-from workflows.exits import exit_code
+from workflows.exits import PartlyDone, exit_code
 
 RESUMABLE = ("build", "synthesize", "train")
 REFERENCE = "NAME, NAME@VERSION or NAME@ALIAS"
@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         with _clean_stdout(args.json):
             result = args.run(args)
         _report(args, result)
+        if result and result.get("failed"):
+            raise PartlyDone(f"{len(result['failed'])} of the corpora have no cartridge; the same command tries them "
+                             "again")
 
     return exit_code(run, resumable=args.command in RESUMABLE)
 
@@ -108,6 +111,9 @@ def _add_stages(parsers: Any) -> None:
 def _add_build_arguments(build: argparse.ArgumentParser) -> None:
     build.add_argument("corpus", metavar="CORPUS", help=CORPUS)
     build.add_argument("--name", required=True, metavar="NAME", help="name of the cartridge in the registry")
+    build.add_argument("--each", action="store_true",
+                       help="a cartridge NAME.ID for each corpus_id of a JSONL or table, or document of a folder, "
+                            "trained side by side")
     build.add_argument("--questions", metavar="FILE",
                        help="JSONL of rows with `questions`; default: held-out self-study questions")
     build.add_argument("--workdir", metavar="DIR", help="where stages keep their work; default: runs/NAME")
@@ -314,6 +320,8 @@ def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
         show[args.bench](result, sys.stdout)
     elif args.command == "evaluate":
         console.print_report_card(result, sys.stdout)
+    elif args.command == "build" and args.each:
+        console.print_collection(result, sys.stdout)
     elif args.command == "build":
         console.print_report_card(result["report_card"], sys.stdout)
         print(f"\npublished {result['name']}@{result['version']} in {args.registry}")

@@ -35,8 +35,10 @@ def run_build(args: argparse.Namespace) -> dict[str, Any]:
     check_name(args.name)
     settings = settings_from(args)
     from workflows.build import build
+    from workflows.collection import build_each
 
-    return build(args.corpus, args.name, settings, args.registry, args.questions, args.workdir)
+    made = build_each if args.each else build
+    return made(args.corpus, args.name, settings, args.registry, args.questions, args.workdir)
 
 
 def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:

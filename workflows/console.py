@@ -154,6 +154,27 @@ def print_table(rows: list[list[str]], stream: TextIO) -> None:
             print("  ".join(cells).rstrip(), file=stream)
 
 
+def print_collection(result: dict[str, Any], stream: TextIO) -> None:
+    """A line for each cartridge: what it says and how likely it finds the gold answers, beside full context."""
+    rows = [["cartridge", "version", "tokens", "p", "contains", "full", "NLL", "full", "choice", "full"]]
+    for one in result["cartridges"]:
+        card = one["report_card"]
+        rows.append([one["name"], one["version"][:8], str(card["corpus"]["tokens"]),
+                     str(card["cartridge"]["num_tokens"]),
+                     *(_mean(card, arm, metric) for metric in ("contains", "nll_per_token", "choice_accuracy")
+                       for arm in ("cartridge", "full_context"))])
+    print_table(rows, stream)
+    for one in result["failed"]:
+        print(f"{one['name']}: not built: {one['error']}", file=stream)
+    print(f"\npublished {len(result['cartridges'])} cartridges in {result['registry']}; "
+          f"{human_seconds(result['seconds'])} in all", file=stream)
+
+
+def _mean(card: dict[str, Any], arm: str, metric: str) -> str:
+    interval = card["arms"].get(arm, {}).get("metrics", {}).get(metric)
+    return "-" if interval is None or interval["mean"] is None else f"{interval['mean']:.2f}"
+
+
 def print_report_card(card: dict[str, Any], stream: TextIO) -> None:
     """Arms x metrics with 95 % intervals, paired differences, build seconds and sizes."""
     print(_headline(card), file=stream)

@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterator
 from cartridges.errors import UserError
 
 
+class PartlyDone(Exception):
+    """Some of what was asked for is done, and the rest is not."""
+
+
 def exit_code(command: Callable[[], None], resumable: bool) -> int:
     """Run `command`: 0, or 2 for a user's mistake, 130 for Ctrl-C and SIGTERM, 1 where nothing can be written.
 
@@ -22,6 +26,9 @@ def exit_code(command: Callable[[], None], resumable: bool) -> int:
     except UserError as error:
         print(f"cartridges: {_one_line(error)}", file=sys.stderr)
         return 2
+    except PartlyDone as error:
+        print(f"cartridges: {_one_line(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         again = "; the same command goes on where it stopped" if resumable else ""
         print(f"cartridges: interrupted{again}", file=sys.stderr)

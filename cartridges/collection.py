@@ -1,0 +1,66 @@
+"""A collection: several corpora in one place, each of which gets a cartridge of its own."""
+
+import fnmatch
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cartridges.corpus import JSONL_SUFFIXES, corpus_ids, load_corpus
+from cartridges.errors import UserError
+from cartridges.tables import is_table, open_table
+
+LONGEST_NAME = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """One corpus of a collection, as `load_corpus(path, corpus_id)` reads it; `label` is unique in it."""
+
+    path: str
+    corpus_id: str | None
+    label: str
+
+
+def parts(path: str, pattern: str | None = None) -> list[Part]:
+    """The corpora at `path`: rows of a JSONL or a table by their `corpus_id`, or the documents of a folder by their
+    relative paths; `pattern`, a shell pattern of ids or paths, picks some. Raises `UserError` where there are none.
+    """
+    where = Path(path).expanduser()
+    if not where.exists():
+        raise UserError(f"corpus {path} does not exist")
+    if is_table(where):
+        found = [Part(path, name, name) for name in _ids_of_table(where)]
+    elif where.is_dir():
+        sources = [document.source for document in load_corpus(path).documents]
+        found = [Part(str(where / source), None, source) for source in sources]
+    elif where.suffix.lower() in JSONL_SUFFIXES:
+        found = [Part(path, name, name) for name in dict.fromkeys(corpus_ids(path))]
+    else:
+        raise UserError(f"{path} is one document; --each wants a folder, or rows with corpus_id")
+    chosen = [part for part in found if pattern is None or fnmatch.fnmatchcase(part.label, pattern)]
+    if not chosen:
+        raise UserError(f"{path} has no corpus {pattern!r}; it has {', '.join(part.label for part in found[:4])}"
+                        + (f", ... ({len(found)} in all)" if len(found) > 4 else ""))
+    return chosen
+
+
+def _ids_of_table(where: Path) -> list[str]:
+    table = open_table(where)
+    if "corpus_id" not in table.columns:
+        raise UserError(f"{where} has no column corpus_id, so all of it is one corpus; leave --each out")
+    return list(dict.fromkeys(str(row["corpus_id"]) for row in table.rows("corpus_id") if row.get("corpus_id")))
+
+
+def names(prefix: str, chosen: list[Part]) -> list[str]:
+    """`PREFIX.LABEL` of each, in the characters of a registry name: `kb.squad-geology`. Raises `UserError` where two
+    would have the same."""
+    made: dict[str, str] = {}
+    for part in chosen:
+        slug = re.sub(r"[^a-z0-9]+", "-", part.label.lower()).strip("-")
+        name = f"{prefix}.{slug}"[:LONGEST_NAME].rstrip("-.")
+        if name in made.values():
+            other = next(label for label, taken in made.items() if taken == name)
+            raise UserError(f"{other} and {part.label} would both be called {name}; give them ids that differ in "
+                            "letters or digits, or a shorter --name")
+        made[part.label] = name
+    return list(made.values())

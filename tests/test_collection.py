@@ -1,0 +1,117 @@
+"""A collection: a cartridge for each corpus, as if each had been trained alone."""
+
+import json
+
+import pytest
+import torch
+
+from cartridges import artifact
+from cartridges.collection import names, parts
+from cartridges.config import BuildSettings
+from cartridges.errors import UserError
+from cartridges.registry import Registry
+from tests.test_build import EVALUATE, FAMILIES
+from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for
+from workflows.collection import build_each
+from workflows.console import print_collection
+from workflows.train import train
+
+TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 6, "threads_per_worker": 1,
+         "checkpoint_every": 2, "held_out": 4}
+TEXTS = {"keepers/North": CORPUS, "keepers/South": CORPUS.replace("lamp", "horn"),
+         "keepers/West": CORPUS.replace("keeper", "warden") * 2}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "keepers.jsonl"
+    asked = [{"question": f"How many {what}?", "answers": [str(n)]} for n, what in enumerate(("bells", "boats"))]
+    file.write_text("".join(json.dumps({"corpus_id": name, "text": text, "questions": asked}) + "\n"
+                            for name, text in TEXTS.items()))
+    return file
+
+
+@pytest.fixture
+def settings(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("CARTRIDGES_HOME", str(tmp_path / "home"))
+    base = tiny_settings(tiny_model_dir, num_conversations=48, batch_size=16, families=FAMILIES)
+    return BuildSettings.model_validate({**base.model_dump(), "train": TRAIN, "evaluate": EVALUATE,
+                                         "cohort": {"active": 2}})
+
+
+def test_a_collection_is_rows_by_id_or_documents_by_path(rows, tmp_path):
+    assert [part.label for part in parts(str(rows))] == list(TEXTS)
+    assert [part.corpus_id for part in parts(str(rows), "*/[SW]*")] == ["keepers/South", "keepers/West"]
+    (tmp_path / "docs" / "a").mkdir(parents=True)
+    (tmp_path / "docs" / "a" / "One.md").write_text("One keeper.")
+    (tmp_path / "docs" / "two.txt").write_text("Two keepers.")
+    found = parts(str(tmp_path / "docs"))
+    assert [(part.label, part.corpus_id) for part in found] == [("two.txt", None), ("a/One.md", None)]
+    assert names("kb", found) == ["kb.two-txt", "kb.a-one-md"]
+    assert names("kb", parts(str(rows)))[0] == "kb.keepers-north"
+    for pattern, path, message in (("x/*", rows, "no corpus 'x/\\*'"),
+                                   (None, tmp_path / "docs" / "two.txt", "one document"),
+                                   (None, tmp_path / "nowhere", "does not exist")):
+        with pytest.raises(UserError, match=message):
+            parts(str(path), pattern)
+    rows.write_text(rows.read_text() + json.dumps({"corpus_id": "keepers north", "text": "x"}) + "\n")
+    with pytest.raises(UserError, match="would both be called kb.keepers-north"):
+        names("kb", parts(str(rows)))
+
+
+def test_mistakes_are_named_with_their_corpus_before_anything_begins(settings, rows, tmp_path):
+    def attempt(message, **update):
+        with pytest.raises(UserError, match=message):
+            build_each(str(rows), "kb", settings.model_copy(update=update), str(tmp_path / "registry"), None,
+                       str(tmp_path / "work"))
+
+    attempt("keepers/North: the corpus is shorter", train=settings.train.model_copy(update={"num_tokens": 4096}))
+    attempt("leave --loss none", train=settings.train.model_copy(update={"loss": "none"}))
+    attempt("zero_stage=1", train=settings.train.model_copy(update={"zero_stage": 1}))
+    assert not (tmp_path / "work").exists() and not (tmp_path / "registry").exists()
+
+
+@pytest.mark.slow
+def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_path, capsys):
+    """Killed in the second of two waves. The cartridges differ in length."""
+    settings = settings.model_copy(update={"cohort": settings.cohort.model_copy(update={"compression": 8})})
+    registry, work = tmp_path / "registry", tmp_path / "work"
+    arguments = (str(rows), "kb", settings, str(registry), None, str(work))
+    with in_a_process(_BUILD, *arguments[:2], settings.model_dump_json(), registry, work) as process:
+        wait_for(lambda: len(list(work.glob("kb.*/train-*/trained.json"))) == 2
+                 and list(work.glob("cohort-*/work/run/checkpoint_*")), process)
+    assert not list(work.glob("kb.*/train-*/train.json"))
+    result = build_each(*arguments)
+    made = {one["corpus_id"]: one for one in result["cartridges"]}
+    assert list(made) == list(TEXTS) and result["failed"] == []
+    lengths = {name: one["report_card"]["cartridge"]["num_tokens"] for name, one in made.items()}
+    assert lengths["keepers/West"] > lengths["keepers/North"] and not any(length % 32 for length in lengths.values())
+    assert all(one["report_card"]["questions"]["asked"] == 2 for one in made.values())
+    for name, one in made.items():
+        own = settings.model_copy(update={
+            "corpus": settings.corpus.model_copy(update={"corpus_id": name}),
+            "train": settings.train.model_copy(update={"num_tokens": lengths[name]})})
+        (dataset,), (together,) = (list(work.glob(f"{one['name']}/{kind}-*")) for kind in ("synthesize", "train"))
+        train(str(dataset), str(rows), str(tmp_path / "alone" / one["name"]), own)
+        alone, beside = (artifact.load(place / "cartridge").cartridge.trainable_keys
+                         for place in (tmp_path / "alone" / one["name"], together))
+        torch.testing.assert_close(alone, beside, rtol=2e-2, atol=2e-2)
+        assert (tmp_path / "alone" / one["name"] / "train.json").exists() and (together / "metrics.jsonl").exists()
+    assert not list(work.glob("cohort-*/work"))
+    again = build_each(*arguments)
+    assert [one["version"] for one in again["cartridges"]] == [one["version"] for one in result["cartridges"]]
+    assert {name for name in Registry(registry).names()} == {"kb.keepers-north", "kb.keepers-south", "kb.keepers-west"}
+    import sys
+
+    print_collection(result, sys.stderr)
+    assert "published 3 cartridges" in capsys.readouterr().err
+
+
+_BUILD = """
+import json, sys
+from cartridges.config import BuildSettings
+from workflows.collection import build_each
+corpus, name, settings, registry, work = sys.argv[1:]
+build_each(corpus, name, BuildSettings.model_validate(json.loads(settings)), registry, None, work)
+"""

@@ -1,0 +1,150 @@
+"""One cartridge for each corpus of a collection: synthesized one after the other, trained side by side.
+
+    WORKDIR/<label>/                as for one build, but without build.json
+    WORKDIR/cohort-<fingerprint>/   the training they share, while it runs
+    WORKDIR/collection.json         the result of the last finished run
+
+The same command goes on where it stopped, and does nothing again for a corpus that has not changed.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cartridges.collection import Part, names, parts
+from cartridges.config import BuildSettings
+from cartridges.corpus import corpus_ids, has_corpus, load_corpus, load_questions
+from cartridges.errors import UserError
+from cartridges.records import Question
+from cartridges.registry import Registry, check_name
+from workflows.build import Job, dataset_place, finish, prepare, say, settle, synthesize_for
+from workflows.cohort import Member, acquainted, train_cohort
+from workflows.stage import fingerprint, write_manifest
+from workflows.synthesize import corpus_tokens
+
+STEP = 32
+"""Cartridges that are sized by their corpora are of a multiple of so many slots: engines share whole blocks."""
+
+
+def build_each(corpus: str, name: str, settings: BuildSettings, registry: str, questions: str | None = None,
+               workdir: str | None = None) -> dict[str, Any]:
+    """A cartridge `NAME.<label>` for each corpus at `corpus`: `{cartridges: [{name, version, corpus_id, report_card}],
+    failed: [{name, corpus_id, error}], seconds, workdir, registry}`.
+
+    `settings.budget` is shared by all of them, in proportion to their tokens. One that fails does not stop the others.
+    Raises `UserError` for whatever is wrong with any corpus, the questions or the settings, before anything begins.
+    """
+    start, work = time.monotonic(), Path(workdir or f"runs/{name}")
+    check_name(name)
+    _check(settings)
+    chosen = parts(corpus, settings.corpus.corpus_id)
+    jobs = _jobs(chosen, names(name, chosen), settings, Registry(registry), questions, work)
+    say(f"{len(jobs)} corpora, {sum(job.settings.train.num_tokens for job in jobs)} slots in all; "
+        f"{min(len(jobs), settings.cohort.active)} are trained at once")
+    jobs = _with_plans(jobs, settings)
+    made, failed = _make(jobs, name, settings, work)
+    labels = {job.name: part.label for job, part in zip(jobs, chosen, strict=True)}
+    result = {
+        "cartridges": [{"corpus_id": labels[job.name], **finish(job, *one)} for job, one in made],
+        "failed": [{"corpus_id": labels[job.name], "name": job.name, "error": error} for job, error in failed],
+        "registry": registry, "workdir": str(work), "seconds": time.monotonic() - start}
+    write_manifest(work / "collection.json", result)
+    return result
+
+
+def _check(settings: BuildSettings) -> None:
+    if settings.train.loss == "none" or settings.curriculum.rounds > 1:
+        raise UserError("--each trains many cartridges at once: leave --loss none and --curriculum out")
+    if settings.train.zero_stage in (1, 2):
+        raise UserError(f"train.zero_stage={settings.train.zero_stage} cuts up the optimiser's state of one cartridge; "
+                        "with --each use 0 or 3")
+    if settings.cohort.acquainted and settings.train.distractors:
+        raise UserError("cohort.acquainted makes the members of a wave each other's distractors; leave "
+                        "train.distractors out")
+
+
+def _jobs(chosen: Sequence[Part], called: Sequence[str], settings: BuildSettings, store: Registry,
+          questions: str | None, work: Path) -> list[Job]:
+    """All of them, checked."""
+    jobs = []
+    for part, name in zip(chosen, called, strict=True):
+        own = settings.model_copy(update={
+            "corpus": settings.corpus.model_copy(update={"corpus_id": part.corpus_id})})
+        loaded = load_corpus(part.path, part.corpus_id)
+        if settings.cohort.compression:
+            slots = round(corpus_tokens(loaded, own) / settings.cohort.compression / STEP) * STEP
+            own = own.model_copy(update={"train": own.train.model_copy(update={"num_tokens": max(STEP, slots)})})
+        asked = _questions(questions, part) if questions else loaded.questions
+        try:
+            jobs.append(prepare(part.path, loaded, name, own, store, asked, work / name))
+        except UserError as error:
+            raise UserError(f"{part.label}: {error}") from None
+    return jobs
+
+
+def _questions(file: str, part: Part) -> tuple[Question, ...]:
+    """Those under the corpus' id; none where the file has no row for it."""
+    corpus_ids(file)  # a row without one belongs to nobody
+    return load_questions(file, part.label) if has_corpus(file, part.label) else ()
+
+
+def _with_plans(jobs: Sequence[Job], settings: BuildSettings) -> list[Job]:
+    from workflows.budget import START_SECONDS, parse_time
+
+    sizes = [corpus_tokens(job.loaded, job.settings) for job in jobs]
+    planned = []
+    for job, size in zip(jobs, sizes, strict=True):
+        own = job.settings
+        if settings.budget is not None:
+            # What is paid once is in the plan of each.
+            left = max(0.0, parse_time(settings.budget) - START_SECONDS)
+            own = own.model_copy(update={"budget": f"{START_SECONDS + left * size / sum(sizes):.0f}s"})
+        planned.append(replace(job, settings=settle(job.loaded, own, job.work)))
+    return planned
+
+
+Made = tuple[Job, tuple[dict[str, Any], dict[str, Any], Path]]
+
+
+def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
+          work: Path) -> tuple[list[Made], list[tuple[Job, str]]]:
+    """Synthesis and training: of each job `(data set manifest, training manifest, artifact directory)`, and of those
+    that failed why."""
+    from workflows.local_ray import local_ray
+
+    failed: list[tuple[Job, str]] = []
+    ready: list[tuple[Job, dict[str, Any], Member]] = []
+    with local_ray():  # one Ray for all
+        for number, job in enumerate(jobs, start=1):
+            say(f"{job.name}, {number} of {len(jobs)}")
+            dataset = synthesize_for(job)
+            try:
+                ready.append((job, dataset, _member(job)))
+            except UserError as error:
+                failed.append((job, str(error)))
+        if not ready:
+            raise UserError(f"nothing could be trained; {failed[0][0].name}: {failed[0][1]}")
+        members = [member for _, _, member in ready]
+        if settings.cohort.acquainted:
+            members = acquainted(members)
+        members = [replace(member, output=job.work / f"train-{member.fingerprint}")
+                   for (job, _, _), member in zip(ready, members, strict=True)]
+        together = work / f"cohort-{fingerprint([member.fingerprint for member in members])}"
+        manifests = train_cohort(members, together, name, job=name)
+    made = []
+    for (job, dataset, _), member, manifest in zip(ready, members, manifests, strict=True):
+        if "failed" in manifest:
+            failed.append((job, manifest["failed"]))
+        else:
+            made.append((job, (dataset, manifest, member.output / "cartridge")))
+    return made, failed
+
+
+def _member(job: Job) -> Member:
+    from workflows.train import member_of, train_fingerprint
+
+    of_dataset, dataset_dir = dataset_place(job)
+    output = job.work / f"train-{train_fingerprint(of_dataset, job.settings)}"
+    return member_of(str(dataset_dir), job.corpus, str(output), job.settings)
