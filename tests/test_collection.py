@@ -1,6 +1,7 @@
 """A collection: a cartridge for each corpus, as if each had been trained alone."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,18 +9,23 @@ import torch
 from cartridges import artifact
 from cartridges.collection import names, parts
 from cartridges.config import BuildSettings
+from cartridges.distill.course import Course
+from cartridges.distill.initialize import initialize
+from cartridges.distill.student import Student
+from cartridges.distill.trainer import TorchStepper, Trainer
 from cartridges.errors import UserError
 from cartridges.registry import Registry
+from cartridges.selfstudy.held_out import split
+from cartridges.selfstudy.storage import load_conversations
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for
 from workflows.collection import build_each
 from workflows.console import print_collection
-from workflows.train import train
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 6, "threads_per_worker": 1,
          "checkpoint_every": 2, "held_out": 4}
-TEXTS = {"keepers/North": CORPUS, "keepers/South": CORPUS.replace("lamp", "horn"),
-         "keepers/West": CORPUS.replace("keeper", "warden") * 2}
+TEXTS = {"keepers/North": CORPUS, "keepers/South": CORPUS.replace("lighthouse", "harbour"),
+         "keepers/West": CORPUS + "\n\n" + CORPUS.replace("lighthouse", "mill"), "keepers/East": CORPUS}
 
 
 @pytest.fixture
@@ -73,8 +79,8 @@ def test_mistakes_are_named_with_their_corpus_before_anything_begins(settings, r
 
 
 @pytest.mark.slow
-def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_path, capsys):
-    """Killed in the second of two waves. The cartridges differ in length."""
+def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_path, capsys, tiny_base_model):
+    """Killed in the second of two waves. The cartridges differ in length, and two corpora are the same text."""
     settings = settings.model_copy(update={"cohort": settings.cohort.model_copy(update={"compression": 8})})
     registry, work = tmp_path / "registry", tmp_path / "work"
     arguments = (str(rows), "kb", settings, str(registry), None, str(work))
@@ -84,28 +90,31 @@ def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_pat
     assert not list(work.glob("kb.*/train-*/train.json"))
     result = build_each(*arguments)
     made = {one["corpus_id"]: one for one in result["cartridges"]}
-    assert list(made) == list(TEXTS) and result["failed"] == []
+    assert result["failed"] == [] and list(made) == list(TEXTS)
     lengths = {name: one["report_card"]["cartridge"]["num_tokens"] for name, one in made.items()}
     assert lengths["keepers/West"] > lengths["keepers/North"] and not any(length % 32 for length in lengths.values())
     assert all(one["report_card"]["questions"]["asked"] == 2 for one in made.values())
     for name, one in made.items():
-        own = settings.model_copy(update={
-            "corpus": settings.corpus.model_copy(update={"corpus_id": name}),
-            "train": settings.train.model_copy(update={"num_tokens": lengths[name]})})
         (dataset,), (together,) = (list(work.glob(f"{one['name']}/{kind}-*")) for kind in ("synthesize", "train"))
-        train(str(dataset), str(rows), str(tmp_path / "alone" / one["name"]), own)
-        alone, beside = (artifact.load(place / "cartridge").cartridge.trainable_keys
-                         for place in (tmp_path / "alone" / one["name"], together))
-        torch.testing.assert_close(alone, beside, rtol=2e-2, atol=2e-2)
-        assert (tmp_path / "alone" / one["name"] / "train.json").exists() and (together / "metrics.jsonl").exists()
-    assert not list(work.glob("cohort-*/work"))
+        own = settings.train.model_copy(update={"num_tokens": lengths[name]})
+        alone = _alone(tiny_base_model, own, settings.seed, TEXTS[name], load_conversations(dataset / "shards"))
+        beside = artifact.load(together / "cartridge").cartridge.trainable_keys
+        torch.testing.assert_close(alone, beside[-len(alone):], rtol=2e-2, atol=2e-2)
+        assert len((together / "metrics.jsonl").read_text().splitlines()) == TRAIN["steps"]
+    assert not list(work.glob("cohort-*/work")) and not (work / "synthesize-together").exists()
     again = build_each(*arguments)
     assert [one["version"] for one in again["cartridges"]] == [one["version"] for one in result["cartridges"]]
-    assert {name for name in Registry(registry).names()} == {"kb.keepers-north", "kb.keepers-south", "kb.keepers-west"}
-    import sys
-
+    assert set(Registry(registry).names()) == {one["name"] for one in made.values()} and len(made) == 4
     print_collection(result, sys.stderr)
-    assert "published 3 cartridges" in capsys.readouterr().err
+    assert "published 4 cartridges" in capsys.readouterr().err
+
+
+def _alone(base, settings, seed, text, conversations):
+    """The upper layers' keys of a cartridge trained in this process."""
+    cartridge = initialize(base, text, settings, seed)
+    kept, _ = split(conversations, settings.held_out, seed)
+    Trainer(TorchStepper([Student(base.model, cartridge)], settings), [Course(kept, settings, seed)]).run()
+    return cartridge.trainable_keys.detach()
 
 
 _BUILD = """

@@ -155,6 +155,7 @@ def _make_cartridge(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     from workflows import rates
     from workflows.local_ray import local_ray
     from workflows.synthesize import MANIFEST as DATASET
+    from workflows.synthesize import synthesize
     from workflows.train import MANIFEST as TRAINING
     from workflows.train import train, train_fingerprint
 
@@ -166,7 +167,7 @@ def _make_cartridge(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     with ExitStack() as stack:
         if not ((dataset_dir / DATASET).is_file() and (train_dir / TRAINING).is_file()):
             stack.enter_context(local_ray())  # one Ray for both stages
-        dataset = synthesize_for(job)
+        dataset = synthesize(job.corpus, str(dataset_dir), settings, job=job.name)
         trained = train(str(dataset_dir), job.corpus, str(train_dir), settings, job=job.name)
     rates.remember(settings, dataset, trained)
     return dataset, trained, train_dir / "cartridge"
@@ -178,12 +179,6 @@ def dataset_place(job: Job) -> tuple[str, Path]:
 
     expected = dataset_fingerprint(job.loaded, job.settings)
     return expected, job.work / f"synthesize-{expected}"
-
-
-def synthesize_for(job: Job) -> dict[str, Any]:
-    from workflows.synthesize import synthesize
-
-    return synthesize(job.corpus, str(dataset_place(job)[1]), job.settings, job=job.name)
 
 
 def _make_by_rounds(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:

@@ -1,7 +1,8 @@
-"""One cartridge for each corpus of a collection: synthesized one after the other, trained side by side.
+"""One cartridge for each corpus of a collection: synthesized and trained side by side.
 
-    WORKDIR/<label>/                as for one build, but without build.json
-    WORKDIR/cohort-<fingerprint>/   the training they share, while it runs
+    WORKDIR/<name>/                 as for one build, but without build.json
+    WORKDIR/synthesize-together/    the synthesis that they share, while it runs
+    WORKDIR/cohort-<fingerprint>/   the training that they share, likewise
     WORKDIR/collection.json         the result of the last finished run
 
 The same command goes on where it stopped, and does nothing again for a corpus that has not changed.
@@ -19,10 +20,11 @@ from cartridges.corpus import corpus_ids, has_corpus, load_corpus, load_question
 from cartridges.errors import UserError
 from cartridges.records import Question
 from cartridges.registry import Registry, check_name
-from workflows.build import Job, dataset_place, finish, prepare, say, settle, synthesize_for
+from workflows.build import Job, dataset_place, finish, prepare, say, settle
 from workflows.cohort import Member, acquainted, train_cohort
 from workflows.stage import fingerprint, write_manifest
 from workflows.synthesize import corpus_tokens
+from workflows.synthesize_many import Wanted, synthesize_many
 
 STEP = 32
 """Cartridges that are sized by their corpora are of a multiple of so many slots: engines share whole blocks."""
@@ -117,12 +119,14 @@ def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
     failed: list[tuple[Job, str]] = []
     ready: list[tuple[Job, dict[str, Any], Member]] = []
     with local_ray():  # one Ray for all
-        for number, job in enumerate(jobs, start=1):
-            say(f"{job.name}, {number} of {len(jobs)}")
-            dataset = synthesize_for(job)
+        wanted = [Wanted(job.corpus, dataset_place(job)[1], job.settings) for job in jobs]
+        datasets = synthesize_many(wanted, work / "synthesize-together", name, job=name)
+        for job, dataset in zip(jobs, datasets, strict=True):
             try:
+                if "failed" in dataset:
+                    raise UserError(dataset["failed"])
                 ready.append((job, dataset, _member(job)))
-            except UserError as error:
+            except UserError as error:  # nothing to train on
                 failed.append((job, str(error)))
         if not ready:
             raise UserError(f"nothing could be trained; {failed[0][0].name}: {failed[0][1]}")

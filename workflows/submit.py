@@ -32,7 +32,7 @@ RESULT_MARK = "CARTRIDGES-RESULT "
 POLL_SECONDS = 1.0
 RECONNECTS = 5
 """How often a lost log connection is opened again while the job still runs."""
-FLAGS = ("--json", "--curriculum")
+FLAGS = ("--json", "--curriculum", "--each")
 """Options of `build` without a value; every other one takes one."""
 INPUT_OPTIONS = ("--questions", "--config")
 OUTPUT_OPTIONS = ("--registry", "--workdir")

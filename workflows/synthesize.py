@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,11 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
 
     check_generation(settings)
     output.mkdir(parents=True, exist_ok=True)
-    planned = _plan(loaded, output, settings, expected, weights)
+    planned = plan_dataset(loaded, output, settings, expected, weights)
     with track("synthesize", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
-        speed = _generate(output, settings, planned["conversations"], progress)
-        manifest = _finish(output, settings, planned, speed, earlier)
-        run.log(_metrics(manifest))
+        speed = generate(output, settings, planned["conversations"], progress)
+        manifest = finish_dataset(output, settings, planned, speed, earlier)
+        run.log(metrics([manifest]))
     return manifest
 
 
@@ -113,7 +113,7 @@ def fingerprints(datasets: Sequence[str]) -> list[str]:
     return [read_manifest(Path(dataset) / MANIFEST)["fingerprint"] for dataset in datasets]
 
 
-def _plan(corpus: Corpus, output: Path, settings: BuildSettings, expected: str,
+def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected: str,
           weights: Mapping[str, float] | None) -> dict[str, Any]:
     """Chunks and tasks on disk; `plan.json` last. Found there already, it is taken as it is."""
     planned = read_manifest(output / "plan.json")
@@ -131,8 +131,8 @@ def _plan(corpus: Corpus, output: Path, settings: BuildSettings, expected: str,
         raise UserError("no conversations are planned: the corpus has no text, or every share in "
                         "synthesize.families is 0")
     (output / "work").mkdir(exist_ok=True)
-    _write_rows(output / "chunks.parquet", chunks)
-    _write_rows(output / "work" / "tasks.parquet", tasks)
+    write_rows(output / "chunks.parquet", chunks)
+    write_rows(output / "work" / "tasks.parquet", tasks)
     planned = {
         "fingerprint": expected, "chunks": len(chunks), "conversations": len(tasks), "seed": settings.seed,
         "corpus": {"id": corpus.corpus_id, "fingerprint": corpus.fingerprint,
@@ -143,7 +143,7 @@ def _plan(corpus: Corpus, output: Path, settings: BuildSettings, expected: str,
     return planned
 
 
-def _write_rows(path: Path, rows: Sequence[Any]) -> None:
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -152,7 +152,7 @@ def _write_rows(path: Path, rows: Sequence[Any]) -> None:
     temporary.rename(path)
 
 
-def _generate(output: Path, settings: BuildSettings, total: int,
+def generate(output: Path, settings: BuildSettings, total: int,
               progress: ProgressCallback | None) -> dict[str, float]:
     """Run Ray Data until every task is committed; how fast it went."""
     from workflows.console import Progress
@@ -279,7 +279,7 @@ class _Reporting:
         self._report()
 
 
-def _finish(output: Path, settings: BuildSettings, planned: dict[str, Any],
+def finish_dataset(output: Path, settings: BuildSettings, planned: dict[str, Any],
             speed: dict[str, float], earlier: Sequence[str]) -> dict[str, Any]:
     """Deduplicate into `shards/`, check the failures, write card and manifest, drop the work files."""
     from cartridges.selfstudy.card import data_card
@@ -316,16 +316,19 @@ def _model_record(settings: BuildSettings) -> dict[str, str | None]:
             **{name: getattr(identity, name) for name in digests}}
 
 
-def _metrics(manifest: dict[str, Any]) -> dict[str, float]:
-    kept, dropped = manifest["conversations"]["kept"], manifest["conversations"]["dropped"]
-    repeated = dropped.get("duplicate", 0) + dropped.get("near_duplicate", 0)
+def metrics(manifests: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of one data set, or of several that were made in one run."""
+    def total(*path: str) -> float:
+        return sum(reduce(dict.__getitem__, path, manifest) for manifest in manifests)
+
+    planned, seconds, read = total("planned"), total("seconds"), total("tokens", "input")
+    dropped = [manifest["conversations"]["dropped"] for manifest in manifests]
+    repeated = sum(one.get("duplicate", 0) + one.get("near_duplicate", 0) for one in dropped)
     return {
-        "synthesize/conversations": manifest["planned"], "synthesize/kept": kept,
-        "synthesize/dropped": sum(dropped.values()), "synthesize/tokens": manifest["tokens"]["input"],
-        "synthesize/topk_mass": manifest["topk_mass"],
-        "synthesize/teacher_entropy": manifest["teacher_entropy"],
-        "synthesize/duplicate_share": repeated / manifest["planned"],
-        "synthesize/conversations_per_s": manifest["conversations_per_s"],
-        "synthesize/tokens_per_s": manifest["tokens"]["input"] / manifest["seconds"],
-        "synthesize/seconds": manifest["seconds"],
+        "synthesize/conversations": planned, "synthesize/kept": total("conversations", "kept"),
+        "synthesize/dropped": sum(sum(one.values()) for one in dropped), "synthesize/tokens": read,
+        **{f"synthesize/{name}": total(name) / len(manifests) for name in ("topk_mass", "teacher_entropy")},
+        "synthesize/duplicate_share": repeated / planned,
+        "synthesize/conversations_per_s": manifests[0]["conversations_per_s"],
+        "synthesize/tokens_per_s": read / seconds, "synthesize/seconds": seconds,
     }
