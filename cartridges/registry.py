@@ -120,6 +120,10 @@ class Registry:
             self._download(entry, directory)
         return directory
 
+    def is_there(self) -> bool:
+        """Whether there is anything at a local root. Of another file system True: it says so itself where it is not."""
+        return not self._store.is_local or Path(self._store.full()).exists()
+
     def names(self) -> tuple[str, ...]:
         """Names with at least one version, sorted; reads no manifest."""
         manifests = (path.split("/") for path in self._store.files() if path.endswith(f"/{MANIFEST}"))

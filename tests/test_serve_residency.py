@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -133,7 +134,8 @@ def test_an_alias_that_moves_is_served_and_running_requests_go_on(
     asyncio.run(run())
 
 
-def test_what_is_known_is_served_while_the_registry_is_away(base, engine, registry, tmp_path, monkeypatch):
+@pytest.mark.parametrize("away", ["connection", "file system"])
+def test_what_is_known_is_served_while_the_registry_is_away(base, engine, registry, tmp_path, monkeypatch, away):
     monkeypatch.setattr("workflows.serving.catalog.FRESH_S", 0.0)
     service = make_service(base, registry, engine)
 
@@ -142,7 +144,11 @@ def test_what_is_known_is_served_while_the_registry_is_away(base, engine, regist
 
     async def run():
         answer = await ask(service, "harbour")
-        monkeypatch.setattr(registry, "resolve", unreachable)
+        if away == "connection":
+            monkeypatch.setattr(registry, "resolve", unreachable)
+        else:
+            Path(registry.root).rename(tmp_path / "unmounted")
+        assert [entry.name for entry in service.catalog.entries()] == ["harbour"]
         assert await ask(service, "harbour") == answer
         with pytest.raises(ApiError, match="cannot be reached") as refused:
             await ask(service, "orchard")

@@ -76,6 +76,15 @@ class Catalog:
         self.identity = identity
         self.offered = offered
         self._known: dict[str, tuple[float, Entry]] = {}
+        self._was_there = False
+
+    def _reach(self) -> Registry:
+        """The registry. OSError where its root is gone: a file system that is not mounted looks like an empty one."""
+        there = self.registry.is_there()
+        if self._was_there and not there:
+            raise FileNotFoundError(f"registry {self.registry.root} is gone")
+        self._was_there = self._was_there or there
+        return self.registry
 
     def resolve(self, model: str, others: Iterable[str] = (), may_use: MayUse = everything) -> Target:
         """`model` is a name or several (`a+b`); those of `others` follow, each cartridge once.
@@ -107,7 +116,7 @@ class Catalog:
 
     def searchable(self) -> list[Entry]:
         """The offered cartridges of this base model whose corpus text is kept. OSError: registry unreachable."""
-        return [entry for entry in self.registry.list() if self._is_offered(entry.name)
+        return [entry for entry in self._reach().list() if self._is_offered(entry.name)
                 and entry.manifest.corpus_text is not None and self._is_compatible(entry)]
 
     def _is_compatible(self, entry: Entry) -> bool:
@@ -119,9 +128,15 @@ class Catalog:
 
     def _list(self) -> list[Entry]:
         try:
-            return list(self.registry.list())
+            return list(self._reach().list())
         except OSError:
             return list({entry.name: entry for _, entry in self._known.values()}.values())
+
+    def _names(self) -> Iterable[str]:
+        try:
+            return self._reach().names()
+        except OSError:
+            return sorted({entry.name for _, entry in self._known.values()})
 
     def _entry(self, model: str, may_use: MayUse) -> Entry:
         name = model.partition("@")[0]
@@ -131,7 +146,7 @@ class Catalog:
         if known and time.monotonic() - known[0] < FRESH_S:
             return known[1]
         try:
-            entry = self.registry.resolve(model)
+            entry = self._reach().resolve(model)
         except UserError:
             self._known.pop(model, None)
             raise self._unknown(model, may_use) from None
@@ -147,7 +162,7 @@ class Catalog:
         return not self.offered or name in {ref.partition("@")[0] for ref in self.offered}
 
     def _unknown(self, model: str, may_use: MayUse) -> ApiError:
-        names = [self.identity.name, *filter(may_use, filter(self._is_offered, self.registry.names()))]
+        names = [self.identity.name, *filter(may_use, filter(self._is_offered, self._names()))]
         near = difflib.get_close_matches(model.partition("@")[0], names, n=5, cutoff=0.5) or names[:5]
         return ApiError(404, f"there is no model {model[:100]!r}; near it: {', '.join(near)}",
                         "model_not_found", "model")
