@@ -97,18 +97,26 @@ def _join(todo: Sequence[Wanted], plans: Sequence[dict[str, Any]], directory: Pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    from cartridges.selfstudy.families import FAMILIES
+
     found, wanted = read_manifest(directory / TOGETHER), [_place(one, directory) for one in todo]
     if found is not None and set(wanted) <= set(found["datasets"]):
         return found
     shutil.rmtree(directory, ignore_errors=True)
     (directory / "work").mkdir(parents=True)
-    tasks, chunks = [], []
+    tasks: dict[bool, list[pa.Table]] = {False: [], True: []}
+    chunks = []
     for number, one in enumerate(todo):
         own = pq.read_table(one.output / "work" / "tasks.parquet")
         ids = pc.binary_join_element_wise(str(number), own[ID], "/")
-        tasks.append(own.set_column(own.schema.get_field_index(ID), ID, ids))
+        own = own.set_column(own.schema.get_field_index(ID), ID, ids)
+        decodes = pa.array([name not in FAMILIES or FAMILIES[name].decodes  # general ones are in no family
+                            for name in own["seed_family"].to_pylist()])
+        # What has to be written comes last, in full batches: the few of one corpus would decode almost alone.
+        for later, part in tasks.items():
+            part.append(own.filter(pc.equal(decodes, later)))
         chunks.append(pq.read_table(one.output / "chunks.parquet"))
-    pq.write_table(pa.concat_tables(tasks), directory / "work" / "tasks.parquet")
+    pq.write_table(pa.concat_tables(tasks[False] + tasks[True]), directory / "work" / "tasks.parquet")
     pq.write_table(pa.concat_tables(chunks), directory / "chunks.parquet")
     joined = {"datasets": wanted, "conversations": sum(plan["conversations"] for plan in plans)}
     write_manifest(directory / TOGETHER, joined)
