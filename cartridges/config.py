@@ -18,7 +18,7 @@ class ModelSettings(Settings):
     revision: str | None = None
     """Hub revision; None is the hub's default branch."""
     dtype: Dtype = "auto"
-    """Compute dtype. auto: bfloat16 on a GPU and on CPUs with AMX, float32 on other CPUs."""
+    """Compute dtype. auto: bfloat16 on a GPU and on CPUs with AMX or AVX-512's bfloat16, float32 on other CPUs."""
 
 
 class CorpusSettings(Settings):

@@ -191,12 +191,13 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def choose_dtype(setting: str, device: str):
-    """`setting` as a torch dtype; auto is bfloat16 on a GPU and on CPUs with AMX, else float32."""
+    """`setting` as a torch dtype; auto is bfloat16 on a GPU and on CPUs that multiply it, else float32."""
     import torch
 
     if setting != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]
-    fast = device.startswith("cuda") or torch.cpu.get_capabilities().get("amx_tile", False)
+    able = torch.cpu.get_capabilities()
+    fast = device.startswith("cuda") or able.get("amx_tile") or able.get("avx512_bf16")
     return torch.bfloat16 if fast else torch.float32
 
 
