@@ -1,7 +1,9 @@
 """A collection: several corpora in one place, each of which gets a cartridge of its own."""
 
 import fnmatch
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +34,14 @@ def parts(path: str, pattern: str | None = None) -> list[Part]:
         found = [Part(path, name, name) for name in _ids_of_table(where)]
     elif where.is_dir():
         sources = [document.source for document in load_corpus(path).documents]
-        found = [Part(str(where / source), None, source) for source in sources]
+        found = [Part(str(where / source), source, source) for source in sources]  # of one document only its name
     elif where.suffix.lower() in JSONL_SUFFIXES:
         found = [Part(path, name, name) for name in dict.fromkeys(corpus_ids(path))]
     else:
         raise UserError(f"{path} is one document; --each wants a folder, or rows with corpus_id")
     chosen = [part for part in found if pattern is None or fnmatch.fnmatchcase(part.label, pattern)]
+    if not found:
+        raise UserError(f"{path} has no row with a corpus_id")
     if not chosen:
         raise UserError(f"{path} has no corpus {pattern!r}; it has {', '.join(part.label for part in found[:4])}"
                         + (f", ... ({len(found)} in all)" if len(found) > 4 else ""))
@@ -48,19 +52,19 @@ def _ids_of_table(where: Path) -> list[str]:
     table = open_table(where)
     if "corpus_id" not in table.columns:
         raise UserError(f"{where} has no column corpus_id, so all of it is one corpus; leave --each out")
-    return list(dict.fromkeys(str(row["corpus_id"]) for row in table.rows("corpus_id") if row.get("corpus_id")))
+    return list(dict.fromkeys(str(row["corpus_id"]) for row in table.rows("corpus_id")
+                              if row.get("corpus_id") not in (None, "")))
 
 
-def names(prefix: str, chosen: list[Part]) -> list[str]:
-    """`PREFIX.LABEL` of each, in the characters of a registry name: `kb.squad-geology`. Raises `UserError` where two
-    would have the same."""
-    made: dict[str, str] = {}
-    for part in chosen:
-        slug = re.sub(r"[^a-z0-9]+", "-", part.label.lower()).strip("-")
-        name = f"{prefix}.{slug}"[:LONGEST_NAME].rstrip("-.")
-        if name in made.values():
-            other = next(label for label, taken in made.items() if taken == name)
-            raise UserError(f"{other} and {part.label} would both be called {name}; give them ids that differ in "
-                            "letters or digits, or a shorter --name")
-        made[part.label] = name
-    return list(made.values())
+def names(prefix: str, chosen: Sequence[Part]) -> list[str]:
+    """`PREFIX.LABEL` of each, in the characters of a registry name: `kb.squad-geology`. Where that says too little, or
+    the same of several, a digest of the label follows."""
+    slugs = [re.sub(r"[^a-z0-9]+", "-", part.label.lower()).strip("-") for part in chosen]
+    plain = [f"{prefix}.{slug}" for slug in slugs]
+    return [name if slug and plain.count(name) == 1 and len(name) <= LONGEST_NAME else _with_digest(name, part.label)
+            for name, slug, part in zip(plain, slugs, chosen, strict=True)]
+
+
+def _with_digest(name: str, label: str) -> str:
+    digest = hashlib.sha256(label.encode()).hexdigest()[:8]
+    return f"{name[:LONGEST_NAME - len(digest) - 1].rstrip('-.')}-{digest}"

@@ -3,22 +3,25 @@
 import json
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from cartridges import artifact
-from cartridges.collection import names, parts
+from cartridges.collection import Part, names, parts
 from cartridges.config import BuildSettings
 from cartridges.distill.course import Course
 from cartridges.distill.initialize import initialize
 from cartridges.distill.student import Student
 from cartridges.distill.trainer import TorchStepper, Trainer
 from cartridges.errors import UserError
-from cartridges.registry import Registry
+from cartridges.registry import Registry, check_name
 from cartridges.selfstudy.held_out import split
 from cartridges.selfstudy.storage import load_conversations
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for
+from workflows.cohort import Member, acquainted, waves
 from workflows.collection import build_each
 from workflows.console import print_collection
 
@@ -53,17 +56,23 @@ def test_a_collection_is_rows_by_id_or_documents_by_path(rows, tmp_path):
     (tmp_path / "docs" / "a" / "One.md").write_text("One keeper.")
     (tmp_path / "docs" / "two.txt").write_text("Two keepers.")
     found = parts(str(tmp_path / "docs"))
-    assert [(part.label, part.corpus_id) for part in found] == [("two.txt", None), ("a/One.md", None)]
-    assert names("kb", found) == ["kb.two-txt", "kb.a-one-md"]
-    assert names("kb", parts(str(rows)))[0] == "kb.keepers-north"
+    assert [(part.label, part.corpus_id) for part in found] == [("two.txt", "two.txt"), ("a/One.md", "a/One.md")]
     for pattern, path, message in (("x/*", rows, "no corpus 'x/\\*'"),
                                    (None, tmp_path / "docs" / "two.txt", "one document"),
                                    (None, tmp_path / "nowhere", "does not exist")):
         with pytest.raises(UserError, match=message):
             parts(str(path), pattern)
-    rows.write_text(rows.read_text() + json.dumps({"corpus_id": "keepers north", "text": "x"}) + "\n")
-    with pytest.raises(UserError, match="would both be called kb.keepers-north"):
-        names("kb", parts(str(rows)))
+
+
+@pytest.mark.parametrize("labels", [["keepers/North", "two.txt"], ["keepers/North", "keepers north"], ["契約", "条約"],
+                                    ["---"], ["x" * 80, "x" * 80 + "y"]])
+def test_names_are_those_of_a_registry_and_differ(labels):
+    made = names("kb", [Part("rows.jsonl", label, label) for label in labels])
+    assert len(set(made)) == len(labels) and made == names("kb", [Part("other", label, label) for label in labels])
+    for name in made:
+        check_name(name)
+        assert name.startswith("kb") and name != "kb"
+    assert labels != ["keepers/North", "two.txt"] or made == ["kb.keepers-north", "kb.two-txt"]
 
 
 def test_mistakes_are_named_with_their_corpus_before_anything_begins(settings, rows, tmp_path):
@@ -80,7 +89,8 @@ def test_mistakes_are_named_with_their_corpus_before_anything_begins(settings, r
 
 @pytest.mark.slow
 def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_path, capsys, tiny_base_model):
-    """Killed in the second of two waves. The cartridges differ in length, and two corpora are the same text."""
+    """Killed in the second of two waves, gone on with other waves in mind, and one member fails the first time. The
+    cartridges differ in length, and two corpora are the same text."""
     settings = settings.model_copy(update={"cohort": settings.cohort.model_copy(update={"compression": 8})})
     registry, work = tmp_path / "registry", tmp_path / "work"
     arguments = (str(rows), "kb", settings, str(registry), None, str(work))
@@ -88,7 +98,20 @@ def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_pat
         wait_for(lambda: len(list(work.glob("kb.*/train-*/trained.json"))) == 2
                  and list(work.glob("cohort-*/work/run/checkpoint_*")), process)
     assert not list(work.glob("kb.*/train-*/train.json"))
+    bad = next(work / name for name in ("kb.keepers-north", "kb.keepers-south", "kb.keepers-east")
+               if not list((work / name).glob("train-*/trained.json")))
+    (shard,) = bad.glob("synthesize-*/shards/*.parquet")
+    good = shard.read_bytes()
+    _spoil(shard)
+    one_at_a_time = settings.model_copy(update={"cohort": settings.cohort.model_copy(update={"active": 1})})
+    result = build_each(*arguments[:2], one_at_a_time, *arguments[3:])
+    assert [one["name"] for one in result["failed"]] == [bad.name] and len(result["cartridges"]) == 3
+    assert "lower train.optimizer.lr" in result["failed"][0]["error"]
+    shard.write_bytes(good)
+    before = {file: file.stat().st_mtime_ns for file in work.glob("kb.*/train-*/metrics.jsonl")
+              if bad.name not in str(file)}
     result = build_each(*arguments)
+    assert before == {file: file.stat().st_mtime_ns for file in before} and len(before) == 3
     made = {one["corpus_id"]: one for one in result["cartridges"]}
     assert result["failed"] == [] and list(made) == list(TEXTS)
     lengths = {name: one["report_card"]["cartridge"]["num_tokens"] for name, one in made.items()}
@@ -101,12 +124,35 @@ def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_pat
         beside = artifact.load(together / "cartridge").cartridge.trainable_keys
         torch.testing.assert_close(alone, beside[-len(alone):], rtol=2e-2, atol=2e-2)
         assert len((together / "metrics.jsonl").read_text().splitlines()) == TRAIN["steps"]
-    assert not list(work.glob("cohort-*/work")) and not (work / "synthesize-together").exists()
+    assert not list(work.glob("cohort-*/work")) and not list(work.glob("together-*"))
     again = build_each(*arguments)
     assert [one["version"] for one in again["cartridges"]] == [one["version"] for one in result["cartridges"]]
     assert set(Registry(registry).names()) == {one["name"] for one in made.values()} and len(made) == 4
     print_collection(result, sys.stderr)
     assert "published 4 cartridges" in capsys.readouterr().err
+
+
+def _spoil(shard):
+    """A teacher that is not a number."""
+    table = pq.read_table(shard)
+    column = table.schema.get_field_index("topk_logprobs")
+    rows = [[[float("nan")] * len(position) for position in row] for row in table["topk_logprobs"].to_pylist()]
+    field = table.schema.field(column)
+    pq.write_table(table.set_column(column, field, pa.array(rows, field.type)), shard)
+
+
+def test_company_changes_what_a_member_becomes(settings, tmp_path):
+    def members(sizes, **train):
+        own = settings.model_copy(update={"train": settings.train.model_copy(update=train)})
+        return [Member(tmp_path / str(i), f"f{i}", own, size, {"partners": 0}) for i, size in enumerate(sizes)]
+
+    found = acquainted(members([5, 9, 7]))
+    assert waves(found) == [[1, 2], [0]]
+    assert [member.config["partners"] for member in found] == [0, 1, 1] and found[0].fingerprint == "f0"
+    assert found[1].fingerprint not in ("f1", found[2].fingerprint)
+    assert found[1].fingerprint != acquainted(members([5, 9, 7], distractor_share=1.0))[1].fingerprint
+    with pytest.raises(UserError, match="leave no room"):
+        acquainted(members([5, 9], num_tokens=1 << 20))
 
 
 def _alone(base, settings, seed, text, conversations):
@@ -120,6 +166,7 @@ def _alone(base, settings, seed, text, conversations):
 _BUILD = """
 import json, sys
 from cartridges.config import BuildSettings
+from workflows.cohort import Member, acquainted, waves
 from workflows.collection import build_each
 corpus, name, settings, registry, work = sys.argv[1:]
 build_each(corpus, name, BuildSettings.model_validate(json.loads(settings)), registry, None, work)

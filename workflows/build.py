@@ -90,8 +90,9 @@ def finish(job: Job, dataset: dict[str, Any], trained: dict[str, Any], cartridge
             "report_card": card}
 
 
-def settle(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSettings:
-    """Derive what was left open (conversations; with a budget, steps), and print the plan on stderr."""
+def settle(corpus: Corpus, settings: BuildSettings, work: Path, seconds: float | None = None) -> BuildSettings:
+    """Derive what was left open (conversations; with a budget, steps), and print the plan on stderr. `seconds` are this
+    corpus' share of the budget; None: all of it."""
     from workflows import budget, rates
     from workflows.console import human_seconds
     from workflows.synthesize import corpus_tokens
@@ -108,7 +109,7 @@ def settle(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSettings
             say(f"plan: {settings.synthesize.num_conversations} conversations, for questions to ask it")
         return settings
     if settings.budget is not None:
-        settings = _fit_budget(corpus, settings, work)
+        settings = _fit_budget(corpus, settings, work, seconds)
     settings = budget.with_counts(settings, tokens)
     known = rates.remembered(settings)
     say(summary)
@@ -123,11 +124,11 @@ def settle(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSettings
     return settings
 
 
-def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path) -> BuildSettings:
+def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: float | None) -> BuildSettings:
     """Conversations and steps for `settings.budget`. Decided once: a resumed build keeps its plan."""
     from workflows import budget, rates
 
-    seconds = budget.parse_time(settings.budget)
+    seconds = seconds or budget.parse_time(settings.budget)
     file = work / f"budget-{fingerprint([corpus.fingerprint, settings.model_dump(mode='json')])}.json"
     decided = read_manifest(file)
     if decided is None:

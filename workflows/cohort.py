@@ -4,6 +4,7 @@ One run trains one cartridge, or a cohort: several, of several corpora, before o
 learns what it would alone. `cohort.active` of them are trained at once, a wave, and only those have optimiser state.
 
     DIR/work/run/              Ray Train's run: checkpoints (pruned) and where it stands
+    DIR/work/waves.json        who is trained with whom, as it was decided when the run began
     DIR/work/metrics.jsonl     of a cohort: one row a step, the members' mean
     MEMBER/metrics.jsonl       one row a step, by the first worker
     MEMBER/cartridge/          the artifact
@@ -64,21 +65,42 @@ def train_cohort(members: Sequence[Member], directory: Path, label: str, progres
     for member in members:
         require_match(member.manifest, member.fingerprint, member.output)
     todo = [member for member in members if member.manifest is None]
-    if not todo:
-        return [member.manifest for member in members]
-    for member in todo:
-        _begin(member)
+    if todo:
+        failed = _train(members, todo, directory, label, progress, job)
+    return [failed.get(member.output) if member.manifest is None else member.manifest for member in members]
+
+
+def _train(members: Sequence[Member], todo: Sequence[Member], directory: Path, label: str,
+           progress: ProgressCallback | None, job: str | None) -> dict[Path, dict[str, Any]]:
+    """Train `todo`, and with them those of `members` that are in their company; what is told of those that failed."""
     from workflows.tracking import track
 
-    settings = members[0].settings.model_dump(mode="json")
-    with track("train", label, settings, directory, job) as run:
+    taken = [member for member in members if member in todo or _is_company(member, members, todo)]
+    if not (directory / "work").is_dir():  # nothing to go on with, so those that failed are tried again
+        for member in todo:
+            if "failed" in (read_manifest(member.output / TRAINED) or {}):
+                (member.output / TRAINED).unlink()
+    for member in todo:
+        member.output.mkdir(parents=True, exist_ok=True)
+        require_match(read_manifest(member.output / "started.json"), member.fingerprint, member.output)
+        write_manifest(member.output / "started.json", {"fingerprint": member.fingerprint})
+    with track("train", label, members[0].settings.model_dump(mode="json"), directory, job) as run:
         clock = Clock(directory / "work" / "clock.json")
-        _fit(members, directory, run, progress, clock)
-        seconds = clock.seconds
-        failed = {member.output: found for member in todo if (found := _finish(member, seconds, _share(member, todo)))}
+        _fit(taken, directory, run, progress, clock)
+        seconds, shares = clock.seconds, _shares(todo)
+        failed = {member.output: told for member, share in zip(todo, shares, strict=True)
+                  if (told := _finish(member, seconds * share))}
         shutil.rmtree(directory / "work")
         run.log({"train/seconds": seconds})
-    return [failed.get(member.output) or member.manifest for member in members]
+    return failed
+
+
+def _is_company(member: Member, members: Sequence[Member], todo: Sequence[Member]) -> bool:
+    """Of one that is still to be trained, in the wave that its fingerprint tells of: then it is trained once more, and
+    what there is of it stays."""
+    return member.config["partners"] > 0 and any(
+        member in wave and any(one in wave for one in todo)
+        for wave in ([members[index] for index in wave] for wave in waves(members)))
 
 
 def waves(members: Sequence[Member]) -> list[list[int]]:
@@ -90,24 +112,42 @@ def waves(members: Sequence[Member]) -> list[list[int]]:
 
 def acquainted(members: Sequence[Member]) -> list[Member]:
     """The members, each with the others of its wave as distractors while they are trained, which changes what it
-    becomes; so their fingerprints are in its own."""
+    becomes; so their fingerprints are in its own. Raises `UserError` where the model's window has no room for them."""
     found = list(members)
     for wave in waves(members):
+        _check_window([members[index].settings for index in wave])
         for index in wave:
             others = [members[other].fingerprint for other in wave if other != index]
+            wanted = members[index].settings.train
             if others:
                 found[index] = replace(
-                    members[index], fingerprint=fingerprint([members[index].fingerprint, others]),
-                    config={**members[index].config, "partners": len(others)})
+                    members[index], config={**members[index].config, "partners": len(others)},
+                    fingerprint=fingerprint([members[index].fingerprint, others, wanted.distractor_share,
+                                             wanted.max_distractors]))
     return found
 
 
-def _begin(member: Member) -> None:
-    member.output.mkdir(parents=True, exist_ok=True)
-    require_match(read_manifest(member.output / "started.json"), member.fingerprint, member.output)
-    write_manifest(member.output / "started.json", {"fingerprint": member.fingerprint})
-    if "failed" in (read_manifest(member.output / TRAINED) or {}):
-        (member.output / TRAINED).unlink()
+def _check_window(settings: Sequence[BuildSettings]) -> None:
+    from cartridges.compose import composed_tokens
+    from cartridges.models import load_identity, resolve_model_dir
+
+    wanted = settings[0].train
+    sizes = sorted(((one.train.num_tokens, one.train.num_frozen_tokens) for one in settings), reverse=True)
+    most = composed_tokens(sizes[:wanted.max_distractors + 1])
+    window = load_identity(resolve_model_dir(settings[0].model)).max_position_embeddings
+    if most + wanted.pack_tokens > window:
+        raise UserError(f"{most} slots with train.max_distractors={wanted.max_distractors} leave no room for packs of "
+                        f"{wanted.pack_tokens} tokens in the window of {window}; take fewer")
+
+
+def _planned_waves(members: Sequence[Member], directory: Path) -> list[list[int]]:
+    """`waves`, decided once: a run that goes on keeps those that its checkpoints count by."""
+    file, outputs = directory / "work" / "waves.json", [str(member.output.resolve()) for member in members]
+    decided = read_manifest(file)
+    if decided is None:
+        decided = {"waves": [[outputs[index] for index in wave] for wave in waves(members)]}
+        write_manifest(file, decided)
+    return [[outputs.index(output) for output in wave] for wave in decided["waves"]]
 
 
 def _fit(members: Sequence[Member], directory: Path, run, progress: ProgressCallback | None, clock: Clock) -> None:
@@ -116,7 +156,7 @@ def _fit(members: Sequence[Member], directory: Path, run, progress: ProgressCall
     from workflows.console import Progress
     from workflows.local_ray import local_ray
 
-    followed = (directory if len(members) == 1 else directory / "work") / STEPS
+    followed = (members[0].output if len(members) == 1 else directory / "work") / STEPS
     with ExitStack() as stack:
         if progress is None:
             progress = stack.enter_context(Progress(None, "train", "steps")).callback
@@ -169,7 +209,7 @@ def _torch_trainer(members: Sequence[Member], directory: Path):
         "members": [{**member.config, "settings": member.settings.model_dump(mode="json"),
                      "output": str(member.output.resolve()), "done": member.manifest is not None}
                     for member in members],
-        "waves": waves(members), "output": str(directory.resolve()), "threads": threads}
+        "waves": _planned_waves(members, directory), "output": str(directory.resolve()), "threads": threads}
     return TorchTrainer(
         train_worker, train_loop_config=config,
         scaling_config=ScalingConfig(num_workers=wanted.num_workers, use_gpu=has_gpu),
@@ -180,19 +220,19 @@ def _torch_trainer(members: Sequence[Member], directory: Path):
             checkpoint_config=CheckpointConfig(num_to_keep=wanted.keep_checkpoints)))
 
 
-def _share(member: Member, members: Sequence[Member]) -> float:
-    """Of the run's time, by that of its steps."""
-    spent = {one.output: sum(row["seconds"] for row in read_rows(one.output / STEPS)) for one in members}
-    return spent[member.output] / total if (total := sum(spent.values())) else 1 / len(members)
+def _shares(members: Sequence[Member]) -> list[float]:
+    """Of the run's time, by that of their steps."""
+    spent = [sum(row["seconds"] for row in read_rows(member.output / STEPS)) for member in members]
+    return [one / sum(spent) if any(spent) else 1 / len(members) for one in spent]
 
 
-def _finish(member: Member, seconds: float, share: float) -> dict[str, Any] | None:
+def _finish(member: Member, seconds: float) -> dict[str, Any] | None:
     """Write the manifest; of one that failed return why."""
     trained = read_manifest(member.output / TRAINED)
     if "failed" in trained:
         return trained
     rows = read_rows(member.output / STEPS)
-    manifest = {"fingerprint": member.fingerprint, "seconds": seconds * share, **trained}
+    manifest = {"fingerprint": member.fingerprint, "seconds": seconds, **trained}
     if rows:
         # The first step warms up; the median does not see what else the machine did.
         manifest |= {"first": rows[0], "last": rows[-1],

@@ -1,11 +1,12 @@
 """One cartridge for each corpus of a collection: synthesized and trained side by side.
 
     WORKDIR/<name>/                 as for one build, but without build.json
-    WORKDIR/synthesize-together/    the synthesis that they share, while it runs
+    WORKDIR/together-<fingerprint>/ the synthesis that they share, while it runs
     WORKDIR/cohort-<fingerprint>/   the training that they share, likewise
     WORKDIR/collection.json         the result of the last finished run
 
-The same command goes on where it stopped, and does nothing again for a corpus that has not changed.
+The same command goes on where it stopped, and does nothing again for a corpus that has not changed (but with
+`cohort.acquainted`, where the company of each is part of what it is).
 """
 
 import time
@@ -16,9 +17,8 @@ from typing import Any
 
 from cartridges.collection import Part, names, parts
 from cartridges.config import BuildSettings
-from cartridges.corpus import corpus_ids, has_corpus, load_corpus, load_questions
+from cartridges.corpus import corpus_ids, load_corpus, load_questions
 from cartridges.errors import UserError
-from cartridges.records import Question
 from cartridges.registry import Registry, check_name
 from workflows.build import Job, dataset_place, finish, prepare, say, settle
 from workflows.cohort import Member, acquainted, train_cohort
@@ -48,8 +48,14 @@ def build_each(corpus: str, name: str, settings: BuildSettings, registry: str, q
     jobs = _with_plans(jobs, settings)
     made, failed = _make(jobs, name, settings, work)
     labels = {job.name: part.label for job, part in zip(jobs, chosen, strict=True)}
+    published = []
+    for job, one in made:
+        try:
+            published.append({"corpus_id": labels[job.name], **finish(job, *one)})
+        except UserError as error:  # no question to ask it
+            failed.append((job, str(error)))
     result = {
-        "cartridges": [{"corpus_id": labels[job.name], **finish(job, *one)} for job, one in made],
+        "cartridges": published,
         "failed": [{"corpus_id": labels[job.name], "name": job.name, "error": error} for job, error in failed],
         "registry": registry, "workdir": str(work), "seconds": time.monotonic() - start}
     write_manifest(work / "collection.json", result)
@@ -70,40 +76,48 @@ def _check(settings: BuildSettings) -> None:
 def _jobs(chosen: Sequence[Part], called: Sequence[str], settings: BuildSettings, store: Registry,
           questions: str | None, work: Path) -> list[Job]:
     """All of them, checked."""
+    asked_of = set(corpus_ids(questions)) if questions else set()
+    labels = {part.label for part in chosen}
+    if questions:
+        say(f"{questions} has questions about {len(labels & asked_of)} of the {len(labels)}"
+            + (f", and about others: {', '.join(sorted(asked_of - labels)[:4])}" if asked_of - labels else ""))
     jobs = []
     for part, name in zip(chosen, called, strict=True):
-        own = settings.model_copy(update={
-            "corpus": settings.corpus.model_copy(update={"corpus_id": part.corpus_id})})
-        loaded = load_corpus(part.path, part.corpus_id)
-        if settings.cohort.compression:
-            slots = round(corpus_tokens(loaded, own) / settings.cohort.compression / STEP) * STEP
-            own = own.model_copy(update={"train": own.train.model_copy(update={"num_tokens": max(STEP, slots)})})
-        asked = _questions(questions, part) if questions else loaded.questions
         try:
+            loaded, own = load_corpus(part.path, part.corpus_id), _settings_of(part, settings)
+            if settings.cohort.compression:
+                slots = round(corpus_tokens(loaded, own) / settings.cohort.compression / STEP) * STEP
+                own = own.model_copy(update={"train": own.train.model_copy(update={"num_tokens": max(STEP, slots)})})
+            asked = loaded.questions
+            if questions:
+                asked = load_questions(questions, part.label) if part.label in asked_of else ()
             jobs.append(prepare(part.path, loaded, name, own, store, asked, work / name))
         except UserError as error:
             raise UserError(f"{part.label}: {error}") from None
     return jobs
 
 
-def _questions(file: str, part: Part) -> tuple[Question, ...]:
-    """Those under the corpus' id; none where the file has no row for it."""
-    corpus_ids(file)  # a row without one belongs to nobody
-    return load_questions(file, part.label) if has_corpus(file, part.label) else ()
+def _settings_of(part: Part, settings: BuildSettings) -> BuildSettings:
+    return settings.model_copy(update={
+        "corpus": settings.corpus.model_copy(update={"corpus_id": part.corpus_id})})
 
 
 def _with_plans(jobs: Sequence[Job], settings: BuildSettings) -> list[Job]:
+    """Each with its share of the budget, by its tokens."""
     from workflows.budget import START_SECONDS, parse_time
 
     sizes = [corpus_tokens(job.loaded, job.settings) for job in jobs]
     planned = []
     for job, size in zip(jobs, sizes, strict=True):
-        own = job.settings
-        if settings.budget is not None:
-            # What is paid once is in the plan of each.
+        seconds = None
+        if settings.budget is not None:  # What is paid once is in the plan of each.
             left = max(0.0, parse_time(settings.budget) - START_SECONDS)
-            own = own.model_copy(update={"budget": f"{START_SECONDS + left * size / sum(sizes):.0f}s"})
-        planned.append(replace(job, settings=settle(job.loaded, own, job.work)))
+            seconds = START_SECONDS + left * size / sum(sizes)
+        try:
+            planned.append(replace(job, settings=settle(job.loaded, job.settings, job.work, seconds)))
+        except UserError as error:
+            raise UserError(f"{job.name}, with its share of the budget of {settings.budget} for {len(jobs)}: "
+                            f"{error}") from None
     return planned
 
 
@@ -120,7 +134,7 @@ def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
     ready: list[tuple[Job, dict[str, Any], Member]] = []
     with local_ray():  # one Ray for all
         wanted = [Wanted(job.corpus, dataset_place(job)[1], job.settings) for job in jobs]
-        datasets = synthesize_many(wanted, work / "synthesize-together", name, job=name)
+        datasets = synthesize_many(wanted, work, name, job=name)
         for job, dataset in zip(jobs, datasets, strict=True):
             try:
                 if "failed" in dataset:
@@ -135,7 +149,8 @@ def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
             members = acquainted(members)
         members = [replace(member, output=job.work / f"train-{member.fingerprint}")
                    for (job, _, _), member in zip(ready, members, strict=True)]
-        together = work / f"cohort-{fingerprint([member.fingerprint for member in members])}"
+        todo = [member.fingerprint for member in members if member.manifest is None]
+        together = work / f"cohort-{fingerprint(todo)}"
         manifests = train_cohort(members, together, name, job=name)
     made = []
     for (job, dataset, _), member, manifest in zip(ready, members, manifests, strict=True):

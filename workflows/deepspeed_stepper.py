@@ -9,6 +9,7 @@ Stages 1 and 2 cut up the optimiser's state. What stage 3 is for is the base, wh
 (`workflows.partition`); cartridge and moments, small beside it, stay whole.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from cartridges.distill.losses import LossSums
 from cartridges.distill.optimizer import clip, make_optimizer
 from cartridges.distill.packing import Pack
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import read
+from cartridges.distill.trainer import NonFiniteLoss, read
 
 TAG = "state"
 
@@ -81,6 +82,10 @@ class DeepSpeedStepper:
     def forward_backward(self, packs: Mapping[int, Pack], loss_tokens: Mapping[int, int]) -> dict[int, LossSums]:
         """Add the gradient of each member's loss divided by its `loss_tokens`, the step's global count."""
         sums = self.engine(packs)
+        if self.stage and not all(math.isfinite(float(one.loss.detach())) for one in sums.values()):
+            # `_clip` takes out what is not finite; these stages do not come by it.
+            raise NonFiniteLoss("the loss is not finite; lower train.optimizer.lr and run again: the last checkpoint "
+                                "is kept")
         # DeepSpeed averages over workers; the losses are already divided by the global counts.
         loss = sum(sums[member].loss / loss_tokens[member] for member in packs)
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)

@@ -17,20 +17,20 @@ POLL_SECONDS = 0.5
 
 
 class StepLog:
-    """One JSON row a step. On resuming, rows past the checkpoint are dropped: each step is there once."""
+    """One JSON row a step. On resuming, rows past the checkpoint are dropped: each step is there once. One that does
+    not `keeps` leaves the file as it is."""
 
-    def __init__(self, path: Path, next_step: int):
-        self.path = path
-        kept = [row for row in read_rows(path) if row["step"] < next_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(path)
+    def __init__(self, path: Path, next_step: int, keeps: bool = True):
+        self.path, self.keeps = path, keeps
+        if keeps:
+            _rewrite(path, [row for row in read_rows(path) if row["step"] < next_step])
 
     def write(self, metrics, more: dict[str, Any]) -> dict[str, Any]:
         """`more` fields of the row: the machine's (`gauge`), and `held_out`, the figures of the held-out questions
         after this step, where they were asked."""
         row = {name: value for name, value in asdict(metrics).items() if name != "member"} | more
-        _append(self.path, row)
+        if self.keeps:
+            _append(self.path, row)
         return row
 
 
@@ -41,7 +41,9 @@ class CohortLog:
     """
 
     def __init__(self, path: Path):
-        self.path, self.done = path, len(read_rows(path))
+        rows = read_rows(path)
+        _rewrite(path, rows)
+        self.path, self.done = path, len(rows)
         self._rows: list[dict[str, Any]] = []
 
     def write(self, row: dict[str, Any], steps: int) -> None:
@@ -66,6 +68,14 @@ class CohortLog:
 
 
 MEANS = ("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "matmul_share", "memory_bytes")
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Without the half of a line that a kill may have left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -73,27 +73,42 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
 
 def corpus_tokens(corpus: Corpus, settings: BuildSettings) -> int:
     """Length of the corpus in the model's tokens."""
-    from cartridges.models import load_tokenizer, resolve_model_dir
+    from cartridges.models import resolve_model_dir
 
-    tokenizer = load_tokenizer(resolve_model_dir(settings.model))
+    tokenizer = _tokenizer(resolve_model_dir(settings.model))
     return len(tokenizer.encode(corpus.text, add_special_tokens=False, verbose=False))
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(directory: Path) -> Any:
+    """Read once: a collection asks for each of its corpora."""
+    from cartridges.models import load_tokenizer
+
+    return load_tokenizer(directory)
+
+
+@lru_cache(maxsize=4)
+def _identity(directory: Path) -> Any:
+    from cartridges.models import load_identity
+
+    return load_identity(directory)
 
 
 def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mapping[str, float] | None = None,
                         earlier: Sequence[str] = ()) -> str:
     """Changes with whatever changes the conversations, and with nothing else (but for what `engine=auto` comes to on
     an actor's machine, which is not known here)."""
-    from cartridges.models import load_identity, resolve_model_dir
+    from cartridges.models import resolve_model_dir
     from cartridges.selfstudy.families import DEFAULT_MIXTURE
 
-    identity = load_identity(resolve_model_dir(settings.model))
+    identity = _identity(resolve_model_dir(settings.model))
     how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine", "asking"}
     # What came later and is off is left out, so that data sets made before it stay valid.
     off = {name for name in ("drop_ungrounded_names", "near_duplicate", "filters_off", "general_share")
            if not getattr(settings.synthesize, name)}
     asking = settings.synthesize.asking
     if asking.model:
-        asker = load_identity(resolve_model_dir(asking.model))
+        asker = _identity(resolve_model_dir(asking.model))
         asks = {"asking": [asker.weights_digest, asker.tokenizer_hash, asker.template_hash, asking.model.dtype]}
     else:
         asks = {"asking": [asking.endpoint, asking.endpoint_model]} if asking.endpoint else {}
@@ -121,10 +136,10 @@ def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected
     if planned is not None:
         return planned
     from cartridges.chunking import chunk_corpus
-    from cartridges.models import load_tokenizer, resolve_model_dir
+    from cartridges.models import resolve_model_dir
     from cartridges.selfstudy.plan import plan
 
-    tokenizer = load_tokenizer(resolve_model_dir(settings.model))
+    tokenizer = _tokenizer(resolve_model_dir(settings.model))
     chunks = chunk_corpus(corpus, tokenizer, settings.synthesize.chunk)
     tasks = plan(chunks, settings.synthesize, settings.seed, weights)
     if not tasks:
@@ -308,9 +323,9 @@ def finish_dataset(output: Path, settings: BuildSettings, planned: dict[str, Any
 
 def _model_record(settings: BuildSettings) -> dict[str, str | None]:
     """What was asked for, and what it turned out to be."""
-    from cartridges.models import load_identity, resolve_model_dir
+    from cartridges.models import resolve_model_dir
 
-    identity = load_identity(resolve_model_dir(settings.model))
+    identity = _identity(resolve_model_dir(settings.model))
     digests = ("weights_digest", "tokenizer_hash", "template_hash")
     return {**settings.model.model_dump(mode="json"), "source": identity.revision,
             **{name: getattr(identity, name) for name in digests}}

@@ -1,6 +1,6 @@
 """Self-study for many corpora in one run of Ray Data: each engine is opened once, whatever the number of corpora.
 
-    DIR/together.json                 which data sets are made here, in order
+    DIR/together.json                 which data sets are made here, in order; DIR is WORK/together-<fingerprint>
     DIR/chunks.parquet                the chunks of all
     DIR/work/{tasks,parts,checkpoint} as for one; an id is `<number of the data set>/<conversation id>`
 
@@ -17,7 +17,7 @@ from typing import Any
 from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
-from workflows.stage import read_manifest, require_match, write_manifest
+from workflows.stage import fingerprint, read_manifest, require_match, write_manifest
 from workflows.synthesize import (
     MANIFEST,
     ProgressCallback,
@@ -40,9 +40,10 @@ class Wanted:
     settings: BuildSettings
 
 
-def synthesize_many(wanted: Sequence[Wanted], directory: Path, label: str, progress: ProgressCallback | None = None,
+def synthesize_many(wanted: Sequence[Wanted], work: Path, label: str, progress: ProgressCallback | None = None,
                     job: str | None = None) -> list[dict[str, Any]]:
-    """The manifests of all, in order; of one that could not be made `{"failed": why}`. Resumes; done is done.
+    """The manifests of all, in order; of one that could not be made `{"failed": why}`. Resumes; done is done. The data
+    sets are below `work`.
 
     Raises as `workflows.synthesize.synthesize` does where it concerns all of them.
     """
@@ -51,7 +52,7 @@ def synthesize_many(wanted: Sequence[Wanted], directory: Path, label: str, progr
         require_match(read_manifest(one.output / MANIFEST), own, one.output)
     todo = [index for index, one in enumerate(wanted) if read_manifest(one.output / MANIFEST) is None]
     if todo:
-        _make([wanted[index] for index in todo], [expected[index] for index in todo], directory, label, progress, job)
+        _make([wanted[index] for index in todo], [expected[index] for index in todo], work, label, progress, job)
     return [read_manifest(one.output / MANIFEST) or read_manifest(one.output / FAILED) for one in wanted]
 
 
@@ -59,7 +60,7 @@ def _expected(one: Wanted) -> str:
     return dataset_fingerprint(load_corpus(one.corpus, one.settings.corpus.corpus_id), one.settings)
 
 
-def _make(todo: Sequence[Wanted], expected: Sequence[str], directory: Path, label: str,
+def _make(todo: Sequence[Wanted], expected: Sequence[str], work: Path, label: str,
           progress: ProgressCallback | None, job: str | None) -> None:
     from workflows.generation import check_generation
     from workflows.tracking import track
@@ -67,9 +68,11 @@ def _make(todo: Sequence[Wanted], expected: Sequence[str], directory: Path, labe
     settings = todo[0].settings
     check_generation(settings)
     plans = [_plan(one, own) for one, own in zip(todo, expected, strict=True)]
-    joined = _join(todo, plans, directory)
-    numbers = [joined["datasets"].index(_place(one, directory)) for one in todo]
-    with track("synthesize", label, settings.model_dump(mode="json"), directory, job) as run:
+    places = [Path(os.path.relpath(one.output, work)).as_posix() for one in todo]
+    directory = _begun(places, work) or work / f"together-{fingerprint(places)}"
+    joined = _join(todo, places, plans, directory)
+    numbers = [joined["datasets"].index(place) for place in places]
+    with track("synthesize", label, settings.model_dump(mode="json"), work, job) as run:
         speed = generate(directory, settings, joined["conversations"], progress)
         _require_few_errors(directory / "work", settings, joined["conversations"])
         _split(todo, numbers, directory / "work" / "parts")
@@ -90,17 +93,27 @@ def _plan(one: Wanted, expected: str) -> dict[str, Any]:
     return plan_dataset(loaded, one.output, one.settings, expected, None)
 
 
-def _join(todo: Sequence[Wanted], plans: Sequence[dict[str, Any]], directory: Path) -> dict[str, Any]:
-    """Tasks and chunks of all in one place: `{datasets: their places in order, conversations}`. Found there with these
-    among them it is gone on with: the others are finished."""
+def _begun(places: Sequence[str], work: Path) -> Path | None:
+    """The directory of a run that makes just these, or these and others that are finished."""
+    for file in sorted(work.glob(f"together-*/{TOGETHER}")):
+        others = set(read_manifest(file)["datasets"]) - set(places)
+        if len(others) + len(places) == len(read_manifest(file)["datasets"]) and all(
+                (work / other / MANIFEST).is_file() for other in others):
+            return file.parent
+    return None
+
+
+def _join(todo: Sequence[Wanted], places: Sequence[str], plans: Sequence[dict[str, Any]],
+          directory: Path) -> dict[str, Any]:
+    """Tasks and chunks of all in one place: `{datasets: their places in order, conversations}`."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     from cartridges.selfstudy.families import FAMILIES
 
-    found, wanted = read_manifest(directory / TOGETHER), [_place(one, directory) for one in todo]
-    if found is not None and set(wanted) <= set(found["datasets"]):
+    found = read_manifest(directory / TOGETHER)
+    if found is not None:
         return found
     shutil.rmtree(directory, ignore_errors=True)
     (directory / "work").mkdir(parents=True)
@@ -118,14 +131,9 @@ def _join(todo: Sequence[Wanted], plans: Sequence[dict[str, Any]], directory: Pa
         chunks.append(pq.read_table(one.output / "chunks.parquet"))
     pq.write_table(pa.concat_tables(tasks[False] + tasks[True]), directory / "work" / "tasks.parquet")
     pq.write_table(pa.concat_tables(chunks), directory / "chunks.parquet")
-    joined = {"datasets": wanted, "conversations": sum(plan["conversations"] for plan in plans)}
+    joined = {"datasets": list(places), "conversations": sum(plan["conversations"] for plan in plans)}
     write_manifest(directory / TOGETHER, joined)
     return joined
-
-
-def _place(one: Wanted, directory: Path) -> str:
-    """Its fingerprint is in it, but two corpora may be the same text."""
-    return Path(os.path.relpath(one.output, directory)).as_posix()
 
 
 def _require_few_errors(work: Path, settings: BuildSettings, planned: int) -> None:

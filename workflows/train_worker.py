@@ -16,7 +16,7 @@ from cartridges.cartridge import Cartridge
 from cartridges.config import BuildSettings, TrainSettings
 from cartridges.corpus import load_corpus
 from cartridges.distill.course import Course, StepMetrics
-from cartridges.distill.trainer import Trainer
+from cartridges.distill.trainer import NonFiniteLoss, Trainer
 from cartridges.models import BaseModel
 from workflows.checkups import Checkups
 from workflows.held_out import HELD_OUT, read_held_out, write_held_out
@@ -55,11 +55,11 @@ def train_worker(config: dict[str, Any]) -> None:
     joint = CohortLog(Path(config["output"]) / "work" / STEPS) if rank == 0 and len(config["members"]) > 1 else None
     for number, wave in enumerate(config["waves"]):
         members = [config["members"][index] for index in wave]
-        if number < reached["wave"] or all(_is_trained(member) for member in members):
+        if number < reached["wave"] or all(_is_settled(member) for member in members):
             continue
         resumed = number == reached["wave"] and reached["next_step"] > 0
         pupils = [_pupil(member, base, rank, world, resumed) for member in members]
-        _train_wave(number, pupils, base, rank, reached if resumed else None, joint)
+        _train_wave(number, pupils, base, rank, reached if resumed else None, joint, len(config["members"]) == 1)
 
 
 def _reached() -> dict[str, Any]:
@@ -73,14 +73,16 @@ def _reached() -> dict[str, Any]:
         return json.loads((Path(directory) / "step.json").read_text())
 
 
-def _is_trained(member: dict[str, Any]) -> bool:
+def _is_settled(member: dict[str, Any]) -> bool:
+    """Trained, or failed, be it in another run."""
     return member["done"] or read_manifest(Path(member["output"]) / TRAINED) is not None
 
 
 def _train_wave(number: int, pupils: Sequence[Pupil], base: BaseModel, rank: int, reached: dict[str, Any] | None,
-                joint: CohortLog | None) -> None:
+                joint: CohortLog | None, alone: bool) -> None:
     import ray.train
 
+    from cartridges.distill.lower_layers import MOST_BYTES
     from cartridges.distill.student import Student
     from workflows.deepspeed_stepper import DeepSpeedStepper
     from workflows.gauge import Gauge
@@ -90,7 +92,8 @@ def _train_wave(number: int, pupils: Sequence[Pupil], base: BaseModel, rank: int
     spread = settings.train.zero_stage == 3
     beside = [_beside(pupil, pupils, base) for pupil in pupils]
     students = [Student(base.model, pupil.cartridge, settings.train.loss, others, gathered if spread else None,
-                        live=_live(pupil)) for pupil, others in zip(pupils, beside, strict=True)]
+                        live=_live(pupil), kept_bytes=MOST_BYTES // len(pupils))
+                for pupil, others in zip(pupils, beside, strict=True)]
     stepper = DeepSpeedStepper(students, settings.train)
     trainer = Trainer(stepper, [pupil.course for pupil in pupils], stepper.device)
     if reached is not None:
@@ -104,20 +107,26 @@ def _train_wave(number: int, pupils: Sequence[Pupil], base: BaseModel, rank: int
             report = _reporter(pupils, trainer, gauge, joint)
         else:
             report = _echo(pupils) if spread else lambda _: None
-        trainer.run(report, lambda step: _checkpoint(trainer, number, step))
+        try:
+            trainer.run(report, lambda step: _checkpoint(trainer, number, step))
+        except NonFiniteLoss:  # of all in this wave: the others' may be good
+            if alone:
+                raise
         if joint is not None:
             joint.flush(trainer.steps)
     if rank == 0:
         for member, pupil in enumerate(pupils):
+            if _is_settled(pupil.config):
+                continue
             if member in trainer.failed:
                 write_manifest(pupil.output / TRAINED, {"failed": trainer.failed[member]})
-            elif not _is_trained(pupil.config):
+            else:
                 _save(pupil, base)
 
 
 def _reporter(pupils: Sequence[Pupil], trainer: Trainer, gauge, joint: CohortLog | None) -> Callable[[Any], None]:
     """Writes a row a step; the other workers wait at the next step's gradients while this one looks."""
-    logs = [StepLog(pupil.output / STEPS, trainer.next_step) for pupil in pupils]
+    logs = [StepLog(pupil.output / STEPS, trainer.next_step, keeps=not pupil.config["done"]) for pupil in pupils]
 
     def report(metrics: StepMetrics) -> None:
         done, checkups = metrics.step + 1, pupils[metrics.member].checkups
@@ -211,7 +220,8 @@ def _save(pupil: Pupil, base: BaseModel) -> None:
         corpus=artifact.CorpusRecord(**pupil.config["corpus_record"]), seed=settings.seed,
         settings={"synthesize": pupil.config["synthesize"], "train": settings.train.model_dump(mode="json") | (
             # Not where they lay: the same training has the same version anywhere.
-            {"distractors": pupil.config["distractor_digests"]})})
+            {"distractors": pupil.config["distractor_digests"]} | (
+                {"partners": pupil.config["partners"]} if _live(pupil) else {}))})
     write_manifest(pupil.output / TRAINED, {
         "steps": pupil.course.steps, "best": best, "conversations": len(conversations),
         "mean_tokens": mean(lengths) if lengths else 0.0,

@@ -27,12 +27,13 @@ class Student(nn.Module):
     names stand beside the trained one while it is read; `live` ones are in training themselves. `gathered` is given
     where the model's weights are spread over workers: within it the head's are whole. Workers then call the same
     layers in the same order, so nothing is kept that another may not have, and conversations must share no tokens
-    (`packing.unshared`).
+    (`packing.unshared`). Else at most `kept_bytes` of hidden states are.
     """
 
     def __init__(self, model: PreTrainedModel, cartridge: Cartridge, loss: str = "distillation",
                  distractors: Sequence[Cartridge] = (),
-                 gathered: Callable[[torch.Tensor], AbstractContextManager] | None = None, live: bool = False):
+                 gathered: Callable[[torch.Tensor], AbstractContextManager] | None = None, live: bool = False,
+                 kept_bytes: int = MOST_BYTES):
         super().__init__()
         install(model)
         self.model = model.requires_grad_(False)
@@ -40,7 +41,7 @@ class Student(nn.Module):
         self.loss = loss
         self.gathered, self.lockstep = gathered or nullcontext, gathered is not None
         self.company = Company(self.model, cartridge, distractors, live)  # no submodule: nobody trains or saves them
-        self.lower = LowerLayers(self.model, cartridge, MOST_BYTES if gathered is None else 0)
+        self.lower = LowerLayers(self.model, cartridge, kept_bytes if gathered is None else 0)
 
     def forward(self, pack: Pack) -> LossSums:
         """Sums over the pack's loss positions. Divide by the global number of loss tokens."""

@@ -118,7 +118,6 @@ class Trainer:
         steps = {member: course.step(self.next_step) for member, course in enumerate(self.courses)
                  if self.next_step < course.steps and member not in self.failed}
         sums = self._losses(steps)
-        self._check(sums)
         norms = self.stepper.step({member: step.lr for member, step in steps.items()})
         self._note_failures(norms)
         self.next_step += 1
@@ -134,12 +133,6 @@ class Trainer:
             for member, found in self.stepper.forward_backward(beside, loss_tokens).items():
                 sums[member].append(found)
         return sums
-
-    def _check(self, sums: Mapping[int, Sequence[LossSums]]) -> None:
-        """Of one cartridge alone, before the step: there is nothing to go on with."""
-        loss = sum(float(one.loss.detach()) for found in sums.values() for one in found)
-        if len(self.courses) == 1 and not math.isfinite(loss):
-            raise NonFiniteLoss(self._message(loss))
 
     def _note_failures(self, norms: Mapping[int, float]) -> None:
         """By the gradients, which every worker has alike where a loss is known to one."""
