@@ -43,7 +43,9 @@ def test_build_publishes_once_and_resumes_for_nothing(settings, corpus_file, tmp
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)  # each stage keeps its run beside its work
-    arguments = (str(corpus_file), "lights", settings, str(tmp_path / "registry"), None, str(tmp_path / "work"))
+    monkeypatch.chdir(tmp_path)  # as a user would be: the default work directory is a relative path
+    work = tmp_path / "runs" / "lights"
+    arguments = (str(corpus_file), "lights", settings, str(tmp_path / "registry"), None, None)
     result = build(*arguments)
     card = result["report_card"]
     entry = Registry(tmp_path / "registry").resolve("lights")
@@ -53,7 +55,7 @@ def test_build_publishes_once_and_resumes_for_nothing(settings, corpus_file, tmp
     assert set(card["build"]["seconds"]) == {"synthesize", "train", "evaluate"}
     assert card["build"]["conversations"]["kept"] > 0
     assert "plan: 64 conversations, 3 steps" in capsys.readouterr().err
-    stages = [*(tmp_path / "work").glob("synthesize-*"), *(tmp_path / "work").glob("train-*"), tmp_path / "work"]
+    stages = [*work.glob("synthesize-*"), *work.glob("train-*"), work]
     assert [records(stage, "run")[0].run_group for stage in stages] == ["lights"] * 3
     start = time.monotonic()
     again = build(*arguments)

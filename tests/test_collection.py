@@ -88,12 +88,14 @@ def test_mistakes_are_named_with_their_corpus_before_anything_begins(settings, r
 
 
 @pytest.mark.slow
-def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_path, capsys, tiny_base_model):
+def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_path, capsys, tiny_base_model,
+                                                         monkeypatch):
     """Killed in the second of two waves, gone on with other waves in mind, and one member fails the first time. The
     cartridges differ in length, and two corpora are the same text."""
     settings = settings.model_copy(update={"cohort": settings.cohort.model_copy(update={"compression": 8})})
     registry, work = tmp_path / "registry", tmp_path / "work"
-    arguments = (str(rows), "kb", settings, str(registry), None, str(work))
+    monkeypatch.chdir(tmp_path)
+    arguments = (str(rows), "kb", settings, str(registry), None, "work")
     with in_a_process(_BUILD, *arguments[:2], settings.model_dump_json(), registry, work) as process:
         wait_for(lambda: len(list(work.glob("kb.*/train-*/trained.json"))) == 2
                  and list(work.glob("cohort-*/work/run/checkpoint_*")), process)

@@ -215,7 +215,7 @@ def _torch_trainer(members: Sequence[Member], directory: Path):
         scaling_config=ScalingConfig(num_workers=wanted.num_workers, use_gpu=has_gpu),
         torch_config=TorchConfig(backend="nccl" if has_gpu else "gloo"),
         run_config=RunConfig(
-            name="run", storage_path=str(directory / "work"),
+            name="run", storage_path=str((directory / "work").resolve()),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=wanted.keep_checkpoints)))
 
