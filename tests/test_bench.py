@@ -49,9 +49,9 @@ def test_every_side_has_the_gradient_of_ours(settings, work, name):
     loss = side.loss(batch)
     loss.backward()
     ours = make_side("ours", load_base_model(settings.model, "cpu"), work, settings)
-    cartridge = ours.trainer.stepper.student.cartridge
+    cartridge = ours.trainer.stepper.students[0].cartridge
     packs = [collate(work.conversations, plan, TRAIN.pack_tokens, TRAIN.label_share) for plan in work.plans[0]]
-    sums = [ours.trainer.stepper.forward_backward(pack, len(batch["topk_ids"])) for pack in packs]
+    sums = [ours.trainer.stepper.forward_backward({0: pack}, {0: len(batch["topk_ids"])})[0] for pack in packs]
     ours_loss = sum(float(s.loss.detach()) for s in sums) / len(batch["topk_ids"])
     assert ours_loss == pytest.approx(float(loss.detach()), rel=1e-4)
     theirs = _gradients(side)
@@ -74,7 +74,7 @@ def test_a_round_of_each_side_trains(settings, work):
         side = make_side(name, load_base_model(settings.model, "cpu"), work, settings)
         assert side.round() > 0 and side.round() > 0
         if name in ("ours", "upper"):
-            assert side.trainer.stepper.student.cartridge.num_frozen_layers == (1 if name == "upper" else 0)
+            assert side.trainer.stepper.students[0].cartridge.num_frozen_layers == (1 if name == "upper" else 0)
 
 
 def test_the_yardstick_runs_what_the_formula_counts(settings, work):
