@@ -11,6 +11,7 @@ The same command goes on where it stopped, and does nothing again for a corpus t
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cartridges.registry import Registry, check_name
 from workflows.build import Job, dataset_place, finish, prepare, say, settle
 from workflows.cohort import Member, acquainted, train_cohort
 from workflows.stage import fingerprint, write_manifest
+from workflows.synthesize import MANIFEST as DATASET
 from workflows.synthesize import corpus_tokens
 from workflows.synthesize_many import Wanted, synthesize_many
 
@@ -132,8 +134,10 @@ def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
 
     failed: list[tuple[Job, str]] = []
     ready: list[tuple[Job, dict[str, Any], Member]] = []
-    with local_ray():  # one Ray for all
-        wanted = [Wanted(job.corpus, dataset_place(job)[1], job.settings) for job in jobs]
+    wanted = [Wanted(job.corpus, dataset_place(job)[1], job.settings) for job in jobs]
+    with ExitStack() as stack:
+        if not all((one.output / DATASET).is_file() for one in wanted):
+            stack.enter_context(local_ray())  # one Ray for both stages
         datasets = synthesize_many(wanted, work, name, job=name)
         for job, dataset in zip(jobs, datasets, strict=True):
             try:
