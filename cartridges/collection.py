@@ -9,18 +9,17 @@ from pathlib import Path
 
 from cartridges.corpus import JSONL_SUFFIXES, corpus_ids, load_corpus
 from cartridges.errors import UserError
+from cartridges.registry import LONGEST_NAME
 from cartridges.tables import is_table, open_table
-
-LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
 class Part:
-    """One corpus of a collection, as `load_corpus(path, corpus_id)` reads it; `label` is unique in it."""
+    """One corpus of a collection, as `load_corpus(path, corpus_id)` reads it; its id is unique there. For a document
+    of a folder it is the relative path, and only a name."""
 
     path: str
-    corpus_id: str | None
-    label: str
+    corpus_id: str
 
 
 def parts(path: str, pattern: str | None = None) -> list[Part]:
@@ -31,19 +30,23 @@ def parts(path: str, pattern: str | None = None) -> list[Part]:
     if not where.exists():
         raise UserError(f"corpus {path} does not exist")
     if is_table(where):
-        found = [Part(path, name, name) for name in _ids_of_table(where)]
+        found = [Part(path, name) for name in _ids_of_table(where)]
     elif where.is_dir():
         sources = [document.source for document in load_corpus(path).documents]
-        found = [Part(str(where / source), source, source) for source in sources]  # of one document only its name
+        found = [Part(str(where / source), source) for source in sources]
     elif where.suffix.lower() in JSONL_SUFFIXES:
-        found = [Part(path, name, name) for name in dict.fromkeys(corpus_ids(path))]
+        found = [Part(path, name) for name in dict.fromkeys(corpus_ids(path))]
     else:
         raise UserError(f"{path} is one document; --each wants a folder, or rows with corpus_id")
-    chosen = [part for part in found if pattern is None or fnmatch.fnmatchcase(part.label, pattern)]
     if not found:
         raise UserError(f"{path} has no row with a corpus_id")
+    if pattern is None:
+        return found
+    # An exact id first, as for a single corpus, since an id may hold `*` or `[`.
+    chosen = ([part for part in found if part.corpus_id == pattern]
+              or [part for part in found if fnmatch.fnmatchcase(part.corpus_id, pattern)])
     if not chosen:
-        raise UserError(f"{path} has no corpus {pattern!r}; it has {', '.join(part.label for part in found[:4])}"
+        raise UserError(f"{path} has no corpus {pattern!r}; it has {', '.join(part.corpus_id for part in found[:4])}"
                         + (f", ... ({len(found)} in all)" if len(found) > 4 else ""))
     return chosen
 
@@ -57,14 +60,16 @@ def _ids_of_table(where: Path) -> list[str]:
 
 
 def names(prefix: str, chosen: Sequence[Part]) -> list[str]:
-    """`PREFIX.LABEL` of each, in the characters of a registry name: `kb.squad-geology`. Where that says too little, or
-    the same of several, a digest of the label follows."""
-    slugs = [re.sub(r"[^a-z0-9]+", "-", part.label.lower()).strip("-") for part in chosen]
+    """`PREFIX.ID` of each, in the characters of a registry name: `kb.squad-geology`. Where that says too little, or
+    the same of several, a digest of the id follows."""
+    slugs = [re.sub(r"[^a-z0-9]+", "-", part.corpus_id.lower()).strip("-") for part in chosen]
     plain = [f"{prefix}.{slug}" for slug in slugs]
-    return [name if slug and plain.count(name) == 1 and len(name) <= LONGEST_NAME else _with_digest(name, part.label)
-            for name, slug, part in zip(plain, slugs, chosen, strict=True)]
+    says = [bool(slug) and plain.count(name) == 1 and len(name) <= LONGEST_NAME
+            for slug, name in zip(slugs, plain, strict=True)]
+    return [name if enough else _with_digest(name, part.corpus_id)
+            for name, enough, part in zip(plain, says, chosen, strict=True)]
 
 
-def _with_digest(name: str, label: str) -> str:
-    digest = hashlib.sha256(label.encode()).hexdigest()[:8]
+def _with_digest(name: str, corpus_id: str) -> str:
+    digest = hashlib.sha256(corpus_id.encode()).hexdigest()[:8]
     return f"{name[:LONGEST_NAME - len(digest) - 1].rstrip('-.')}-{digest}"

@@ -39,7 +39,8 @@ from cartridges.store import Store
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+LONGEST_NAME = 64
+NAME = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
 VERSION = re.compile(r"[0-9a-f]{16}")
 VERSION_PREFIX = re.compile(r"[0-9a-f]{6,16}")
 DEFAULT_ALIASES = ("prod", "latest")

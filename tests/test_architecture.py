@@ -14,11 +14,12 @@ FLOW = (
     "settings",
     "records config",
     "template cartridge readers tables",
-    "download models corpus collection chunking prompts",
+    "download models corpus chunking prompts",
     "merged_attention row_attention attention forward engines.base compose",
     "selfstudy",
     "distill",
     "artifact corpus_text store archive registry",
+    "collection",
     "engines distill.initialize",  # a start may be an artifact
     "evaluation",
 )

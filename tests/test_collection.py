@@ -50,13 +50,15 @@ def settings(tiny_model_dir, tmp_path, monkeypatch):
 
 
 def test_a_collection_is_rows_by_id_or_documents_by_path(rows, tmp_path):
-    assert [part.label for part in parts(str(rows))] == list(TEXTS)
+    assert [part.corpus_id for part in parts(str(rows))] == list(TEXTS)
     assert [part.corpus_id for part in parts(str(rows), "*/[SW]*")] == ["keepers/South", "keepers/West"]
     (tmp_path / "docs" / "a").mkdir(parents=True)
     (tmp_path / "docs" / "a" / "One.md").write_text("One keeper.")
     (tmp_path / "docs" / "two.txt").write_text("Two keepers.")
     found = parts(str(tmp_path / "docs"))
-    assert [(part.label, part.corpus_id) for part in found] == [("two.txt", "two.txt"), ("a/One.md", "a/One.md")]
+    assert [part.corpus_id for part in found] == ["two.txt", "a/One.md"]
+    rows.write_text("".join(json.dumps({"corpus_id": name, "text": "x"}) + "\n" for name in ("a1", "a[1]")))
+    assert [part.corpus_id for part in parts(str(rows), "a[1]")] == ["a[1]"]
     for pattern, path, message in (("x/*", rows, "no corpus 'x/\\*'"),
                                    (None, tmp_path / "docs" / "two.txt", "one document"),
                                    (None, tmp_path / "nowhere", "does not exist")):
@@ -64,15 +66,15 @@ def test_a_collection_is_rows_by_id_or_documents_by_path(rows, tmp_path):
             parts(str(path), pattern)
 
 
-@pytest.mark.parametrize("labels", [["keepers/North", "two.txt"], ["keepers/North", "keepers north"], ["契約", "条約"],
-                                    ["---"], ["x" * 80, "x" * 80 + "y"]])
-def test_names_are_those_of_a_registry_and_differ(labels):
-    made = names("kb", [Part("rows.jsonl", label, label) for label in labels])
-    assert len(set(made)) == len(labels) and made == names("kb", [Part("other", label, label) for label in labels])
+@pytest.mark.parametrize("ids", [["keepers/North", "two.txt"], ["keepers/North", "keepers north"], ["契約", "条約"],
+                                 ["---"], ["x" * 80, "x" * 80 + "y"]])
+def test_names_are_those_of_a_registry_and_differ(ids):
+    made = names("kb", [Part("rows.jsonl", one) for one in ids])
+    assert len(set(made)) == len(ids) and made == names("kb", [Part("other", one) for one in ids])
     for name in made:
         check_name(name)
         assert name.startswith("kb") and name != "kb"
-    assert labels != ["keepers/North", "two.txt"] or made == ["kb.keepers-north", "kb.two-txt"]
+    assert ids != ["keepers/North", "two.txt"] or made == ["kb.keepers-north", "kb.two-txt"]
 
 
 def test_mistakes_are_named_with_their_corpus_before_anything_begins(settings, rows, tmp_path):

@@ -122,70 +122,78 @@ def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, ur
     assert len(answered) > 4 and all(answer == expected[name] for name, answer in answered)
 
 
-def test_under_load_a_lost_replica_costs_its_own_requests_alone(process, client, url, registry):
-    """Beside malformed bodies, bodies that are too long, clients that do not read, and a registry that goes away."""
-    expected = {name: ask(client, name) for name in ["base", *TEXTS]}
-    answered: list[tuple[str, str, float]] = []
-    lost: list[str] = []
-    clients = 4
+class Crowd:
+    """Clients that ask on until `stop`: good ones, ones that ask badly, and one that never reads its answer."""
 
-    async def ask_on(stop: asyncio.Event, http: openai.AsyncOpenAI):
-        while not stop.is_set():
-            for name in expected:
-                try:
-                    answer = await http.chat.completions.create(model=name, messages=ASK, max_tokens=8)
-                except openai.APIStatusError as error:
-                    assert error.status_code == 503 and error.body["code"] == "replica_lost", error
-                    lost.append(name)
-                else:
-                    answered.append((name, answer.choices[0].message.content, time.monotonic()))
+    def __init__(self, url: str, models: list[str]):
+        self.url, self.models, self.stop = url, models, asyncio.Event()
+        self.answered: list[tuple[str, str, float]] = []
+        self.lost: list[str] = []
 
-    async def ask_badly(stop: asyncio.Event, http: httpx.AsyncClient):
-        bad = {b"{": 400, b"[]": 400, b'{"model": "nobody", "messages": []}': (400, 404), b" " * (5 << 20): 413}
-        while not stop.is_set():
-            for body, status in bad.items():
-                response = await http.post("/v1/chat/completions", content=body)
-                assert response.status_code in (status if isinstance(status, tuple) else (status,)), response.text
-                assert response.json()["error"]["message"]
-            await asyncio.sleep(0.2)
+    async def ask(self) -> None:
+        async with openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0,
+                                      timeout=PATIENCE) as client:
+            while not self.stop.is_set():
+                for name in self.models:
+                    try:
+                        answer = await client.chat.completions.create(model=name, messages=ASK, max_tokens=8)
+                    except openai.APIStatusError as error:
+                        assert error.status_code == 503 and error.body["code"] == "replica_lost", error
+                        self.lost.append(name)
+                    else:
+                        self.answered.append((name, answer.choices[0].message.content, time.monotonic()))
 
-    async def never_read(stop: asyncio.Event, http: httpx.AsyncClient):
+    async def ask_badly(self) -> None:
+        bad = {b"{": 400, b"[]": 400, b'{"model": "nobody", "messages": []}': 400, b" " * (5 << 20): 413}
+        async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as http:
+            while not self.stop.is_set():
+                for body, status in bad.items():
+                    response = await http.post("/v1/chat/completions", content=body)
+                    assert response.status_code == status and response.json()["error"]["message"], response.text
+                await asyncio.sleep(0.2)
+
+    async def never_read(self) -> None:
         asked = {"model": "harbour", "messages": ASK, "max_tokens": 64, "stream": True}
-        async with http.stream("POST", "/v1/chat/completions", json=asked):
-            await stop.wait()
+        async with (httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as http,
+                    http.stream("POST", "/v1/chat/completions", json=asked)):
+            await self.stop.wait()
 
-    async def more(count: int):
+    async def more(self, count: int) -> None:
         """Until so many more are answered."""
-        wanted, deadline = len(answered) + count, time.monotonic() + PATIENCE
-        while len(answered) < wanted:
+        wanted, deadline = len(self.answered) + count, time.monotonic() + PATIENCE
+        while len(self.answered) < wanted:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
 
-    async def go_through_it() -> float:
-        stop = asyncio.Event()
-        async with (openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as good,
-                    httpx.AsyncClient(base_url=url, timeout=PATIENCE) as http, asyncio.TaskGroup() as tasks):
-            for _ in range(clients):
-                tasks.create_task(ask_on(stop, good))
-            tasks.create_task(ask_badly(stop, http))
-            tasks.create_task(never_read(stop, http))
-            await more(6)
+
+def test_under_load_a_lost_replica_costs_its_own_requests_alone(process, client, url, registry):
+    """Beside malformed bodies, bodies that are too long, a client that does not read, and a registry that goes away."""
+    expected = {name: ask(client, name) for name in ["base", *TEXTS]}
+    clients = 4
+
+    async def go_through_it() -> tuple[Crowd, float]:
+        crowd = Crowd(url, list(expected))
+        async with asyncio.TaskGroup() as tasks:
+            for one in (*[crowd.ask] * clients, crowd.ask_badly, crowd.never_read):
+                tasks.create_task(one())
+            await crowd.more(6)
             away = registry.rename(registry.with_name("away"))
-            await more(12)
+            await crowd.more(12)
             away.rename(registry)
             (replica,) = [child for child in psutil.Process(process.pid).children(recursive=True)
                           if any("ServeReplica" in part and "engine" in part for part in child.cmdline())]
             replica.kill()
             killed = time.monotonic()
-            await more(12)
-            stop.set()
-        return next(at for _, _, at in answered if at > killed + 1.0) - killed
+            await crowd.more(12)
+            crowd.stop.set()
+        return crowd, killed
 
-    recovered = asyncio.run(go_through_it())
-    print(f"answered {len(answered)}, lost {len(lost)}, again after {recovered:.1f} s")  # pytest -s shows it
-    assert all(answer == expected[name] for name, answer, _ in answered)
-    assert len(lost) <= clients, "no more than it was answering"
-    assert {name for name, _, _ in answered} == set(expected)
+    crowd, killed = asyncio.run(go_through_it())
+    assert all(answer == expected[name] for name, answer, _ in crowd.answered)
+    assert {name for name, _, _ in crowd.answered} == set(expected)
+    assert len(crowd.lost) <= clients, "no more than it was answering"
+    again = next(at for _, _, at in crowd.answered if at > killed + 1) - killed  # pytest -s shows it
+    print(f"answered {len(crowd.answered)}, lost {len(crowd.lost)}, again after {again:.1f} s")
 
 
 def test_stopping_finishes_what_runs_and_leaves_no_process(process, url):

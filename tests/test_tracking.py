@@ -1,5 +1,6 @@
 """W&B runs need no network, stay under the work directory, and hold what was logged."""
 
+import json
 import os
 import struct
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 from cartridges.errors import UserError
 from cartridges.evaluation import report_card
 from workflows import tracking
-from workflows.tracking import METRICS, card_summary, logged_in, track
+from workflows.stage import Clock
+from workflows.step_log import STEPS, Following
+from workflows.tracking import METRICS, Run, card_summary, logged_in, track
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
 CARD = {
@@ -161,3 +164,25 @@ def test_every_number_of_a_report_card_has_its_key():
     assert card_summary(CARD).keys() <= METRICS.keys()
     assert card_summary(CARD)["train/seconds"] == 9.0
     assert tracking.ARM_METRICS == report_card.METRICS
+
+
+def test_progress_of_a_run_that_goes_on_is_its_own(tmp_path):
+    """Steps of the run before are told as loaded, not as done at once; after a checkpoint they may be fewer."""
+    file, said = tmp_path / STEPS, []
+    row = dict.fromkeys(("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "loss_tokens", "tokens",
+                         "seconds"), 1.0) | {"steps": 9}
+
+    def write(count: int) -> None:
+        file.write_text("".join(json.dumps(row | {"step": step}) + "\n" for step in range(count)))
+
+    write(5)
+    with Following(file, Run(None), lambda *told: said.append(told), Clock(tmp_path / "clock.json"), 9):
+        for count in (5, 3):
+            write(count)
+            deadline = time.monotonic() + 60
+            while f"loading the model, to go on at step {count}" not in [note for _, _, note in said]:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        assert {done for done, _, _ in said} == {0}
+        write(4)
+    assert said[-1][0] == 4 and said[-1][2].startswith("loss 1.000")

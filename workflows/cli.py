@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from workflows import commands
 from workflows.exits import PartlyDone, exit_code
+from workflows.results import report
 
 RESUMABLE = ("build", "synthesize", "train")
 REFERENCE = "NAME, NAME@VERSION or NAME@ALIAS"
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         with _clean_stdout(args.json):
             result = args.run(args)
-        _report(args, result)
+        report(args, result)
         if result and result.get("failed"):
             raise PartlyDone(f"{len(result['failed'])} of the corpora have no cartridge; the same command tries them "
                              "again")
@@ -285,49 +286,6 @@ def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
     command.add_argument("--config", metavar="FILE", help="YAML of settings")
     command.add_argument("--set", action="append", default=[], metavar="STAGE.KEY=VALUE",
                          help="one setting, such as train.epochs=4; may be repeated")
-
-
-def _report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
-    """The result for a person, or as JSON."""
-    from workflows import console, registry_commands
-
-    if args.json:
-        print(console.to_json(result if result is not None else {}), flush=True)
-    elif result is None or args.command == "chat":
-        return
-    elif args.command == "list":
-        registry_commands.print_list(result, sys.stdout)
-    elif args.command == "show":
-        registry_commands.print_shown(result, sys.stdout)
-    elif args.command == "inspect":
-        from workflows.inspect_dataset import print_card
-
-        print_card(result, sys.stdout)
-    elif args.command == "keys" and args.action == "list":
-        from workflows.keys_commands import print_keys
-
-        print_keys(result, sys.stdout)
-    elif args.command == "compose-test":
-        from workflows.compose_test import print_card as print_composition
-
-        print_composition(result, sys.stdout)
-    elif args.command == "bench":
-        from workflows.bench import tables
-
-        show = {"train": tables.print_train, "serve": tables.print_serve, "load": tables.print_load,
-                "synthesize": tables.print_synthesize,
-                "route": tables.print_route}
-        show[args.bench](result, sys.stdout)
-    elif args.command == "evaluate":
-        console.print_report_card(result, sys.stdout)
-    elif args.command == "build" and args.each:
-        console.print_collection(result, sys.stdout)
-    elif args.command == "build":
-        console.print_report_card(result["report_card"], sys.stdout)
-        print(f"\npublished {result['name']}@{result['version']} in {args.registry}")
-    else:
-        console.print_summary(result, sys.stdout)
-    sys.stdout.flush()
 
 
 @contextlib.contextmanager

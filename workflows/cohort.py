@@ -26,13 +26,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cartridges.config import BuildSettings
+from cartridges.config import BuildSettings, TrainSettings
 from cartridges.errors import UserError
 from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
 from workflows.step_log import STEPS, TRAINED, Following, read_rows
 from workflows.synthesize import ProgressCallback
 
 MANIFEST = "train.json"
+Size = tuple[int, int]
+"""Slots of a cartridge, and how many of them are frozen."""
 MAX_FAILURES = 2
 """Lost workers after which the run is given up; it goes on from the last checkpoint each time."""
 
@@ -75,7 +77,7 @@ def _train(members: Sequence[Member], todo: Sequence[Member], directory: Path, l
     """Train `todo`, and with them those of `members` that are in their company; what is told of those that failed."""
     from workflows.tracking import track
 
-    taken = [member for member in members if member in todo or _is_company(member, members, todo)]
+    taken = _with_company(members, {member.output for member in todo})
     if not (directory / "work").is_dir():  # nothing to go on with, so those that failed are tried again
         for member in todo:
             if "failed" in (read_manifest(member.output / TRAINED) or {}):
@@ -95,12 +97,12 @@ def _train(members: Sequence[Member], todo: Sequence[Member], directory: Path, l
     return failed
 
 
-def _is_company(member: Member, members: Sequence[Member], todo: Sequence[Member]) -> bool:
-    """Of one that is still to be trained, in the wave that its fingerprint tells of: then it is trained once more, and
-    what there is of it stays."""
-    return member.config["partners"] > 0 and any(
-        member in wave and any(one in wave for one in todo)
-        for wave in ([members[index] for index in wave] for wave in waves(members)))
+def _with_company(members: Sequence[Member], todo: set[Path]) -> list[Member]:
+    """Those in `todo`, and who is in their company: these are trained once more, and what there is of them stays."""
+    if not any(member.config["partners"] for member in members):
+        return [member for member in members if member.output in todo]
+    return [members[index] for wave in waves(members) if any(members[index].output in todo for index in wave)
+            for index in wave]
 
 
 def waves(members: Sequence[Member]) -> list[list[int]]:
@@ -113,12 +115,16 @@ def waves(members: Sequence[Member]) -> list[list[int]]:
 def acquainted(members: Sequence[Member]) -> list[Member]:
     """The members, each with the others of its wave as distractors while they are trained, which changes what it
     becomes; so their fingerprints are in its own. Raises `UserError` where the model's window has no room for them."""
-    found = list(members)
+    from cartridges.models import load_identity, resolve_model_dir
+
+    found, wanted = list(members), members[0].settings.train
+    window = load_identity(resolve_model_dir(members[0].settings.model)).max_position_embeddings
     for wave in waves(members):
-        _check_window([members[index].settings for index in wave])
+        sizes = sorted(((one.num_tokens, one.num_frozen_tokens)
+                        for one in (members[index].settings.train for index in wave)), reverse=True)
+        check_window(sizes[0], sizes[1:], wanted, window)
         for index in wave:
             others = [members[other].fingerprint for other in wave if other != index]
-            wanted = members[index].settings.train
             if others:
                 found[index] = replace(
                     members[index], config={**members[index].config, "partners": len(others)},
@@ -127,14 +133,11 @@ def acquainted(members: Sequence[Member]) -> list[Member]:
     return found
 
 
-def _check_window(settings: Sequence[BuildSettings]) -> None:
+def check_window(own: Size, others: Sequence[Size], wanted: TrainSettings, window: int) -> None:
+    """Raise `UserError` where packs have no room behind `own` and the largest of `others` that may stand beside it."""
     from cartridges.compose import composed_tokens
-    from cartridges.models import load_identity, resolve_model_dir
 
-    wanted = settings[0].train
-    sizes = sorted(((one.train.num_tokens, one.train.num_frozen_tokens) for one in settings), reverse=True)
-    most = composed_tokens(sizes[:wanted.max_distractors + 1])
-    window = load_identity(resolve_model_dir(settings[0].model)).max_position_embeddings
+    most = composed_tokens([own, *sorted(others, reverse=True)[:wanted.max_distractors]])
     if most + wanted.pack_tokens > window:
         raise UserError(f"{most} slots with train.max_distractors={wanted.max_distractors} leave no room for packs of "
                         f"{wanted.pack_tokens} tokens in the window of {window}; take fewer")

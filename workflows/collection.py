@@ -34,7 +34,7 @@ STEP = 32
 
 def build_each(corpus: str, name: str, settings: BuildSettings, registry: str, questions: str | None = None,
                workdir: str | None = None) -> dict[str, Any]:
-    """A cartridge `NAME.<label>` for each corpus at `corpus`: `{cartridges: [{name, version, corpus_id, report_card}],
+    """A cartridge `NAME.<id>` for each corpus at `corpus`: `{cartridges: [{name, version, corpus_id, report_card}],
     failed: [{name, corpus_id, error}], seconds, workdir, registry}`.
 
     `settings.budget` is shared by all of them, in proportion to their tokens. One that fails does not stop the others.
@@ -49,16 +49,15 @@ def build_each(corpus: str, name: str, settings: BuildSettings, registry: str, q
         f"{min(len(jobs), settings.cohort.active)} are trained at once")
     jobs = _with_plans(jobs, settings)
     made, failed = _make(jobs, name, settings, work)
-    labels = {job.name: part.label for job, part in zip(jobs, chosen, strict=True)}
     published = []
     for job, one in made:
         try:
-            published.append({"corpus_id": labels[job.name], **finish(job, *one)})
+            published.append({"corpus_id": job.loaded.corpus_id, **finish(job, *one)})
         except UserError as error:  # no question to ask it
             failed.append((job, str(error)))
     result = {
         "cartridges": published,
-        "failed": [{"corpus_id": labels[job.name], "name": job.name, "error": error} for job, error in failed],
+        "failed": [{"corpus_id": job.loaded.corpus_id, "name": job.name, "error": error} for job, error in failed],
         "registry": registry, "workdir": str(work), "seconds": time.monotonic() - start}
     write_manifest(work / "collection.json", result)
     return result
@@ -79,10 +78,10 @@ def _jobs(chosen: Sequence[Part], called: Sequence[str], settings: BuildSettings
           questions: str | None, work: Path) -> list[Job]:
     """All of them, checked."""
     asked_of = set(corpus_ids(questions)) if questions else set()
-    labels = {part.label for part in chosen}
+    ids = {part.corpus_id for part in chosen}
     if questions:
-        say(f"{questions} has questions about {len(labels & asked_of)} of the {len(labels)}"
-            + (f", and about others: {', '.join(sorted(asked_of - labels)[:4])}" if asked_of - labels else ""))
+        say(f"{questions} has questions about {len(ids & asked_of)} of the {len(ids)}"
+            + (f", and about others: {', '.join(sorted(asked_of - ids)[:4])}" if asked_of - ids else ""))
     jobs = []
     for part, name in zip(chosen, called, strict=True):
         try:
@@ -92,10 +91,10 @@ def _jobs(chosen: Sequence[Part], called: Sequence[str], settings: BuildSettings
                 own = own.model_copy(update={"train": own.train.model_copy(update={"num_tokens": max(STEP, slots)})})
             asked = loaded.questions
             if questions:
-                asked = load_questions(questions, part.label) if part.label in asked_of else ()
+                asked = load_questions(questions, part.corpus_id) if part.corpus_id in asked_of else ()
             jobs.append(prepare(part.path, loaded, name, own, store, asked, work / name))
         except UserError as error:
-            raise UserError(f"{part.label}: {error}") from None
+            raise UserError(f"{part.corpus_id}: {error}") from None
     return jobs
 
 
@@ -118,8 +117,8 @@ def _with_plans(jobs: Sequence[Job], settings: BuildSettings) -> list[Job]:
         try:
             planned.append(replace(job, settings=settle(job.loaded, job.settings, job.work, seconds)))
         except UserError as error:
-            raise UserError(f"{job.name}, with its share of the budget of {settings.budget} for {len(jobs)}: "
-                            f"{error}") from None
+            raise UserError(f"of --budget {settings.budget} for {len(jobs)} corpora the share of "
+                            f"{job.loaded.corpus_id}, by its tokens: {error} for it alone") from None
     return planned
 
 
@@ -150,9 +149,8 @@ def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
             raise UserError(f"nothing could be trained; {failed[0][0].name}: {failed[0][1]}")
         members = [member for _, _, member in ready]
         if settings.cohort.acquainted:
-            members = acquainted(members)
-        members = [replace(member, output=job.work / f"train-{member.fingerprint}")
-                   for (job, _, _), member in zip(ready, members, strict=True)]
+            members = [replace(member, output=job.work / f"train-{member.fingerprint}")
+                       for (job, _, _), member in zip(ready, acquainted(members), strict=True)]
         todo = [member.fingerprint for member in members if member.manifest is None]
         together = work / f"cohort-{fingerprint(todo)}"
         manifests = train_cohort(members, together, name, job=name)

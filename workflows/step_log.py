@@ -93,7 +93,7 @@ class Following:
 
     def __init__(self, path: Path, run, progress: ProgressCallback, clock: Clock, steps: int):
         self.path, self.run, self.progress, self.clock, self.steps = path, run, progress, clock, steps
-        self.seen = 0
+        self.logged, self.before, self.told = 0, len(read_rows(path)), 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._loop, daemon=True)
 
@@ -103,17 +103,21 @@ class Following:
 
     def _read(self) -> None:
         rows = read_rows(self.path)
-        for row in rows[self.seen:]:
+        for row in rows[self.logged:]:
             self.run.log(_figures(row), step=row["step"])
-        if not rows:
-            self.progress(0, self.steps, "loading the model and fitting the start")
-        if rows[self.seen:]:
+        # What an earlier run did is not progress of this one: its rate would be that of loading the model.
+        self.before = min(self.before, len(rows))
+        if len(rows) == self.before:
+            self.progress(0, self.steps, f"loading the model, to go on at step {len(rows)}" if rows else
+                          "loading the model and fitting the start")
+        elif len(rows) != self.told:
             last = rows[-1]
-            told = next((f", held-out accuracy {row['held_out']['contains']:.2f}" for row in reversed(rows)
-                         if "held_out" in row), "")
-            self.progress(last["step"] + 1, last["steps"], f"loss {last['loss']:.3f}, KL {last['kl']:.3f}{told}")
+            accuracy = next((f", held-out accuracy {row['held_out']['contains']:.2f}" for row in reversed(rows)
+                             if "held_out" in row), "")
+            self.progress(last["step"] + 1, last["steps"], f"loss {last['loss']:.3f}, KL {last['kl']:.3f}{accuracy}")
+        self.told = len(rows)
         # A resumed run's log is cut back to its checkpoint; steps seen before are not logged again.
-        self.seen = max(self.seen, len(rows))
+        self.logged = max(self.logged, len(rows))
         self.clock.save()
 
     def __enter__(self) -> None:

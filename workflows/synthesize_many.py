@@ -96,9 +96,8 @@ def _plan(one: Wanted, expected: str) -> dict[str, Any]:
 def _begun(places: Sequence[str], work: Path) -> Path | None:
     """The directory of a run that makes just these, or these and others that are finished."""
     for file in sorted(work.glob(f"together-*/{TOGETHER}")):
-        others = set(read_manifest(file)["datasets"]) - set(places)
-        if len(others) + len(places) == len(read_manifest(file)["datasets"]) and all(
-                (work / other / MANIFEST).is_file() for other in others):
+        made_there = set(read_manifest(file)["datasets"])
+        if made_there >= set(places) and all((work / other / MANIFEST).is_file() for other in made_there - set(places)):
             return file.parent
     return None
 

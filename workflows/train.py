@@ -9,7 +9,7 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Corpus
-from workflows.cohort import MANIFEST, Member, train_cohort
+from workflows.cohort import MANIFEST, Member, check_window, train_cohort
 from workflows.stage import fingerprint, read_manifest
 from workflows.synthesize import MANIFEST as DATASET_MANIFEST
 from workflows.synthesize import ProgressCallback, corpus_tokens, fingerprints
@@ -118,7 +118,6 @@ def check_training(corpus: Corpus, settings: BuildSettings) -> None:
 
 def _check_distractors(corpus: Corpus, settings: BuildSettings) -> None:
     from cartridges.artifact import check_compatible
-    from cartridges.compose import composed_tokens
     from cartridges.models import load_identity, resolve_model_dir
 
     wanted = settings.train
@@ -132,8 +131,6 @@ def _check_distractors(corpus: Corpus, settings: BuildSettings) -> None:
             raise UserError(f"train.distractors: {directory} is of this very corpus; name cartridges of others")
     if len({manifest.digest for manifest in given}) < len(given):
         raise UserError("train.distractors names the same cartridge twice")
-    sizes = sorted(((manifest.num_tokens, manifest.num_frozen_tokens) for manifest in given), reverse=True)
-    most = composed_tokens([(wanted.num_tokens, wanted.num_frozen_tokens), *sizes[:wanted.max_distractors]])
-    if most + wanted.pack_tokens > identity.max_position_embeddings:
-        raise UserError(f"{most} slots with train.max_distractors={wanted.max_distractors} leave no room for packs of "
-                        f"{wanted.pack_tokens} tokens in the window of {identity.max_position_embeddings}; take fewer")
+    check_window((wanted.num_tokens, wanted.num_frozen_tokens),
+                 [(manifest.num_tokens, manifest.num_frozen_tokens) for manifest in given], wanted,
+                 identity.max_position_embeddings)

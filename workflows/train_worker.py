@@ -170,7 +170,7 @@ def _pupil(config: dict[str, Any], base: BaseModel, rank: int, world: int, resum
         conversations = unshared(conversations)
     course = Course(conversations, settings.train, settings.seed, rank, world, config["partners"])
     return Pupil(config, settings, cartridge, course,
-                 Checkups(base, cartridge, questions, settings.train, output, keeps=rank == 0))
+                 Checkups(base, cartridge, questions, settings.train, output, keeps=rank == 0 and not config["done"]))
 
 
 def _start(wanted: TrainSettings, rank: int, resumed: bool) -> TrainSettings:

@@ -141,5 +141,5 @@ class Trainer:
             raise NonFiniteLoss(next(iter(self.failed.values())))
 
     def _message(self, value: float) -> str:
-        return (f"the loss became {value} at step {self.next_step}; lower train.optimizer.lr and run again: the last "
-                "checkpoint is kept")
+        return (f"the gradient became {value} at step {self.next_step}; lower train.optimizer.lr and run again: the "
+                "last checkpoint is kept")
