@@ -27,6 +27,7 @@ from workflows.draft import NO_DATASET, draft
 from workflows.held_out import HELD_OUT, read_held_out, reporting
 from workflows.stage import fingerprint, read_manifest, write_manifest
 
+REPORT_CARD = "report_card.json"
 HELD_OUT_QUESTIONS = 64
 """Self-study conversations kept from training to be the report card's questions where the user has none."""
 DRAFT_CONVERSATIONS = 256
@@ -59,11 +60,7 @@ def build(corpus: str, name: str, settings: BuildSettings, registry: str, questi
     asked = load_questions(questions, settings.corpus.corpus_id) if questions else loaded.questions
     job = prepare(corpus, loaded, name, settings, Registry(registry), asked, Path(workdir or f"runs/{name}"))
     job = replace(job, settings=settle(loaded, job.settings, job.work))
-    if asked and settings.train.loss == "none":
-        dataset, (trained, cartridge) = NO_DATASET, draft(loaded, job.settings, job.work)
-    else:
-        dataset, trained, cartridge = _make_cartridge(job)
-    result = {"registry": registry, "workdir": str(job.work), **finish(job, dataset, trained, cartridge),
+    result = {"registry": registry, "workdir": str(job.work), **finish(job, *make(job)),
               "seconds": time.monotonic() - start}
     write_manifest(job.work / "build.json", result)
     return result
@@ -84,7 +81,7 @@ def prepare(corpus: str, loaded: Corpus, name: str, settings: BuildSettings, sto
 
 def finish(job: Job, dataset: dict[str, Any], trained: dict[str, Any], cartridge: Path) -> dict[str, Any]:
     """Examine the artifact and publish it: `{name, version, report_card}`."""
-    card = _evaluate(job, dataset, trained, cartridge)
+    card = read_manifest(examine(job, dataset, trained, cartridge) / REPORT_CARD)
     text = job.loaded.text if job.settings.corpus.keep_text else None
     return {"name": job.name, "version": _publish(job.store, job.name, cartridge, card, text, job.work),
             "report_card": card}
@@ -151,8 +148,14 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _make_cartridge(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def make(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """Synthesis and training: `(data set manifest, training manifest, artifact directory)`."""
+    if job.asked and job.settings.train.loss == "none":
+        return NO_DATASET, *draft(job.loaded, job.settings, job.work)
+    return _make_by_rounds(job) if job.settings.curriculum.rounds > 1 else _make_at_once(job)
+
+
+def _make_at_once(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     from workflows import rates
     from workflows.local_ray import local_ray
     from workflows.synthesize import MANIFEST as DATASET
@@ -161,8 +164,6 @@ def _make_cartridge(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     from workflows.train import train, train_fingerprint
 
     settings = job.settings
-    if settings.curriculum.rounds > 1:
-        return _make_by_rounds(job)
     of_dataset, dataset_dir = dataset_place(job)
     train_dir = job.work / f"train-{train_fingerprint(of_dataset, settings)}"
     with ExitStack() as stack:
@@ -193,19 +194,18 @@ def _make_by_rounds(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     return *joined(rounds), rounds[-1].train_dir / "cartridge"
 
 
-def _evaluate(job: Job, dataset: dict, trained: dict, cartridge: Path) -> dict[str, Any]:
-    """The report card; held-out self-study questions where the job has none to ask."""
+def examine(job: Job, dataset: dict, trained: dict, cartridge: Path) -> Path:
+    """The directory of the report card and its rows; held-out self-study questions where the job has none to ask."""
     from workflows.tracking import track
 
     settings = job.settings
     source = "user" if job.asked else "held_out_self_study"
     asked = job.asked or _held_out_questions(cartridge.parent, settings)
-    expected = fingerprint([trained["fingerprint"], settings.evaluate.model_dump(mode="json"), source,
+    expected = fingerprint([trained["fingerprint"], settings.evaluate.model_dump(mode="json"), settings.seed, source,
                             [[one.question_id, one.question, *one.answers, *one.options] for one in asked]])
     output = job.work / f"evaluate-{expected}"
-    done = read_manifest(output / "report_card.json")
-    if done is not None:
-        return done
+    if read_manifest(output / REPORT_CARD) is not None:
+        return output
     made = {"seconds": {"synthesize": dataset["seconds"], "train": trained["seconds"]},
             "conversations": dataset["conversations"], "tokens": dataset["tokens"],
             **({"rounds": trained["rounds"]} if "rounds" in trained else {})}
@@ -216,7 +216,7 @@ def _evaluate(job: Job, dataset: dict, trained: dict, cartridge: Path) -> dict[s
         run.report_card(report.card)
         run.artifact(cartridge, job.name, "cartridge")
     report.save(output)
-    return report.card
+    return output
 
 
 def _report(job: Job, asked: tuple[Question, ...], cartridge: Path, source: str, made: dict[str, Any]):

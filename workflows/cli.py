@@ -15,7 +15,7 @@ from workflows import commands
 from workflows.exits import PartlyDone, exit_code
 from workflows.results import report
 
-RESUMABLE = ("build", "synthesize", "train")
+RESUMABLE = ("build", "ablate", "synthesize", "train")
 REFERENCE = "NAME, NAME@VERSION or NAME@ALIAS"
 CORPUS = "folder, text/Markdown/HTML/PDF file, JSONL, Parquet, or Hugging Face dataset on disk"
 
@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             result = args.run(args)
         report(args, result)
         if result and result.get("failed"):
-            raise PartlyDone(f"{len(result['failed'])} of the corpora have no cartridge; the same command tries them "
-                             "again")
+            raise PartlyDone(f"{len(result['failed'])} of the cartridges could not be built; the same command tries "
+                             "them again")
 
     return exit_code(run, resumable=args.command in RESUMABLE)
 
@@ -71,6 +71,17 @@ def _add_stages(parsers: Any) -> None:
     build = _command(parsers, "build", commands.run_build,
                      "corpus to published cartridge: synthesize, train, evaluate, publish")
     _add_build_arguments(build)
+
+    ablate = _command(parsers, "ablate", commands.run_ablate,
+                      "what settings are worth on a corpus: cartridges that differ in nothing else, asked the same")
+    ablate.add_argument("corpus", metavar="CORPUS", help=CORPUS)
+    ablate.add_argument("--vary", action="append", default=[], metavar="STAGE.KEY=VALUE[;...]",
+                        help="settings that one more cartridge is made with, such as train.loss=next_token; may be "
+                             "repeated")
+    ablate.add_argument("--questions", metavar="FILE", help="JSONL of rows with `questions`; default: the corpus' own")
+    ablate.add_argument("--workdir", metavar="DIR", help="where stages keep their work; default: runs/ablation")
+    _settings_options(ablate, "model", "num_tokens", "init", "loss", "budget", "seed", "corpus_id")
+    _registry_option(ablate)
 
     synthesize = _command(parsers, "synthesize", commands.run_synthesize, "corpus to conversations")
     synthesize.add_argument("corpus", metavar="CORPUS", help=CORPUS)

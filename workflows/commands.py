@@ -19,14 +19,14 @@ DIALS = {"model": "model.name", "num_tokens": "train.num_tokens", "pack_tokens":
 """Options that are short for a setting of `BuildSettings`."""
 
 
-def settings_from(args: argparse.Namespace) -> Any:
-    """`BuildSettings`: defaults < `--config` < dials < `--set`."""
+def settings_from(args: argparse.Namespace, more: list[str] | None = None) -> Any:
+    """`BuildSettings`: defaults < `--config` < dials < `--set` < `more`, which is written as for `--set`."""
     from cartridges.config import BuildSettings
     from cartridges.settings import load
 
     given = vars(args)
     dials = [f"{key}={json.dumps(given[dial])}" for dial, key in DIALS.items() if given.get(dial) is not None]
-    return load(BuildSettings, args.config, dials + args.set)
+    return load(BuildSettings, args.config, dials + args.set + (more or []))
 
 
 def run_build(args: argparse.Namespace) -> dict[str, Any]:
@@ -39,6 +39,16 @@ def run_build(args: argparse.Namespace) -> dict[str, Any]:
 
     made = build_each if args.each else build
     return made(args.corpus, args.name, settings, args.registry, args.questions, args.workdir)
+
+
+def run_ablate(args: argparse.Namespace) -> dict[str, Any]:
+    given = settings_from(args)
+    if not args.vary:
+        raise UserError("nothing to compare; give settings with --vary, such as --vary train.loss=next_token")
+    from workflows.ablate import Variation, ablate
+
+    varied = [Variation(text, settings_from(args, [one.strip() for one in text.split(";")])) for text in args.vary]
+    return ablate(args.corpus, given, varied, args.registry, args.questions, args.workdir)
 
 
 def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:

@@ -170,6 +170,28 @@ def print_collection(result: dict[str, Any], stream: TextIO) -> None:
           f"{human_seconds(result['seconds'])} in all", file=stream)
 
 
+def print_ablation(result: dict[str, Any], stream: TextIO) -> None:
+    """What each variation said, and how that differs from the settings given, question by question."""
+    metrics = list(result["variations"][0]["metrics"])
+
+    def cells(of: dict[str, Any], signed: bool = False) -> list[str]:
+        return [_interval(of.get(metric), signed) for metric in metrics]
+
+    rows = [["cartridge", *metrics, "kept", "steps", "minutes"]]
+    if result["full_context"]:
+        rows.append(["(full context)", *cells(result["full_context"]), "", "", ""])
+    rows += [[one["label"], *cells(one["metrics"]), str(one["kept"]), str(one["steps"]),
+              f"{sum(one['seconds'].values()) / 60:.1f}"] for one in result["variations"]]
+    print_table(rows, stream)
+    print("\npaired differences to the settings given (95 % interval):", file=stream)
+    print_table([["variation", *metrics], *([one["label"], *cells(one["paired"], signed=True)]
+                                           for one in result["variations"] if "paired" in one)], stream)
+    for one in result["failed"]:
+        print(f"{one['label']}: not built: {one['error']}", file=stream)
+    print(f"\n{result['questions']['asked']} questions, one run each: a run with another seed "
+          "(--vary seed=1) shows what chance does", file=stream)
+
+
 def _mean(card: dict[str, Any], arm: str, metric: str) -> str:
     interval = card["arms"].get(arm, {}).get("metrics", {}).get(metric)
     return "-" if interval is None or interval["mean"] is None else f"{interval['mean']:.2f}"

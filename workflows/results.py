@@ -36,6 +36,8 @@ def report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
                 "synthesize": tables.print_synthesize,
                 "route": tables.print_route}
         show[args.bench](result, sys.stdout)
+    elif args.command == "ablate":
+        console.print_ablation(result, sys.stdout)
     elif args.command == "evaluate":
         console.print_report_card(result, sys.stdout)
     elif args.command == "build" and args.each:

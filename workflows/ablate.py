@@ -1,0 +1,119 @@
+"""`cartridges ablate`: what settings are worth on a corpus, by the answers of cartridges that differ in nothing else.
+
+    WORKDIR/                as of a build (`workflows.build`); what a variation does not change is not made again
+    WORKDIR/ablation.json   the result of the last finished run
+
+Nothing is published.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cartridges.config import BuildSettings
+from cartridges.corpus import load_corpus, load_questions
+from cartridges.errors import UserError
+from cartridges.evaluation.bootstrap import interval, paired_interval
+from cartridges.registry import Registry
+from workflows.build import REPORT_CARD, Job, examine, make, prepare, say, settle
+from workflows.stage import read_manifest, write_manifest
+
+NAME = "ablation"
+GIVEN = "as given"
+METRICS = ("contains", "nll_per_token", "choice_accuracy")
+
+
+@dataclass(frozen=True)
+class Variation:
+    """Settings that differ from those given by what `label` says."""
+
+    label: str
+    settings: BuildSettings
+
+
+def ablate(corpus: str, given: BuildSettings, varied: Sequence[Variation], registry: str,
+           questions: str | None = None, workdir: str | None = None) -> dict[str, Any]:
+    """Train with the settings `given` and with each of `varied`, and ask all the same questions:
+    `{full_context, variations: [{label, metrics, paired, kept, steps, seconds}], failed, seconds}`, the given ones
+    first; `paired` is variation minus given, by question.
+
+    All are examined alike: by `given.evaluate`, drawn by its seed. Raises `UserError` for whatever is wrong before
+    anything is made; a variation that cannot be built is listed under `failed`.
+    """
+    start, work = time.monotonic(), Path(workdir or f"runs/{NAME}")
+    jobs = _jobs(corpus, [Variation(GIVEN, given), *varied], Registry(registry), questions, work)
+    tried, failed = [], []
+    for number, (label, job) in enumerate(jobs.items()):
+        say(f"{label} ({number} of {len(varied)} variations)" if number else label)
+        try:
+            tried.append(_try(label, job, given))
+        except UserError as error:
+            if not number:
+                raise
+            failed.append({"label": label, "error": str(error)})
+            say(f"{label}: {error}")
+    card = tried[0]["card"]
+    full = card["arms"].get("full_context", {"metrics": {}})["metrics"]
+    result = {"full_context": {metric: full[metric] for metric in METRICS if metric in full},
+              "variations": [_against(tried[0], one, given) for one in tried], "failed": failed,
+              "questions": card["questions"], "machine": card["machine"], "workdir": str(work),
+              "seconds": time.monotonic() - start}
+    write_manifest(work / "ablation.json", result)
+    return result
+
+
+def _jobs(corpus: str, all_of_them: Sequence[Variation], store: Registry, questions: str | None,
+          work: Path) -> dict[str, Job]:
+    """By label, checked."""
+    given, jobs = all_of_them[0].settings, {}
+    loaded = load_corpus(corpus, given.corpus.corpus_id)
+    asked = load_questions(questions, given.corpus.corpus_id) if questions else loaded.questions
+    if not asked:  # those of self-study would be others for each
+        raise UserError(f"{corpus} has no questions to compare by; give some with --questions")
+    for one in all_of_them:
+        if one.label in jobs or (jobs and one.settings == given):
+            raise UserError(f"--vary {one.label} changes nothing, or is given twice")
+        if (one.settings.evaluate, one.settings.corpus) != (given.evaluate, given.corpus):
+            raise UserError(f"--vary {one.label}: corpus and evaluate must be the same for all")
+        try:
+            jobs[one.label] = prepare(corpus, loaded, NAME, one.settings, store, asked, work)
+        except UserError as error:
+            raise UserError(f"{one.label}: {error}") from None
+    return jobs
+
+
+def _try(label: str, job: Job, given: BuildSettings) -> dict[str, Any]:
+    job = replace(job, settings=settle(job.loaded, job.settings, job.work))
+    dataset, trained, cartridge = make(job)
+    evaluate = given.evaluate
+    if label != GIVEN:  # the other arms do not change
+        evaluate = evaluate.model_copy(update={"arms": ("cartridge",)})
+    examined = replace(job, settings=job.settings.model_copy(update={"evaluate": evaluate, "seed": given.seed}))
+    place = examine(examined, dataset, trained, cartridge)
+    return {"label": label, "card": read_manifest(place / REPORT_CARD), "rows": _rows(place / "rows.jsonl"),
+            "kept": dataset["conversations"]["kept"], "steps": trained["steps"],
+            "seconds": {"synthesize": dataset["seconds"], "train": trained["seconds"]}}
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """Of the cartridge, question by question."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row for row in rows if row["arm"] == "cartridge"]
+
+
+def _against(base: dict[str, Any], one: dict[str, Any], given: BuildSettings) -> dict[str, Any]:
+    how = (given.evaluate.bootstrap_samples, given.seed)
+    metrics, paired = {}, {}
+    for metric in METRICS:
+        both = [(mine[metric], theirs[metric]) for mine, theirs in zip(one["rows"], base["rows"], strict=True)
+                if metric in mine and metric in theirs]
+        if both:
+            mine, theirs = np.array(both, float).T
+            metrics[metric], paired[metric] = interval(mine, *how), paired_interval(mine, theirs, *how)
+    return {key: one[key] for key in ("label", "kept", "steps", "seconds")} | {
+        "metrics": metrics, **({"paired": paired} if one is not base else {})}
