@@ -13,8 +13,9 @@ from cartridges.prompts import example_messages
 from cartridges.registry import Registry
 from tests.test_synthesize import CORPUS, tiny_settings
 from tests.test_tracking import records
+from workflows.budget import Rates
 from workflows.build import build
-from workflows.rates import calibrate, remembered
+from workflows.rates import calibrate, keep, measured, remembered
 from workflows.registry_commands import list_cartridges, print_list, print_shown, show
 
 FAMILIES = {"anchored": 0.5, "cloze": 0.3, "recall": 0.2}
@@ -112,6 +113,44 @@ def test_calibration_measures_what_a_plan_needs(settings, corpus_file):
     rates = calibrate(load_corpus(str(corpus_file)), settings.model_copy(update={"train": with_others}))
     assert rates.conversation_seconds > 0 and rates.pack_seconds > 0
     assert 0 < rates.kept <= 1 and rates.tokens > 5
+
+
+def test_a_remembered_rate_stands_while_a_measurement_agrees(settings, corpus_file, monkeypatch):
+    """A build beside which the machine was busy must not make every later plan a third as long."""
+    corpus, now = load_corpus(str(corpus_file)), Rates(0.1, 0.8, 0.9, 30.0)
+    calls = []
+    monkeypatch.setattr("workflows.rates.calibrate", lambda *of: calls.append(of) or now)
+    for number, (before, expected) in enumerate(((Rates(0.12, 2.4, 0.5, 20.0), Rates(0.12, 0.8, 0.9, 30.0)),
+                                                 (Rates(0.02, 1.0, 0.5, 20.0), Rates(0.1, 1.0, 0.9, 30.0)),
+                                                 (None, now))):
+        lengthened = settings.train.model_copy(update={"num_tokens": 32 + number})  # rates go by it
+        of = settings.model_copy(update={"train": lengthened})
+        if before:
+            keep(of, before)
+        assert measured(corpus, of) == measured(corpus, of) == remembered(of) == expected
+        assert len(calls) == number + 1
+
+
+@pytest.mark.slow
+def test_a_budget_is_planned_spent_and_kept(settings, corpus_file, tmp_path, capsys, monkeypatch):
+    """Steps are decided when it is known what the conversations took; a build that goes on keeps both numbers."""
+    monkeypatch.setattr("workflows.rates.calibrate", lambda *of: Rates(0.5, 30.0, 0.9, 30.0))
+    open_steps = settings.train.model_copy(update={"steps": 0, "held_out": 8})
+    synthesize = settings.synthesize.model_copy(update={"num_conversations": 0})
+    settings = settings.model_copy(update={"budget": "5m", "train": open_steps, "synthesize": synthesize})
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": "How many bells?", "answers": ["3"]}]
+    questions.write_text(json.dumps({"corpus_id": "c", "text": "", "questions": rows}) + "\n")
+    work = tmp_path / "work"
+    arguments = (str(corpus_file), "timed", settings, str(tmp_path / "registry"), str(questions), str(work))
+    first = build(*arguments)
+    said = capsys.readouterr().err
+    steps = json.loads(next(work.glob("train-*/train.json")).read_text())["steps"]
+    assert f"{steps} steps for the rest" in said
+    took = first["report_card"]["build"]["seconds"]["synthesize"]
+    assert steps == max(1, int((300 - took - 60) / 30))
+    keep(settings, Rates(5.0, 300.0, 0.5, 20.0))
+    assert build(*arguments)["version"] == first["version"]
 
 
 def test_turns_that_a_pack_shares_are_not_counted_in_the_plan(settings, corpus_file, tiny_base_model):

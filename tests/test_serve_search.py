@@ -1,6 +1,7 @@
 """`model: "auto"` and `fallback`: answers from the right corpus, and from its text when the cartridge is unsure."""
 
 import math
+import threading
 from types import SimpleNamespace
 
 import openai
@@ -101,6 +102,32 @@ def test_a_cartridge_of_another_model_is_not_found(base, engine, tiny_qwen3_dir,
     with listening(make_service(base, registry, engine)) as url:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             assert ask(client, "auto", "Who is the harbour master?").model == "harbour"
+
+
+def test_what_was_read_at_the_start_is_not_read_for_the_first_question(base, engine, registry, monkeypatch):
+    started = threading.Event()
+    monkeypatch.setattr(CorpusSearch, "warm", lambda self: started.set())
+    make_service(base, registry, engine)
+    assert not started.wait(0.2)
+    make_service(base, registry, engine, search_at_start=True)
+    assert started.wait(60)
+    monkeypatch.undo()
+    entries, down = Catalog(registry, base.identity).searchable(), []
+
+    def read(entry):
+        assert not down
+        return PAGES[entry.name]
+
+    def listed():
+        if down:
+            raise OSError("unreachable")
+        return entries
+
+    search = CorpusSearch(read, listed, base.template)
+    search.warm()
+    down.append("now")
+    assert search.which(lambda name: True, "Who is the harbour master?").name == "harbour"
+    CorpusSearch(read, listed, base.template).warm()  # a service starts all the same
 
 
 def test_a_text_that_could_not_be_read_is_found_later(base, registry, monkeypatch):

@@ -23,7 +23,7 @@ from cartridges.selfstudy.near import near_duplicates
 from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
 from cartridges.selfstudy.synthesizer import Dropped
-from workflows.budget import Rates, estimate, fit, parse_time
+from workflows.budget import Rates, estimate, fit, parse_time, steps_within
 from workflows.failures import forget_failed, require_few, run_with_retry
 from workflows.stage import Clock, write_manifest
 from workflows.synthesize import synthesize
@@ -189,6 +189,13 @@ def test_budget_fits_what_it_plans():
     assert 570 < seconds <= 600
     with pytest.raises(UserError, match="too short"):
         fit(settings, rates, 40)
+
+
+def test_steps_take_what_the_conversations_left_and_an_epoch_at_least():
+    settings, rates = BuildSettings(), Rates(conversation_seconds=0.1, pack_seconds=2.0, kept=0.5, tokens=64)
+    assert settings.train.pack_tokens == 512
+    assert steps_within(settings, rates, 800, 660) == 300  # a minute starts the training
+    assert steps_within(settings, rates, 800, 100) == steps_within(settings, rates, 800, -5) == 100
 
 
 _SYNTHESIZE = """

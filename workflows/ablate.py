@@ -20,7 +20,8 @@ from cartridges.corpus import load_corpus, load_questions
 from cartridges.errors import UserError
 from cartridges.evaluation.bootstrap import interval, paired_interval
 from cartridges.registry import Registry
-from workflows.build import REPORT_CARD, Job, examine, make, prepare, say, settle
+from workflows.build import REPORT_CARD, Job, examine, make, prepare
+from workflows.planning import say, settle
 from workflows.stage import read_manifest, write_manifest
 
 NAME = "ablation"

@@ -11,7 +11,8 @@ from cartridges.errors import UserError
 CONVERSATIONS_PER_TOKEN = 1.0
 """Planned conversations for each corpus token where neither a number nor a budget is given."""
 FEWEST_CONVERSATIONS = 256
-START_SECONDS = 90.0
+TRAINING_START_SECONDS = 60.0
+START_SECONDS = 30.0 + TRAINING_START_SECONDS
 """Of a budget: Ray, the model loaded by an actor and by a training worker, and the start of training."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -72,6 +73,14 @@ def fit(settings: BuildSettings, rates: Rates, seconds: float) -> BuildSettings:
         raise UserError("the budget is too short for this machine and these settings; "
                         f"{math.ceil(needed / 60)}m would do")
     return with_plan(settings, num_conversations=count, steps=steps)
+
+
+def steps_within(settings: BuildSettings, rates: Rates, kept: int, seconds: float) -> int:
+    """Steps that `seconds` have time for, the start of training included; one epoch of `kept` conversations where
+    that is more, as less would be a start and no cartridge."""
+    epoch = math.ceil(kept * rates.tokens / settings.train.pack_tokens / settings.train.packs_per_step)
+    left = seconds - TRAINING_START_SECONDS
+    return max(1, epoch, int(left / rates.pack_seconds / settings.train.packs_per_step))
 
 
 def estimate(settings: BuildSettings, rates: Rates) -> tuple[int, float]:

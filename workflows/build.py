@@ -11,7 +11,6 @@ the same command goes on where it stopped, and a changed setting repeats only wh
 """
 
 import shutil
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,13 +24,12 @@ from cartridges.records import Corpus, Question
 from cartridges.registry import Registry, check_name
 from workflows.draft import NO_DATASET, draft
 from workflows.held_out import HELD_OUT, read_held_out, reporting
+from workflows.planning import say, settle, with_steps
 from workflows.stage import fingerprint, read_manifest, write_manifest
 
 REPORT_CARD = "report_card.json"
 HELD_OUT_QUESTIONS = 64
 """Self-study conversations kept from training to be the report card's questions where the user has none."""
-DRAFT_CONVERSATIONS = 256
-"""Planned for a draft whose corpus has no questions: they are made to be asked, not to train on."""
 
 
 @dataclass(frozen=True)
@@ -87,67 +85,6 @@ def finish(job: Job, dataset: dict[str, Any], trained: dict[str, Any], cartridge
             "report_card": card}
 
 
-def settle(corpus: Corpus, settings: BuildSettings, work: Path, seconds: float | None = None) -> BuildSettings:
-    """Derive what was left open (conversations; with a budget, steps), and print the plan on stderr. `seconds` are this
-    corpus' share of the budget; None: all of it."""
-    from workflows import budget, rates
-    from workflows.console import human_seconds
-    from workflows.synthesize import corpus_tokens
-
-    tokens, p = corpus_tokens(corpus, settings), settings.train.num_tokens
-    summary = (f"corpus {corpus.corpus_id}: {len(corpus.documents)} documents, {tokens} tokens; "
-               f"cartridge: {p} tokens, {tokens / p:.1f}x smaller")
-    if settings.train.loss == "none":
-        say(summary)
-        say(f"plan: no training; the start ({settings.train.init}) is published as a draft")
-        if not settings.synthesize.num_conversations:
-            settings = budget.with_plan(settings, DRAFT_CONVERSATIONS)
-        if settings.train.held_out:
-            say(f"plan: {settings.synthesize.num_conversations} conversations, for questions to ask it")
-        return settings
-    if settings.budget is not None:
-        settings = _fit_budget(corpus, settings, work, seconds)
-    settings = budget.with_counts(settings, tokens)
-    known = rates.remembered(settings)
-    say(summary)
-    count = settings.synthesize.num_conversations
-    each = f" a round, at most {settings.curriculum.rounds} rounds" if settings.curriculum.rounds > 1 else ""
-    if known is None:
-        say(f"plan: {count} conversations, {_steps_in_words(settings)}{each}")
-    else:
-        steps, seconds = budget.estimate(settings, known)
-        say(f"plan: {count} conversations, {steps} steps{each}; about {human_seconds(seconds)} for both at this "
-            "machine's rates")
-    return settings
-
-
-def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: float | None) -> BuildSettings:
-    """Conversations and steps for `settings.budget`. Decided once: a resumed build keeps its plan."""
-    from workflows import budget, rates
-
-    seconds = seconds or budget.parse_time(settings.budget)
-    file = work / f"budget-{fingerprint([corpus.fingerprint, settings.model_dump(mode='json')])}.json"
-    decided = read_manifest(file)
-    if decided is None:
-        known = rates.remembered(settings)
-        if known is None:
-            say("measuring this machine's rates for the budget")
-            known = rates.calibrate(corpus, settings)
-            rates.keep(settings, known)
-        fitted = budget.fit(settings, known, seconds / settings.curriculum.rounds)
-        decided = {"num_conversations": fitted.synthesize.num_conversations, "steps": fitted.train.steps}
-        write_manifest(file, decided)
-    return budget.with_plan(settings, decided["num_conversations"], decided["steps"])
-
-
-def _steps_in_words(settings: BuildSettings) -> str:
-    return f"{settings.train.steps} steps" if settings.train.steps else f"{settings.train.epochs:g} epochs"
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def make(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """Synthesis and training: `(data set manifest, training manifest, artifact directory)`."""
     if job.asked and job.settings.train.loss == "none":
@@ -163,13 +100,15 @@ def _make_at_once(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     from workflows.train import MANIFEST as TRAINING
     from workflows.train import train, train_fingerprint
 
-    settings = job.settings
     of_dataset, dataset_dir = dataset_place(job)
-    train_dir = job.work / f"train-{train_fingerprint(of_dataset, settings)}"
-    with ExitStack() as stack:
-        if not ((dataset_dir / DATASET).is_file() and (train_dir / TRAINING).is_file()):
-            stack.enter_context(local_ray())  # one Ray for both stages
-        dataset = synthesize(job.corpus, str(dataset_dir), settings, job=job.name)
+    with ExitStack() as stack:  # one Ray for both stages
+        if not (dataset_dir / DATASET).is_file():
+            stack.enter_context(local_ray())
+        dataset = synthesize(job.corpus, str(dataset_dir), job.settings, job=job.name)
+        settings = with_steps(job.loaded, job.settings, dataset, job.work)
+        train_dir = job.work / f"train-{train_fingerprint(of_dataset, settings)}"
+        if not (train_dir / TRAINING).is_file():
+            stack.enter_context(local_ray())
         trained = train(str(dataset_dir), job.corpus, str(train_dir), settings, job=job.name)
     rates.remember(settings, dataset, trained)
     return dataset, trained, train_dir / "cartridge"

@@ -21,8 +21,9 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import corpus_ids, load_corpus, load_questions
 from cartridges.errors import UserError
 from cartridges.registry import Registry, check_name
-from workflows.build import Job, dataset_place, finish, prepare, say, settle
+from workflows.build import Job, dataset_place, finish, prepare
 from workflows.cohort import Member, acquainted, train_cohort
+from workflows.planning import say, settle
 from workflows.stage import fingerprint, write_manifest
 from workflows.synthesize import MANIFEST as DATASET
 from workflows.synthesize import corpus_tokens

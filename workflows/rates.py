@@ -1,10 +1,10 @@
-"""Rates of this machine: remembered from finished stages, or measured by a short calibration."""
+"""Rates of this machine: measured by a short calibration, and remembered from finished stages."""
 
 import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,14 +13,20 @@ from cartridges.config import BuildSettings
 from cartridges.download import home, write_atomically
 from cartridges.errors import UserError
 from cartridges.records import Chunk, Conversation, Corpus
+from cartridges.selfstudy.plan import Task
 from workflows.budget import Rates
 from workflows.stage import fingerprint
 
 BATCHES = 3
 """Of conversations, and steps, in a calibration; the first of each only warms up."""
+PLANNED_BATCHES = 12
+"""Of conversations that a calibration plans, so that as many share a chunk as in a build, and tries some of."""
 WORKER_SLOWDOWN = 1.3
 """What a training step takes in Ray's worker, beside Ray's other processes, over what it takes here: measured
-on two cores (docs/log.md). Where a build has finished, its own rate is remembered instead."""
+on two cores (docs/log.md). Where a build has finished, its own rate stands instead."""
+
+AGREES = 1.5
+"""Rates that differ by less are of the same machine in the same state; a calibration is no more exact."""
 
 
 def remembered(settings: BuildSettings) -> Rates | None:
@@ -44,6 +50,30 @@ def keep(settings: BuildSettings, rates: Rates) -> None:
     file = _file(settings)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(asdict(rates)) + "\n")
+
+
+def measured(corpus: Corpus, settings: BuildSettings) -> Rates:
+    """Rates to plan a budget by, calibrated on this corpus and kept for the next build: once a process, so that the
+    corpora of a collection share them. Raises as `calibrate`.
+
+    A finished build timed whole stages, so its seconds stand where the calibration agrees with them. Where it does
+    not, the machine was busy then, or is now.
+    """
+    file = _file(settings)
+    if file not in _MEASURED:
+        before, now = remembered(settings), calibrate(corpus, settings)
+        _MEASURED[file] = now if before is None else replace(
+            now, conversation_seconds=_trusted(before.conversation_seconds, now.conversation_seconds),
+            pack_seconds=_trusted(before.pack_seconds, now.pack_seconds))
+        keep(settings, _MEASURED[file])
+    return _MEASURED[file]
+
+
+_MEASURED: dict[Path, Rates] = {}
+
+
+def _trusted(before: float, now: float) -> float:
+    return before if now / AGREES <= before <= now * AGREES else now
 
 
 def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
@@ -71,21 +101,48 @@ def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
 def _time_synthesis(base, chunks: Sequence[Chunk],
                     settings: BuildSettings) -> tuple[list[Conversation], float, float]:
     """`(kept conversations, seconds for a planned one, share kept)`."""
+    from cartridges.selfstudy.families import decodes
     from cartridges.selfstudy.plan import plan
     from workflows.generation import open_synthesizer
 
     size = settings.synthesize.batch_size
-    wanted = settings.synthesize.model_copy(update={"num_conversations": BATCHES * size})
+    wanted = settings.synthesize.model_copy(update={"num_conversations": PLANNED_BATCHES * size})
     tasks = plan(chunks, wanted, settings.seed)
-    settings = settings.model_copy(update={"synthesize": wanted})
+    kept: list[Conversation] = []
+    seconds = share = 0.0
     with open_synthesizer(settings, {chunk.chunk_id: chunk for chunk in chunks}, base) as synthesizer:
-        results = synthesizer.run(tasks[:size])
-        start = time.monotonic()
-        for first in range(size, len(tasks), size):
-            results += synthesizer.run(tasks[first:first + size])
-        seconds = (time.monotonic() - start) / max(1, len(tasks) - size)
-    kept = [result for result in results if isinstance(result, Conversation)]
-    return kept, seconds, len(kept) / len(results)
+        # A batch that is written costs many times one that is scored, and little more when it is full: what is
+        # planned of either counts, not what a short run would happen to hold.
+        for written in (False, True):
+            group = [task for task in tasks if decodes(task.seed_family) == written]
+            if not group:
+                continue
+            batches = _spread(group, size // 4 if written else size // 2)
+            found, taken = _timed(synthesizer, batches)
+            kept += found
+            of_all, tried = len(group) / len(tasks), sum(map(len, batches))
+            seconds += of_all * taken
+            share += of_all * len(found) / tried
+    return kept, seconds, share
+
+
+def _spread(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
+    """At most `BATCHES` batches of neighbours, from all over `tasks`."""
+    size = max(1, size)
+    starts = range(0, len(tasks), size)
+    chosen = [starts[index * (len(starts) - 1) // (BATCHES - 1)] for index in range(BATCHES)]
+    return [tasks[start:start + size] for start in dict.fromkeys(chosen)]
+
+
+def _timed(synthesizer, batches: Sequence[Sequence[Task]]) -> tuple[list[Conversation], float]:
+    """`(kept conversations, seconds for a task)`; the first batch warms up, where there are others."""
+    kept: list[Conversation] = []
+    for number, batch in enumerate(batches):
+        if number < 2:
+            start, done = time.monotonic(), 0
+        kept += [result for result in synthesizer.run(batch) if isinstance(result, Conversation)]
+        done += len(batch)
+    return kept, (time.monotonic() - start) / done
 
 
 def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],

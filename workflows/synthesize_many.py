@@ -109,7 +109,7 @@ def _join(todo: Sequence[Wanted], places: Sequence[str], plans: Sequence[dict[st
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from cartridges.selfstudy.families import FAMILIES
+    from cartridges.selfstudy.families import decodes
 
     found = read_manifest(directory / TOGETHER)
     if found is not None:
@@ -122,11 +122,10 @@ def _join(todo: Sequence[Wanted], places: Sequence[str], plans: Sequence[dict[st
         own = pq.read_table(one.output / "work" / "tasks.parquet")
         ids = pc.binary_join_element_wise(str(number), own[ID], "/")
         own = own.set_column(own.schema.get_field_index(ID), ID, ids)
-        decodes = pa.array([name not in FAMILIES or FAMILIES[name].decodes  # general ones are in no family
-                            for name in own["seed_family"].to_pylist()])
+        written = pa.array([decodes(name) for name in own["seed_family"].to_pylist()])
         # What has to be written comes last, in full batches: the few of one corpus would decode almost alone.
         for later, part in tasks.items():
-            part.append(own.filter(pc.equal(decodes, later)))
+            part.append(own.filter(pc.equal(written, later)))
         chunks.append(pq.read_table(one.output / "chunks.parquet"))
     pq.write_table(pa.concat_tables(tasks[False] + tasks[True]), directory / "work" / "tasks.parquet")
     pq.write_table(pa.concat_tables(chunks), directory / "chunks.parquet")

@@ -192,6 +192,12 @@ def register(name: str, family: SeedFamily) -> None:
     FAMILIES[name] = family
 
 
+def decodes(name: str) -> bool:
+    """Whether a model has to write anything for the conversations of the family `name`. The general ones, which are of
+    none, are written."""
+    return name not in FAMILIES or FAMILIES[name].decodes
+
+
 def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
                attempts: int) -> Iterator[tuple[Statement, str]]:
     """`attempts` draws of a span; the `ordinal`-th proposal begins with the `ordinal`-th pair.

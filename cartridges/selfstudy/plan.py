@@ -12,7 +12,7 @@ from cartridges.config import SynthesizeSettings
 from cartridges.errors import UserError
 from cartridges.records import Chunk
 from cartridges.selfstudy import general
-from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES
+from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES, decodes
 
 _PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")
 """About a token, whatever the tokenizer. Characters would slight tables, which say more in fewer."""
@@ -76,7 +76,7 @@ def _about_chunks(chunks: Sequence[Chunk], settings: SynthesizeSettings, total: 
         of = (chunks[owner].chunk_id, names[family])
         tasks.append(Task(_task_id(seed, i, *of), *of, int(task_seed), made[of]))
         made[of] += 1
-    return sorted(tasks, key=lambda task: FAMILIES[task.seed_family].decodes)
+    return sorted(tasks, key=lambda task: decodes(task.seed_family))
 
 
 def _task_id(seed: int, index: int, chunk_id: str, family: str) -> str:

@@ -68,6 +68,13 @@ class CorpusSearch:
         best = self._index_of(entries, skip_unreadable=True).best(question, 1)
         return entries[best[0].owner] if best else None
 
+    def warm(self) -> None:
+        """Read and index all corpora, so that who asks first does not wait for it. Never raises."""
+        try:
+            self._index_of(self._entries(), skip_unreadable=True)
+        except Exception as error:  # the first question tries again, and is told
+            log.warning("the corpora could not be indexed at start: %s", error)
+
     def _entries(self) -> tuple[Entry, ...]:
         """While the registry cannot be reached, those that were there."""
         if self._listing and time.monotonic() < self._listing[1]:

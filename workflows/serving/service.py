@@ -39,6 +39,8 @@ class CartridgeService:
         self.draining = False
         self.planner = Planner(catalog, template, settings)
         self._search_threads = ThreadPoolExecutor(2, "search")
+        if settings.search_at_start:
+            self._search_threads.submit(self.planner.search.warm)
 
     @property
     def identity(self) -> ModelIdentity:
