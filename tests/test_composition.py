@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 
 import openai
 import pytest
@@ -14,7 +15,7 @@ from cartridges.errors import UserError
 from cartridges.models import rope_frequencies
 from cartridges.registry import Registry
 from tests.serve_support import TEXTS, exact_cartridge, listening, load_stock, make_service, publish
-from workflows.compose_test import compose_test
+from workflows.compose_test import compose_test, print_card
 
 ASK = [{"role": "user", "content": "What is known?"}]
 MORE = TEXTS | {"mill": "The mill of Tarn grinds 12 sacks a day for Ove Lind."}
@@ -93,11 +94,11 @@ def questions(base, registry, tmp_path):
     return str(file)
 
 
-def run(registry, base, questions: str, share: float, partners=("orchard", "mill")):
+def run(registry, base, questions: str, share: float, partners=("orchard", "mill"), name="harbour"):
     settings = BuildSettings.model_validate({
         "model": {"name": base.model.name_or_path, "dtype": "float32"},
         "evaluate": {"composition_share": share, "max_answer_tokens": 8, "bootstrap_samples": 100}})
-    return compose_test("harbour", partners, questions, registry.root, settings)
+    return compose_test(name, partners, questions, registry.root, settings)
 
 
 def test_a_cartridge_that_collapses_is_not_recorded(base, registry, questions):
@@ -120,6 +121,36 @@ def test_a_cartridge_that_knows_nothing_passes_nothing(base, registry, tmp_path)
     file.write_text(json.dumps({"question": "Who?", "answers": ["no such words at all"]}) + "\n")
     assert run(registry, base, str(file), share=0.0, partners=("mill",))["composition"] == 0
     registry.annotate("harbour", composition=1)
+
+
+def test_a_pattern_tests_each_with_those_behind_it(base, tmp_path, capsys):
+    registry, scratch = Registry(tmp_path / "registry"), tmp_path / "scratch"
+    scratch.mkdir()
+    texts = {"kb.a": MORE["harbour"], "kb.b": MORE["orchard"], "kb.c": MORE["mill"], "other": "A bell of bronze."}
+    for name, text in texts.items():
+        publish(base, registry, name, text, scratch)
+    ids = {name: registry.resolve(name).manifest.corpus.id for name in texts}
+    assert len(set(ids.values())) == 4
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"corpus_id": ids[name], "questions": [
+        {"question": f"Who {what}?", "answers": ["nobody at all"]} for what in ("keeps it", "made it")[:count]]}) + "\n"
+        for name, count in (("kb.a", 2), ("kb.b", 1))))
+    result = run(registry, base, str(file), 0.5, partners=("kb.*",), name="kb.*")
+    assert [one["name"] for one in result["cartridges"]] == ["kb.a", "kb.b"] and result["skipped"] == ["kb.c"]
+    company = {one["name"]: [ref.split("@")[0] for ref in one["partners"]] for one in result["cartridges"]}
+    assert company == {"kb.a": ["kb.b", "kb.c"], "kb.b": ["kb.c", "kb.a"]}
+    # The card over all is of their questions together.
+    assert result["card"]["questions"] == 3 and [row["loaded"] for row in result["card"]["loaded"]] == [2]
+    mean = {one["name"]: one["card"]["alone"]["nll_per_token"]["mean"] for one in result["cartridges"]}
+    assert result["card"]["alone"]["nll_per_token"]["mean"] == pytest.approx((2 * mean["kb.a"] + mean["kb.b"]) / 3)
+    assert registry.resolve("kb.b").manifest.composition_card == result["cartridges"][1]["card"]
+    assert registry.resolve("kb.c").manifest.composition_card is None
+    print_card(result, sys.stdout)
+    assert "all 3 questions" in (said := capsys.readouterr().out) and "kb.c was not tested" in said
+    for wrong, message in (({"name": "nothing.*"}, "no cartridge in the registry"), ({"partners": ("x*",)}, "x\\*"),
+                           ({"name": "kb.c*"}, "no questions about any")):
+        with pytest.raises(UserError, match=message):
+            run(registry, base, str(file), 0.5, **{"partners": ("kb.*",), "name": "kb.*"} | wrong)
 
 
 def test_it_is_not_its_own_partner(base, registry, questions):

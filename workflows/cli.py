@@ -112,9 +112,9 @@ def _add_stages(parsers: Any) -> None:
 
     together = _command(parsers, "compose-test", commands.run_compose_test,
                         "does a cartridge still answer with others loaded beside it?")
-    together.add_argument("name", metavar="NAME", help=REFERENCE)
+    together.add_argument("name", metavar="NAME", help=f"{REFERENCE}; or a pattern ('kb.*'): each that it matches")
     together.add_argument("--with", required=True, dest="partners", metavar="A,B",
-                          help="other cartridges; 1, 3 and 7 of them are loaded beside it")
+                          help="other cartridges, or patterns; 1, 3 and 7 of them are loaded beside it")
     together.add_argument("--questions", required=True, metavar="FILE", help="JSONL of NAME's `questions`")
     _settings_options(together, "model", "seed", "corpus_id")
     _registry_option(together)

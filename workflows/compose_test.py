@@ -1,11 +1,14 @@
 """`cartridges compose-test`: may this cartridge be served together with others? The manifest records it."""
 
+import fnmatch
 from collections.abc import Sequence
 from typing import Any, TextIO
 
 from cartridges.config import BuildSettings
-from cartridges.corpus import load_questions
+from cartridges.corpus import has_corpus, load_questions
 from cartridges.errors import UserError
+from cartridges.records import Question
+from cartridges.registry import Entry, Registry
 from workflows.evaluate import load_prefix, model_of, row_id
 
 
@@ -14,35 +17,84 @@ def compose_test(name: str, partners: Sequence[str], questions: str, registry: s
     """Ask the questions of `name` with 1, 3 and 7 of `partners` loaded beside it, and write down in its
     manifest with how many it held: `{name, version, composition, partners, card}`.
 
-    A later test replaces an earlier one. Raises `UserError` for an unknown or unfitting cartridge.
+    Both may be shell patterns. Where `name` is one, each cartridge that it matches is tested with the partners that
+    follow it: `{cartridges: [as above], card, skipped}`, the card over all their questions; those without questions are
+    skipped. A later test replaces an earlier one. Raises `UserError` for an unknown or unfitting cartridge.
     """
+    store = Registry(registry)
+    subjects = _found(store, [name])
+    beside = {_ref(entry): _beside(entry, _found(store, partners), named=partners) for entry in subjects}
+    if not _is_pattern(name):
+        (entry,) = subjects
+        asked = load_questions(questions, row_id(questions, settings, entry.manifest))
+        (result,), _ = _run(store, [(entry, asked)], beside, settings)
+        return result
+    having = [entry for entry in subjects if has_corpus(questions, entry.manifest.corpus.id)]
+    if not having:
+        raise UserError(f"{questions} has no questions about any of {name}")
+    results, card = _run(store, [(entry, load_questions(questions, entry.manifest.corpus.id)) for entry in having],
+                         beside, settings)
+    return {"cartridges": results, "card": card, "skipped": [entry.name for entry in subjects if entry not in having]}
+
+
+def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]], beside: dict[str, list[Entry]],
+         settings: BuildSettings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """`(what is told of each, the card of all)`."""
     from cartridges import artifact
     from cartridges.engines.transformers import TransformersEngine
     from cartridges.evaluation.asking import num_requests, plan_items
-    from cartridges.evaluation.composition import LOADED, collapse_test
+    from cartridges.evaluation.composition import LOADED, collapse_test, pooled
     from cartridges.models import load_base_model
-    from cartridges.registry import Registry
     from workflows.console import Progress
 
-    store = Registry(registry)
-    entry = store.resolve(name)
-    others = _distinct(store, entry, partners)
-    asked = load_questions(questions, row_id(questions, settings, entry.manifest))
-    base = load_base_model(model_of(entry.manifest, settings))
-    artifact.check_compatible(entry.manifest, base.identity)
-    subject, *beside = [load_prefix(store, ref, base) for ref in (_ref(entry), *map(_ref, others))]
-    items = plan_items(asked, base.template, settings.seed, settings.evaluate.max_questions)
-    arms = 2 + 2 * sum(count <= len(others) + 1 for count in LOADED)
-    with Progress(arms * num_requests(items), "compose-test", "requests") as bar:
-        card = collapse_test(TransformersEngine(base), base, subject, beside, items, settings.evaluate,
-                             settings.seed, bar.update)
-    card["partners"] = [_ref(other) for other in others]
-    store.annotate(_ref(entry), composition=card["passed_partners"], composition_card=card)
-    return {"name": entry.name, "version": entry.version, "composition": card["passed_partners"],
-            "partners": card["partners"], "card": card}
+    base = load_base_model(model_of(subjects[0][0].manifest, settings))
+    for entry, _ in subjects:
+        artifact.check_compatible(entry.manifest, base.identity)
+    engine, how = TransformersEngine(base), settings.evaluate
+    items = [plan_items(asked, base.template, settings.seed, how.max_questions) for _, asked in subjects]
+    counts = [2 + 2 * sum(count <= len(beside[_ref(entry)]) + 1 for count in LOADED) for entry, _ in subjects]
+    total = sum(arms * num_requests(of) for arms, of in zip(counts, items, strict=True))
+    results, tests = [], []
+    with Progress(total, "compose-test", "requests") as bar:
+        for (entry, _), of in zip(subjects, items, strict=True):
+            others = beside[_ref(entry)]
+            subject, *loaded = [load_prefix(store, _ref(one), base) for one in (entry, *others[:max(LOADED) - 1])]
+            tests.append(collapse_test(engine, base, subject, loaded, of, how, bar.update))
+            card = tests[-1].card(how, settings.seed) | {"partners": [_ref(one) for one in others[:len(loaded)]]}
+            store.annotate(_ref(entry), composition=card["passed_partners"], composition_card=card)
+            results.append({"name": entry.name, "version": entry.version, "composition": card["passed_partners"],
+                            "partners": card["partners"], "card": card})
+    return results, pooled(tests).card(how, settings.seed)
+
+
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
+def _found(store: Registry, names: Sequence[str]) -> list[Entry]:
+    """What they mean now, each once; a pattern stands for what it matches, in the order of names."""
+    found: dict[tuple[str, str], Entry] = {}
+    for name in names:
+        matching = fnmatch.filter(store.names(), name) if _is_pattern(name) else [name]
+        if not matching:
+            raise UserError(f"no cartridge in the registry is called {name}")
+        found |= {(entry.name, entry.version): entry for entry in map(store.resolve, matching)}
+    return list(found.values())
+
+
+def _beside(entry: Entry, others: Sequence[Entry], named: Sequence[str]) -> list[Entry]:
+    """Of `others` those that can stand beside it; it begins with what follows it, so that each has company of its own
+    where all are tested with all."""
+    if entry not in others:
+        return list(others)
+    if not any(_is_pattern(name) for name in named):
+        raise UserError(f"{entry.name} cannot be its own partner; name others with --with")
+    place = others.index(entry)
+    return [*others[place + 1:], *others[:place]]
 
 
 def print_card(result: dict[str, Any], stream: TextIO) -> None:
+    """One cartridge's test; of several, all their questions together and a line for each."""
     from workflows.console import print_table
 
     card = result["card"]
@@ -51,11 +103,16 @@ def print_card(result: dict[str, Any], stream: TextIO) -> None:
     rows += [[str(row["loaded"]), place, *_cells(row[place]), "yes" if row["passed"] else "no"]
              for row in card["loaded"] for place in ("first", "last")]
     print_table(rows, stream)
-    if card["alone"]["accuracy"]["mean"] <= card["closed_book"]["accuracy"]["mean"]:
+    if "cartridges" in result:
+        print(f"\nall {card['questions']} questions; what each may be served with:", file=stream)
+    elif card["alone"]["accuracy"]["mean"] <= card["closed_book"]["accuracy"]["mean"]:
         print("alone it answers no better than the model without it: nothing to keep, so nothing was passed",
               file=stream)
-    print(f"{result['name']}@{result['version']} may be served with {result['composition']} others "
-          f"(it must keep {card['share']:.0%} of its gain)", file=stream)
+    for one in result.get("cartridges", [result]):
+        print(f"{one['name']}@{one['version']} may be served with {one['composition']} others "
+              f"(it must keep {one['card']['share']:.0%} of its gain)", file=stream)
+    for name in result.get("skipped", []):
+        print(f"{name} was not tested: there are no questions about it", file=stream)
 
 
 def _cells(arm: dict[str, Any]) -> list[str]:
@@ -63,13 +120,5 @@ def _cells(arm: dict[str, Any]) -> list[str]:
             for metric in ("accuracy", "nll_per_token")]
 
 
-def _distinct(store, entry, partners: Sequence[str]) -> list:
-    """The partners' registry entries, each once, `entry` not among them."""
-    found = {(other.name, other.version): other for other in map(store.resolve, partners)}
-    if (entry.name, entry.version) in found:
-        raise UserError(f"{entry.name} cannot be its own partner; name others with --with")
-    return list(found.values())
-
-
-def _ref(entry) -> str:
+def _ref(entry: Entry) -> str:
     return f"{entry.name}@{entry.version}"

@@ -8,6 +8,7 @@ any cartridge decides with how many partners it may be served.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,16 +31,38 @@ def compose_prefix(base: BaseModel, parts: Sequence[CartridgePrefix]) -> Cartrid
     return CartridgePrefix(cartridge, hashlib.sha256("+".join(part.digest for part in parts).encode()).hexdigest())
 
 
-def collapse_test(engine: Engine, base: BaseModel, subject: CartridgePrefix, partners: Sequence[CartridgePrefix],
-                  items: Sequence[Item], settings: EvaluateSettings, seed: int,
-                  report: Callable[[int], None]) -> dict[str, Any]:
-    """Ask `items` of `subject` alone and beside the first 1, 3 and 7 of `partners`.
+@dataclass(frozen=True)
+class CollapseTest:
+    """What was answered without a cartridge, after the one under test alone, and with others beside it: by how many
+    were loaded, and its place among them (`first`, `last`)."""
 
-    Returns `{passed_partners, share, closed_book, alone, loaded: [{loaded, first, last, passed}]}`; an
-    arm is `{accuracy, nll_per_token}` with intervals, and where loaded the paired difference to alone.
-    `accuracy` is `contains`, or the choice where a question has options. Raises `UserError` without
-    partners or questions.
-    """
+    closed_book: list[Answered]
+    alone: list[Answered]
+    loaded: dict[int, dict[str, list[Answered]]]
+
+    def card(self, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
+        """`{passed_partners, share, questions, closed_book, alone, loaded: [{loaded, first, last, passed}]}`; an arm is
+        `{accuracy, nll_per_token}` with intervals, and where loaded the paired difference to alone. `accuracy` is
+        `contains`, or the choice where a question has options."""
+        closed = _accuracy(self.closed_book).mean()
+        gain = _accuracy(self.alone).mean() - closed
+        rows, passed_partners, held = [], 0, gain > 0
+        for count, arms in self.loaded.items():
+            left = min(_accuracy(arm).mean() for arm in arms.values()) - closed
+            passed = bool(gain > 0 and left >= settings.composition_share * gain)
+            held = held and passed
+            passed_partners = count - 1 if held else passed_partners
+            rows.append({"loaded": count, "passed": passed,
+                         **{place: _figures(arm, settings, seed, self.alone) for place, arm in arms.items()}})
+        return {"passed_partners": passed_partners, "share": settings.composition_share,
+                "questions": len(self.alone), "closed_book": _figures(self.closed_book, settings, seed),
+                "alone": _figures(self.alone, settings, seed), "loaded": rows}
+
+
+def collapse_test(engine: Engine, base: BaseModel, subject: CartridgePrefix, partners: Sequence[CartridgePrefix],
+                  items: Sequence[Item], settings: EvaluateSettings, report: Callable[[int], None]) -> CollapseTest:
+    """Ask `items` of `subject` alone and beside the first 1, 3 and 7 of `partners`. Raises `UserError` without
+    partners or questions."""
     if not partners:
         raise UserError("name at least one other cartridge to load beside it")
     if not items:
@@ -49,20 +72,21 @@ def collapse_test(engine: Engine, base: BaseModel, subject: CartridgePrefix, par
         return ask(engine, items, prefix, settings.max_answer_tokens, report)
 
     closed, alone = asked(None), asked(subject)
-    gain = _accuracy(alone).mean() - _accuracy(closed).mean()
-    rows, passed_partners, held = [], 0, gain > 0
+    loaded = {}
     for count in [count for count in LOADED if count <= len(partners) + 1]:
         beside = partners[:count - 1]
-        arms = {"first": asked(compose_prefix(base, [subject, *beside])),
-                "last": asked(compose_prefix(base, [*beside, subject]))}
-        left = min(_accuracy(arm).mean() for arm in arms.values()) - _accuracy(closed).mean()
-        passed = bool(gain > 0 and left >= settings.composition_share * gain)
-        held = held and passed
-        passed_partners = count - 1 if held else passed_partners
-        rows.append({"loaded": count, "passed": passed,
-                     **{place: _figures(arm, settings, seed, alone) for place, arm in arms.items()}})
-    return {"passed_partners": passed_partners, "share": settings.composition_share, "questions": len(items),
-            "closed_book": _figures(closed, settings, seed), "alone": _figures(alone, settings, seed), "loaded": rows}
+        loaded[count] = {"first": asked(compose_prefix(base, [subject, *beside])),
+                         "last": asked(compose_prefix(base, [*beside, subject]))}
+    return CollapseTest(closed, alone, loaded)
+
+
+def pooled(tests: Sequence[CollapseTest]) -> CollapseTest:
+    """The questions of several cartridges as if they were of one; with as many loaded as all were tested with."""
+    counts = [count for count in LOADED if all(count in test.loaded for test in tests)]
+    return CollapseTest(
+        [one for test in tests for one in test.closed_book], [one for test in tests for one in test.alone],
+        {count: {place: [one for test in tests for one in test.loaded[count][place]] for place in ("first", "last")}
+         for count in counts})
 
 
 def _figures(answered: list[Answered], settings: EvaluateSettings, seed: int,
