@@ -270,7 +270,8 @@ class ServeSettings(Settings):
     """Answer `full_context: true` with the corpus in the prompt, where the registry keeps its text. It
     costs a prefill of up to the whole window."""
     search_at_start: bool = False
-    """Read and index all texts as soon as the service starts; else the first `auto` request waits for that."""
+    """Read all texts as soon as the service starts, and make the index over all of them (a key that may use only some
+    has one of its own, made at its first request); else the first `auto` request waits for that."""
     fallback_entropy: float = Field(0.5, ge=0)
     """Requests with `fallback` are answered from the corpus' text when the mean entropy of the cartridge's
     first tokens is above this (nats a token). Set for the default model; docs/serving.md has what was measured."""

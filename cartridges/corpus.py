@@ -69,6 +69,12 @@ def load_questions(path: str, corpus_id: str | None = None) -> tuple[Question, .
     return questions
 
 
+def ids_with_questions(path: str) -> frozenset[str]:
+    """The corpus ids of the JSONL at `path` whose rows hold questions."""
+    return frozenset(str(row["corpus_id"]) for _, row in _read_rows(Path(path).expanduser())
+                     if row.get("corpus_id") and row.get("questions"))
+
+
 def corpus_ids(path: str) -> tuple[str, ...]:
     """The ids of the JSONL at `path`, one a row. Raises `UserError` for a row without one."""
     rows = _read_rows(Path(path).expanduser())

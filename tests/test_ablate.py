@@ -1,11 +1,17 @@
 """What settings are worth: the same questions, asked of cartridges that differ in what --vary says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+import workflows.ablate
+from cartridges.config import BuildSettings, SynthesizeSettings
+from cartridges.distill.trainer import NonFiniteLoss
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, tiny_settings
+from workflows.ablate import _as_many
+from workflows.build import Job
 from workflows.cli import main
 
 
@@ -59,11 +65,39 @@ def test_variations_are_paired_with_what_was_given_and_one_that_fails_is_listed(
 def test_mistakes_are_named_before_anything_is_made(ablate, tmp_path):
     for varied, message in (((), "nothing to compare"), (("train.init=prefix",), "changes nothing"),
                             (("train.nit=prefix",), "train.nit"), (("evaluate.max_questions=1",), "the same for all"),
-                            (("train.init=random", "train.num_tokens=9999"), "shorter than num_tokens=9999")):
+                            (("train.init=random", "train.num_tokens=9999"), "shorter than num_tokens=9999"),
+                            (("train.init=random", "train.init=random;"), "given twice"),
+                            (("serve.port=1",), "changes nothing"), (("model.name=other",), "another model"),
+                            (("train.loss=next_token; budget=soon",), "budget 'soon' is not a time")):
         code, result, said = ablate(*varied)
         assert (code, result) == (2, None) and message in said and len(said.splitlines()) == 1
     assert "has no questions" in ablate("train.init=random", questions=False)[2]
+    config = json.loads((tmp_path / "config.yaml").read_text())
+    config["evaluate"]["arms"] = ["closed_book"]
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    assert "leaves the cartridge out" in ablate("train.init=random")[2]
     assert not (tmp_path / "work").exists()
+
+
+def test_one_that_diverges_costs_no_other(ablate, monkeypatch):
+    def make_or_not(job, really=workflows.ablate.make):
+        if job.settings.seed == 1:
+            raise NonFiniteLoss("the gradient became nan at step 7")
+        return really(job)
+
+    monkeypatch.setattr("workflows.ablate.make", make_or_not)
+    code, result, _ = ablate("seed=1", "seed=2")
+    assert code == 1 and [one["label"] for one in result["variations"]] == ["as given", "seed=2"]
+    assert result["failed"] == [{"label": "seed=1", "error": "the gradient became nan at step 7"}]
+
+
+def test_variations_of_training_have_the_conversations_that_a_budget_came_to(given=BuildSettings(budget="9m")):
+    job = Job("", None, "x", given, None, None, ())
+    settled = given.model_copy(update={"synthesize": SynthesizeSettings(num_conversations=77)})
+    slower = given.model_copy(update={"train": given.train.model_copy(update={"epochs": 1})})
+    other = given.model_copy(update={"seed": 9})
+    assert _as_many(replace(job, settings=slower), settled, given).settings.synthesize.num_conversations == 77
+    assert _as_many(replace(job, settings=other), settled, given).settings == other
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ import openai
 import pytest
 
 from cartridges.compose import compose
-from cartridges.config import BuildSettings
+from cartridges.config import BuildSettings, ModelSettings
 from cartridges.engines.base import CartridgePrefix, Request
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
-from cartridges.models import rope_frequencies
+from cartridges.models import load_base_model, rope_frequencies
 from cartridges.registry import Registry
 from tests.serve_support import TEXTS, exact_cartridge, listening, load_stock, make_service, publish
 from workflows.compose_test import compose_test, print_card
@@ -123,7 +123,7 @@ def test_a_cartridge_that_knows_nothing_passes_nothing(base, registry, tmp_path)
     registry.annotate("harbour", composition=1)
 
 
-def test_a_pattern_tests_each_with_those_behind_it(base, tmp_path, capsys):
+def test_a_pattern_tests_each_with_those_behind_it(base, tiny_qwen3_dir, tmp_path, capsys):
     registry, scratch = Registry(tmp_path / "registry"), tmp_path / "scratch"
     scratch.mkdir()
     texts = {"kb.a": MORE["harbour"], "kb.b": MORE["orchard"], "kb.c": MORE["mill"], "other": "A bell of bronze."}
@@ -134,7 +134,7 @@ def test_a_pattern_tests_each_with_those_behind_it(base, tmp_path, capsys):
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps({"corpus_id": ids[name], "questions": [
         {"question": f"Who {what}?", "answers": ["nobody at all"]} for what in ("keeps it", "made it")[:count]]}) + "\n"
-        for name, count in (("kb.a", 2), ("kb.b", 1))))
+        for name, count in (("kb.a", 2), ("kb.b", 1), ("kb.c", 0))))
     result = run(registry, base, str(file), 0.5, partners=("kb.*",), name="kb.*")
     assert [one["name"] for one in result["cartridges"]] == ["kb.a", "kb.b"] and result["skipped"] == ["kb.c"]
     company = {one["name"]: [ref.split("@")[0] for ref in one["partners"]] for one in result["cartridges"]}
@@ -147,8 +147,14 @@ def test_a_pattern_tests_each_with_those_behind_it(base, tmp_path, capsys):
     assert registry.resolve("kb.c").manifest.composition_card is None
     print_card(result, sys.stdout)
     assert "all 3 questions" in (said := capsys.readouterr().out) and "kb.c was not tested" in said
+    named = run(registry, base, str(file), 0.5, partners=("kb.b", "kb.a"), name="kb.*")
+    assert [[ref.split("@")[0] for ref in one["partners"]] for one in named["cartridges"]] == [["kb.b"], ["kb.a"]]
+    qwen = load_base_model(ModelSettings(name=str(tiny_qwen3_dir), dtype="float32"))
+    publish(qwen, registry, "qwen", "A bell of bronze.", scratch)
     for wrong, message in (({"name": "nothing.*"}, "no cartridge in the registry"), ({"partners": ("x*",)}, "x\\*"),
-                           ({"name": "kb.c*"}, "no questions about any")):
+                           ({"name": "kb.c*"}, "no questions about any"),
+                           ({"name": "kb.a*", "partners": ("kb.a*",)}, "no other cartridge to load beside kb.a"),
+                           ({"partners": ("kb.*", "qwen")}, "qwen: .*model weights differ")):
         with pytest.raises(UserError, match=message):
             run(registry, base, str(file), 0.5, **{"partners": ("kb.*",), "name": "kb.*"} | wrong)
 

@@ -48,20 +48,19 @@ def ablate(corpus: str, given: BuildSettings, varied: Sequence[Variation], regis
     """
     start, work = time.monotonic(), Path(workdir or f"runs/{NAME}")
     jobs = _jobs(corpus, [Variation(GIVEN, given), *varied], Registry(registry), questions, work)
-    tried, failed = [], []
-    for number, (label, job) in enumerate(jobs.items()):
-        say(f"{label} ({number} of {len(varied)} variations)" if number else label)
+    base = _try(GIVEN, jobs.pop(GIVEN), given)
+    tried, failed = [base], []
+    for number, (label, job) in enumerate(jobs.items(), 1):
+        say(f"{label} ({number} of {len(varied)} variations)")
         try:
-            tried.append(_try(label, job, given))
-        except UserError as error:
-            if not number:
-                raise
+            tried.append(_try(label, _as_many(job, base["settings"], given), given))
+        except (UserError, RuntimeError) as error:  # a loss that is not finite, too many conversations that raise
             failed.append({"label": label, "error": str(error)})
             say(f"{label}: {error}")
-    card = tried[0]["card"]
+    card = base["card"]
     full = card["arms"].get("full_context", {"metrics": {}})["metrics"]
     result = {"full_context": {metric: full[metric] for metric in METRICS if metric in full},
-              "variations": [_against(tried[0], one, given) for one in tried], "failed": failed,
+              "variations": [_against(base, one, given) for one in tried], "failed": failed,
               "questions": card["questions"], "machine": card["machine"], "workdir": str(work),
               "seconds": time.monotonic() - start}
     write_manifest(work / "ablation.json", result)
@@ -71,21 +70,36 @@ def ablate(corpus: str, given: BuildSettings, varied: Sequence[Variation], regis
 def _jobs(corpus: str, all_of_them: Sequence[Variation], store: Registry, questions: str | None,
           work: Path) -> dict[str, Job]:
     """By label, checked."""
-    given, jobs = all_of_them[0].settings, {}
+    given, jobs, seen = all_of_them[0].settings, {}, []
     loaded = load_corpus(corpus, given.corpus.corpus_id)
     asked = load_questions(questions, given.corpus.corpus_id) if questions else loaded.questions
     if not asked:  # those of self-study would be others for each
         raise UserError(f"{corpus} has no questions to compare by; give some with --questions")
+    if "cartridge" not in given.evaluate.arms:
+        raise UserError("evaluate.arms leaves the cartridge out, which is what is compared")
     for one in all_of_them:
-        if one.label in jobs or (jobs and one.settings == given):
+        what = one.settings.model_dump(exclude={"serve", "cohort"})
+        if what in seen:
             raise UserError(f"--vary {one.label} changes nothing, or is given twice")
         if (one.settings.evaluate, one.settings.corpus) != (given.evaluate, given.corpus):
             raise UserError(f"--vary {one.label}: corpus and evaluate must be the same for all")
+        if one.settings.model.name != given.model.name:
+            raise UserError(f"--vary {one.label}: likelihoods of another model's tokens cannot be compared")
         try:
             jobs[one.label] = prepare(corpus, loaded, NAME, one.settings, store, asked, work)
         except UserError as error:
             raise UserError(f"{one.label}: {error}") from None
+        seen.append(what)
     return jobs
+
+
+def _as_many(job: Job, settled: BuildSettings, given: BuildSettings) -> Job:
+    """With as many conversations as the given settings came to, where nothing that they are made of differs: then they
+    are the same ones, whatever a budget would plan for it now."""
+    own = job.settings
+    if (own.model, own.synthesize, own.seed, own.budget) != (given.model, given.synthesize, given.seed, given.budget):
+        return job
+    return replace(job, settings=own.model_copy(update={"synthesize": settled.synthesize}))
 
 
 def _try(label: str, job: Job, given: BuildSettings) -> dict[str, Any]:
@@ -97,7 +111,7 @@ def _try(label: str, job: Job, given: BuildSettings) -> dict[str, Any]:
     examined = replace(job, settings=job.settings.model_copy(update={"evaluate": evaluate, "seed": given.seed}))
     place = examine(examined, dataset, trained, cartridge)
     return {"label": label, "card": read_manifest(place / REPORT_CARD), "rows": _rows(place / "rows.jsonl"),
-            "kept": dataset["conversations"]["kept"], "steps": trained["steps"],
+            "settings": job.settings, "kept": dataset["conversations"]["kept"], "steps": trained["steps"],
             "seconds": {"synthesize": dataset["seconds"], "train": trained["seconds"]}}
 
 

@@ -78,9 +78,13 @@ def fit(settings: BuildSettings, rates: Rates, seconds: float) -> BuildSettings:
 def steps_within(settings: BuildSettings, rates: Rates, kept: int, seconds: float) -> int:
     """Steps that `seconds` have time for, the start of training included; one epoch of `kept` conversations where
     that is more, as less would be a start and no cartridge."""
-    epoch = math.ceil(kept * rates.tokens / settings.train.pack_tokens / settings.train.packs_per_step)
     left = seconds - TRAINING_START_SECONDS
-    return max(1, epoch, int(left / rates.pack_seconds / settings.train.packs_per_step))
+    return max(epoch_steps(settings, rates, kept), int(left / rates.pack_seconds / settings.train.packs_per_step))
+
+
+def epoch_steps(settings: BuildSettings, rates: Rates, kept: int) -> int:
+    """Steps in which each of `kept` conversations is seen once."""
+    return max(1, math.ceil(kept * rates.tokens / settings.train.pack_tokens / settings.train.packs_per_step))
 
 
 def estimate(settings: BuildSettings, rates: Rates) -> tuple[int, float]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from cartridges.collection import Part, names, parts
 from cartridges.config import BuildSettings
-from cartridges.corpus import corpus_ids, load_corpus, load_questions
+from cartridges.corpus import ids_with_questions, load_corpus, load_questions
 from cartridges.errors import UserError
 from cartridges.registry import Registry, check_name
 from workflows.build import Job, dataset_place, finish, prepare
@@ -78,7 +78,7 @@ def _check(settings: BuildSettings) -> None:
 def _jobs(chosen: Sequence[Part], called: Sequence[str], settings: BuildSettings, store: Registry,
           questions: str | None, work: Path) -> list[Job]:
     """All of them, checked."""
-    asked_of = set(corpus_ids(questions)) if questions else set()
+    asked_of = ids_with_questions(questions) if questions else frozenset()
     ids = {part.corpus_id for part in chosen}
     if questions:
         say(f"{questions} has questions about {len(ids & asked_of)} of the {len(ids)}"

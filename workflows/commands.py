@@ -47,8 +47,16 @@ def run_ablate(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("nothing to compare; give settings with --vary, such as --vary train.loss=next_token")
     from workflows.ablate import Variation, ablate
 
-    varied = [Variation(text, settings_from(args, [one.strip() for one in text.split(";")])) for text in args.vary]
+    varied = [Variation(text, _varied(args, text)) for text in args.vary]
     return ablate(args.corpus, given, varied, args.registry, args.questions, args.workdir)
+
+
+def _varied(args: argparse.Namespace, text: str) -> Any:
+    """The settings given, and those of one `--vary`."""
+    try:
+        return settings_from(args, [one.strip() for one in text.split(";") if one.strip()])
+    except UserError as error:
+        raise UserError(f"--vary {text}: {error}") from None
 
 
 def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from cartridges.config import BuildSettings
-from cartridges.corpus import has_corpus, load_questions
+from cartridges.corpus import ids_with_questions, load_questions
 from cartridges.errors import UserError
 from cartridges.records import Question
 from cartridges.registry import Entry, Registry
@@ -22,16 +22,19 @@ def compose_test(name: str, partners: Sequence[str], questions: str, registry: s
     skipped. A later test replaces an earlier one. Raises `UserError` for an unknown or unfitting cartridge.
     """
     store = Registry(registry)
-    subjects = _found(store, [name])
-    beside = {_ref(entry): _beside(entry, _found(store, partners), named=partners) for entry in subjects}
+    subjects, others = _found(store, [name]), _found(store, partners)
     if not _is_pattern(name):
         (entry,) = subjects
+        if entry in others and not any(map(_is_pattern, partners)):
+            raise UserError(f"{name} cannot be its own partner; name others with --with")
         asked = load_questions(questions, row_id(questions, settings, entry.manifest))
-        (result,), _ = _run(store, [(entry, asked)], beside, settings)
+        (result,), _ = _run(store, [(entry, asked)], {_ref(entry): _beside(entry, others)}, settings)
         return result
-    having = [entry for entry in subjects if has_corpus(questions, entry.manifest.corpus.id)]
+    asked_of = ids_with_questions(questions)
+    having = [entry for entry in subjects if entry.manifest.corpus.id in asked_of]
     if not having:
         raise UserError(f"{questions} has no questions about any of {name}")
+    beside = {_ref(entry): _beside(entry, others) for entry in having}
     results, card = _run(store, [(entry, load_questions(questions, entry.manifest.corpus.id)) for entry in having],
                          beside, settings)
     return {"cartridges": results, "card": card, "skipped": [entry.name for entry in subjects if entry not in having]}
@@ -44,12 +47,20 @@ def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]]
     from cartridges.engines.transformers import TransformersEngine
     from cartridges.evaluation.asking import num_requests, plan_items
     from cartridges.evaluation.composition import LOADED, collapse_test, pooled
-    from cartridges.models import load_base_model
+    from cartridges.models import load_base_model, load_identity, resolve_model_dir
     from workflows.console import Progress
 
-    base = load_base_model(model_of(subjects[0][0].manifest, settings))
+    used = model_of(subjects[0][0].manifest, settings)
+    identity = load_identity(resolve_model_dir(used))
     for entry, _ in subjects:
-        artifact.check_compatible(entry.manifest, base.identity)
+        if not beside[_ref(entry)]:
+            raise UserError(f"there is no other cartridge to load beside {entry.name}; name some with --with")
+        for one in (entry, *beside[_ref(entry)]):
+            try:
+                artifact.check_compatible(one.manifest, identity)
+            except UserError as error:
+                raise UserError(f"{one.name}: {error}") from None
+    base = load_base_model(used)
     engine, how = TransformersEngine(base), settings.evaluate
     items = [plan_items(asked, base.template, settings.seed, how.max_questions) for _, asked in subjects]
     counts = [2 + 2 * sum(count <= len(beside[_ref(entry)]) + 1 for count in LOADED) for entry, _ in subjects]
@@ -73,22 +84,22 @@ def _is_pattern(name: str) -> bool:
 
 def _found(store: Registry, names: Sequence[str]) -> list[Entry]:
     """What they mean now, each once; a pattern stands for what it matches, in the order of names."""
+    listed = store.list() if any(map(_is_pattern, names)) else ()
     found: dict[tuple[str, str], Entry] = {}
     for name in names:
-        matching = fnmatch.filter(store.names(), name) if _is_pattern(name) else [name]
+        matching = ([entry for entry in listed if fnmatch.fnmatchcase(entry.name, name)] if _is_pattern(name)
+                    else [store.resolve(name)])
         if not matching:
             raise UserError(f"no cartridge in the registry is called {name}")
-        found |= {(entry.name, entry.version): entry for entry in map(store.resolve, matching)}
+        found |= {(entry.name, entry.version): entry for entry in matching}
     return list(found.values())
 
 
-def _beside(entry: Entry, others: Sequence[Entry], named: Sequence[str]) -> list[Entry]:
-    """Of `others` those that can stand beside it; it begins with what follows it, so that each has company of its own
-    where all are tested with all."""
+def _beside(entry: Entry, others: Sequence[Entry]) -> list[Entry]:
+    """Those of `others` that stand beside it, beginning behind its own place among them: where all are tested with
+    all, each has company of its own."""
     if entry not in others:
         return list(others)
-    if not any(_is_pattern(name) for name in named):
-        raise UserError(f"{entry.name} cannot be its own partner; name others with --with")
     place = others.index(entry)
     return [*others[place + 1:], *others[:place]]
 

@@ -136,5 +136,6 @@ def joined(rounds: Sequence[Round]) -> tuple[dict[str, Any], dict[str, Any]]:
         "tokens": {kind: sum(one.dataset["tokens"][kind] for one in rounds) for kind in ("input", "loss")},
     }
     trained = {**rounds[-1].trained, "seconds": sum(one.trained["seconds"] for one in rounds),
+               "steps": sum(one.trained["steps"] for one in rounds),
                "rounds": [{"held_out_nll": one.nll, "kept": one.dataset["conversations"]["kept"]} for one in rounds]}
     return dataset, trained

@@ -56,7 +56,7 @@ def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: fl
 
     open_steps = _steps_follow(settings, seconds)
     seconds = seconds or budget.parse_time(settings.budget)
-    file = work / f"budget-{fingerprint([corpus.fingerprint, settings.model_dump(mode='json')])}.json"
+    file = work / f"budget-{_plan_key(corpus.fingerprint, settings, seconds)}.json"
     decided = read_manifest(file)
     if decided is None:
         say("measuring this machine's rates for the budget")
@@ -64,6 +64,12 @@ def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: fl
         decided = {"num_conversations": fitted.synthesize.num_conversations, "steps": fitted.train.steps}
         write_manifest(file, decided)
     return budget.with_plan(settings, decided["num_conversations"], None if open_steps else decided["steps"])
+
+
+def _plan_key(made_of: str, settings: BuildSettings, seconds: float | None = None) -> str:
+    """Changes with what a plan depends on: how a cartridge is examined or served is no part of that."""
+    parts = {"model", "synthesize", "train", "curriculum", "budget", "seed", "vllm"}
+    return fingerprint([made_of, settings.model_dump(mode="json", include=parts), seconds])
 
 
 def _steps_follow(settings: BuildSettings, seconds: float | None = None) -> bool:
@@ -79,15 +85,17 @@ def with_steps(corpus: Corpus, settings: BuildSettings, dataset: dict[str, Any],
 
     if not _steps_follow(settings):
         return settings
-    file = work / f"steps-{fingerprint([dataset['fingerprint'], settings.model_dump(mode='json')])}.json"
+    file = work / f"steps-{_plan_key(dataset['fingerprint'], settings)}.json"
     decided = read_manifest(file)
     if decided is None:
         known = rates.remembered(settings) or rates.measured(corpus, settings)
         left = budget.parse_time(settings.budget) - dataset["seconds"]
         decided = {"steps": budget.steps_within(settings, known, dataset["conversations"]["kept"], left)}
+        decided["epochs"] = decided["steps"] / budget.epoch_steps(settings, known, dataset["conversations"]["kept"])
         write_manifest(file, decided)
+    rest = "for the rest" if decided["epochs"] > 1 else "all the same, so that each is seen once"
     say(f"plan: the conversations took {human_seconds(dataset['seconds'])} of {settings.budget}; {decided['steps']} "
-        "steps for the rest")
+        f"steps {rest}")
     return budget.with_plan(settings, settings.synthesize.num_conversations, decided["steps"])
 
 

@@ -127,9 +127,9 @@ def _time_synthesis(base, chunks: Sequence[Chunk],
 
 
 def _spread(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
-    """At most `BATCHES` batches of neighbours, from all over `tasks`."""
+    """At most `BATCHES` full batches of neighbours, from all over `tasks`; one where there are fewer than that."""
     size = max(1, size)
-    starts = range(0, len(tasks), size)
+    starts = range(0, max(1, len(tasks) - size + 1), size)
     chosen = [starts[index * (len(starts) - 1) // (BATCHES - 1)] for index in range(BATCHES)]
     return [tasks[start:start + size] for start in dict.fromkeys(chosen)]
 

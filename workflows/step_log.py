@@ -108,7 +108,7 @@ class Following:
         # What an earlier run did is not progress of this one: its rate would be that of loading the model.
         self.before = min(self.before, len(rows))
         if len(rows) == self.before:
-            self.progress(0, self.steps, f"loading the model, to go on at step {len(rows)}" if rows else
+            self.progress(0, self.steps, "loading the model, to go on from the last checkpoint" if rows else
                           "loading the model and fitting the start")
         elif len(rows) != self.told:
             last = rows[-1]
