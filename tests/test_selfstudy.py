@@ -194,6 +194,41 @@ def test_the_cell_that_answers_is_the_one_in_the_question():
     assert questions.sentence(row, "Teal", "Which boat?") == "Teal has 2 pilots."
 
 
+TOLD = ("The port number of echo is 7. The port number of discard is 9.\nThe port number of qotd is 17.\n"
+        "The number of beds of the Otter is 12. The number of beds of the Wet Parson is 9. "
+        "The number of beds of Marl is 4. "
+        "The University of Chicago is large. The University of Marl is small. The University of Ely is old.")
+
+
+def test_a_table_that_is_told_in_sentences_is_asked_about_by_column():
+    cells = [statement.cells for statement in statements(TOLD)]
+    assert cells[:4] == [(("", "echo"), ("port number", "7")), (("", "discard"), ("port number", "9")),
+                         (("", "qotd"), ("port number", "17")), (("", "the Otter"), ("number of beds", "12"))]
+    assert cells[-3:] == [()] * 3  # a name that is told about three times is no column
+    assert not any(statement.cells for statement in statements(TOLD[:TOLD.index("\n")]))  # twice is no table
+    chunk = Chunk("t" * 16, "d", 0, len(TOLD), TOLD.splitlines()[0] + " " + TOLD.splitlines()[1])
+    asked = {family: [FAMILIES[family].propose(chunk, random.Random(n), n) for n in range(60)]
+             for family in ("anchored", "anchored_sentence", "keywords")}
+    by_answer = Counter(one.answer for one in asked["anchored"])
+    # The cells are asked for, as a rule; never the column, nor a half of the sentence.
+    assert set(by_answer) == {"7", "9", "17", "echo", "discard", "qotd"}
+    assert sum(by_answer[value] for value in ("7", "9", "17")) > 30
+    questions = {one.user for one in asked["anchored"]}
+    assert {"What is the port number of qotd?", "Which port number belongs to qotd?"} <= questions
+    assert any(one.user in ("What has the port number 7?", "Whose port number is 7?") and one.answer == "echo"
+               for one in asked["anchored"])
+    assert {one.answer for one in asked["anchored_sentence"]} == {
+        f"The port number of {name} is {port}." for name, port in (("echo", 7), ("discard", 9), ("qotd", 17))}
+    assert all("port number" in one.user for one in asked["keywords"])  # other columns may be about the same
+
+
+def test_a_place_is_no_person():
+    row = Statement("", "", (("Country", "Norland"), ("Capital", "Upper Loom"), ("King", "Olaf Grey")))
+    capital, king = ({questions.ask(row, cell, random.Random(n)) for n in range(200)}
+                     for cell in ("Upper Loom", "Olaf Grey"))
+    assert not any(question.startswith("Who") for question in capital) and "Who is the king of Norland?" in king
+
+
 def test_keywords_lead_to_the_statement_that_holds_them():
     proposals = [FAMILIES["keywords"].propose(CHUNKS[0], random.Random(i), i) for i in range(12)]
     assert len({proposal.user for proposal in proposals}) > 6

@@ -151,8 +151,7 @@ class Keywords:
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
         for statement, span in draw_spans(chunk, rng, ordinal, attempts=1):
             if statement.cells:
-                column = next(name for name, cell in statement.cells if cell == span)
-                words = [statement.cells[0][1], column.lower()] if span != statement.cells[0][1] else [span]
+                words = _row_words(statement, span)
             else:
                 words = [span, *rng.sample(content := content_words(statement.text), min(2, len(content)))]
             rng.shuffle(words)
@@ -161,6 +160,16 @@ class Keywords:
             told = questions.sentence(statement, span, user)
             return Proposal(user=user, answer=told) if told else None
         return None
+
+
+def _row_words(statement: Statement, span: str) -> list[str]:
+    """The row's subject and the column asked for. A subject alone says which row; but of a table told in sentences
+    several may be about it."""
+    (named, subject), *rest = statement.cells
+    if span == subject and named:
+        return [subject]
+    column = next((name for name, cell in rest if cell == span), rest[0][0])
+    return [subject, column.lower()]
 
 
 FAMILIES: dict[str, SeedFamily] = {

@@ -1,7 +1,8 @@
 """What in a chunk can be asked about: statements, and the spans in them that could be answers."""
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from cartridges.selfstudy.phrases import STOP_WORDS, noun_phrases
 
@@ -15,12 +16,16 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+(?=[\"'(\[“‘]?[A-Z0
 MAX_SPAN = 60
 """Characters of the longest answer span."""
 _TABLE_RULE = re.compile(r"^\|?[\s:|-]+\|?$")
+_TOLD = re.compile(r"^The (?P<named>.+) (?:is|was|are|were) (?P<value>.+?)[.;]?$")
+FEWEST_ALIKE = 3
+"""Sentences of a text that say the same of different things, from which on they are read as the rows of a table."""
 
 
 @dataclass(frozen=True)
 class Statement:
     """A sentence, list item or table row. `text` says it by itself; `verbatim` is how the chunk has it;
-    `cells` are a row's (column, cell) pairs."""
+    `cells` are a row's (column, cell) pairs, the first of which says what it is about. A table that is told in
+    sentences ("The port number of echo is 7.") has rows too; what they are about has no column name there."""
 
     text: str
     verbatim: str
@@ -52,7 +57,26 @@ def statements(text: str) -> list[Statement]:
             sentences = [part.strip() for part in _SENTENCE_END.split(line) if part.strip()]
             found += [Statement(sentence, sentence) for sentence in sentences if len(sentence.split()) > 3]
             title = sentences[-1] if sentences else title
-    return found
+    return _with_rows(found)
+
+
+def _with_rows(found: list[Statement]) -> list[Statement]:
+    """Where enough sentences are of the form "The <column> of <subject> is <value>", their cells."""
+    told = {index: match for index, one in enumerate(found) if not one.cells and (match := _TOLD.match(one.text))}
+    columns = Counter(column for match in told.values() for column, _ in _ways_to_cut(match["named"]))
+    rows = list(found)
+    for index, match in told.items():
+        alike = [cut for cut in _ways_to_cut(match["named"]) if columns[cut[0]] >= FEWEST_ALIKE]
+        if alike and len(match["value"]) <= MAX_SPAN:
+            column, subject = max(alike, key=lambda cut: len(cut[0]))  # "number of beds", not "number"
+            rows[index] = replace(found[index], cells=(("", subject), (column, match["value"])))
+    return rows
+
+
+def _ways_to_cut(named: str) -> list[tuple[str, str]]:
+    """`(column, subject)` at each "of", but for names such as University of Chicago."""
+    parts = named.split(" of ")
+    return [(" of ".join(parts[:cut]), " of ".join(parts[cut:])) for cut in range(1, len(parts)) if named[0].islower()]
 
 
 def answer_spans(statement: Statement) -> list[str]:

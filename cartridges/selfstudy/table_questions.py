@@ -14,6 +14,9 @@ _TIME = re.compile(r"^\d{1,2}:\d{2}$")
 _HOW = {"height": ("high", "tall"), "length": ("long",), "width": ("wide",), "depth": ("deep",), "age": ("old",),
         "weight": ("heavy",), "size": ("big", "large"), "distance": ("far",), "duration": ("long",)}
 """What is asked for a quantity instead of its noun."""
+_NO_PERSON = re.compile(r"\b(capital|city|town|village|country|county|state|region|place|location|island|river|sea|port"
+                        r"|language|currency|name|title|kind|type)\b", re.I)
+"""Columns whose capitals are no person's."""
 _PERSON = re.compile(r"^[A-Z][\w'’\-]+(\s[A-Z][\w'’\-]+)+$")
 
 
@@ -25,17 +28,22 @@ def ask_row(statement: Statement, span: str, rng: random.Random) -> str | None:
     if not asked or not others or not subject:
         return None
     if asked[0] == statement.cells[0]:
-        return rng.choice(_for_subject(subject_column.lower(), *rng.choice(others)))
-    named = rng.choice([subject, subject, f"the {subject_column.lower()} {subject}"])
+        column, cell = rng.choice(others)
+        return rng.choice(_for_subject(subject_column.lower(), column, cell) if subject_column
+                          else _for_unnamed(_lower(column), cell))
+    named = rng.choice([subject, subject, f"the {subject_column.lower()} {subject}" if subject_column else subject])
     return rng.choice(_for_cell(_lower(asked[0][0]), span, named))
 
 
 def row_sentence(statement: Statement, span: str, question: str) -> str | None:
     """The cell `span` in a sentence; for the row's subject, the cell that `question` names.
 
-    None for a row that says nothing of its subject: a table of one column, or one filled cell.
+    A table that is told in sentences has them. None for a row that says nothing of its subject: a table of one column,
+    or one filled cell.
     """
-    (_, subject), *rest = statement.cells
+    (subject_column, subject), *rest = statement.cells
+    if not subject_column:
+        return statement.text
     told = [(name, cell) for name, cell in rest if cell]
     if not subject or not told:
         return None
@@ -80,7 +88,7 @@ def _by_kind(column: str, cell: str, subject: str) -> list[str]:
     if _MONEY.search(column):
         forms += [f"How much is the {column} of {subject}?", f"How much is the {column} for {subject}?",
                   f"How much is {subject}?", f"How much must be paid for {subject}?"]
-    if _PERSON.match(cell):
+    if _PERSON.match(cell) and not _NO_PERSON.search(column):
         forms += [f"Who is the {column} of {subject}?"] * 4 + [f"Who is {subject}'s {column}?"]
         doing = agent_verb(column)
         forms += [f"Who {doing} {subject}?"] * 2 if doing else []
@@ -110,6 +118,12 @@ def _for_subject(column: str, other: str, cell: str) -> list[str]:
         return [f"Which {column} was {other}{' in' if _YEAR.match(cell) else ''} {cell}?"]
     forms = [f"Which {column} has the {other} {cell}?", f"Which {column} has {cell} as its {other}?"]
     return forms + [f"{cell} is the {other} of which {column}?"] if _PERSON.match(cell) else forms
+
+
+def _for_unnamed(other: str, cell: str) -> list[str]:
+    """The same where the column has no name."""
+    return [f"What has the {other} {cell}?", f"Whose {other} is {cell}?", f"{cell} is the {other} of what?",
+            f"What has {cell} as its {other}?"]
 
 
 def _lower(column: str) -> str:
