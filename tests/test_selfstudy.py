@@ -1,6 +1,7 @@
 """Self-study: what is planned, asked, answered, dropped and stored."""
 
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -198,6 +199,16 @@ TOLD = ("The port number of echo is 7. The port number of discard is 9.\nThe por
         "The number of beds of the Otter is 12. The number of beds of the Wet Parson is 9. "
         "The number of beds of Marl is 4. "
         "The University of Chicago is large. The University of Marl is small. The University of Ely is old.")
+
+
+def test_abbreviations_are_no_ends_of_sentences_or_names():
+    text = "The embargo threatened the U.S. economy, wrote J. Smith of the U.S. Navy. Plan B was made by Ann Lee."
+    first, second = statements(text)
+    assert first.text.endswith("Navy.") and {"U.S.", "U.S. Navy", "Smith"} <= set(answer_spans(first))
+    assert not any(span.endswith((" U", " J")) or span in "UJ" for span in answer_spans(first))
+    assert "Plan B" in answer_spans(second)
+    asked = {questions.gap(first, span, random.Random(0)) for span in answer_spans(first)}
+    assert not any(re.search(r"wh\w+ \.", question) for question in asked if question)
 
 
 def test_a_table_that_is_told_in_sentences_is_asked_about_by_column():

@@ -79,7 +79,7 @@ def gap(statement: Statement, span: str, rng: random.Random) -> str | None:
 
 def _find(text: str, span: str) -> re.Match | None:
     """`span` in `text` as whole words and numbers; with another capital only where it is nowhere as it is."""
-    pattern = rf"(?<![\w,.]){re.escape(span)}(?!\w|[,.]\d)"
+    pattern = rf"(?<![\w,.]){re.escape(span)}(?!\w|[,.]\w)"
     return re.search(pattern, text) or re.search(pattern, text, re.I)
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from cartridges.selfstudy.phrases import STOP_WORDS, noun_phrases
 
 _NUMBER = re.compile(r"(?<![\w.,])\d[\d,.:/]*(?<![,.:/])(?:\s?%)?(?:\s[a-z]{3,})?")
-_NAME = re.compile(r"[A-Z][\w'’\-]*(?:\s(?:of\s|the\s|de\s|and\s)?[A-Z][\w'’\-]*)*")
+_NAME = re.compile(r"(?:[A-Z]\.){2,}(?:\s[A-Z][\w'’\-]+)*"
+                   r"|[A-Z][\w'’\-]*(?:\s(?:of\s|the\s|de\s|and\s)?[A-Z][\w'’\-]*)*")
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
 DATE = re.compile(rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?\s(?:of\s)?(?:{_MONTH})(?:,?\s\d{{4}})?"
                   rf"|(?:{_MONTH})(?:\s\d{{1,2}}(?:st|nd|rd|th)?,)?\s\d{{1,4}})\b")
 _WORD = re.compile(r"[\w'’\-]+")
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+(?=[\"'(\[“‘]?[A-Z0-9])")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]”’]*\s+(?=[\"'(\[“‘]?[A-Z0-9])")
 MAX_SPAN = 60
 """Characters of the longest answer span."""
 _TABLE_RULE = re.compile(r"^\|?[\s:|-]+\|?$")
@@ -92,7 +93,13 @@ def answer_spans(statement: Statement) -> list[str]:
     strong += [m.group() for m in _NAME.finditer(text) if m.start() > 0 and m.group().lower() not in STOP_WORDS]
     spans = dict.fromkeys(strong)
     spans.update(dict.fromkeys(noun_phrases(text)))
-    return [span for span in spans if 1 <= len(span) <= MAX_SPAN and span.lower() not in STOP_WORDS]
+    return [span for span in spans if 1 <= len(span) <= MAX_SPAN and span.lower() not in STOP_WORDS
+            and not _is_torn(span, text)]
+
+
+def _is_torn(span: str, text: str) -> bool:
+    """Whether it ends within an abbreviation: "in the U" of "in the U.S."."""
+    return bool(re.search(r"\b[A-Z]$", span)) and bool(re.search(rf"\b{re.escape(span)}\.(\w|\s\S)", text))
 
 
 def content_words(text: str) -> list[str]:
