@@ -217,6 +217,10 @@ def test_a_table_that_is_told_in_sentences_is_asked_about_by_column():
                          (("", "qotd"), ("port number", "17")), (("", "the Otter"), ("number of beds", "12"))]
     assert cells[-3:] == [()] * 3  # a name that is told about three times is no column
     assert not any(statement.cells for statement in statements(TOLD[:TOLD.index("\n")]))  # twice is no table
+    forms = "The code for Mali is ML. Peru's code is PE. Laos' code is LA. The code of the Holy See is VA, they say."
+    assert [statement.cells for statement in statements(forms)] == [
+        (("", country), ("code", code)) for country, code in (("Mali", "ML"), ("Peru", "PE"), ("Laos", "LA"))] + [
+        (("", "the Holy See"), ("code", "VA"))]
     chunk = Chunk("t" * 16, "d", 0, len(TOLD), TOLD.splitlines()[0] + " " + TOLD.splitlines()[1])
     asked = {family: [FAMILIES[family].propose(chunk, random.Random(n), n) for n in range(60)]
              for family in ("anchored", "anchored_sentence", "keywords")}

@@ -17,7 +17,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]”’]*\s+(?=[\"'(\
 MAX_SPAN = 60
 """Characters of the longest answer span."""
 _TABLE_RULE = re.compile(r"^\|?[\s:|-]+\|?$")
-_TOLD = re.compile(r"^The (?P<named>.+) (?:is|was|are|were) (?P<value>.+?)[.;]?$")
+_TOLD = re.compile(r"^The (.+) (?:is|was|are|were) (.+?)[.;]?$")
+_OWNED = re.compile(r"^(.+?)['’]s? ([a-z][^,;]*) (?:is|was|are|were) (.+?)[.;]?$")
+MAX_SUBJECT_WORDS = 12
 FEWEST_ALIKE = 3
 """Sentences of a text that say the same of different things, from which on they are read as the rows of a table."""
 
@@ -62,22 +64,38 @@ def statements(text: str) -> list[Statement]:
 
 
 def _with_rows(found: list[Statement]) -> list[Statement]:
-    """Where enough sentences are of the form "The <column> of <subject> is <value>", their cells."""
-    told = {index: match for index, one in enumerate(found) if not one.cells and (match := _TOLD.match(one.text))}
-    columns = Counter(column for match in told.values() for column, _ in _ways_to_cut(match["named"]))
+    """Where enough sentences say the same of different things, their cells."""
+    readings = {index: _readings(one.text) for index, one in enumerate(found) if not one.cells}
+    columns = Counter(column for ways in readings.values() for column, _, _ in ways)
     rows = list(found)
-    for index, match in told.items():
-        alike = [cut for cut in _ways_to_cut(match["named"]) if columns[cut[0]] >= FEWEST_ALIKE]
-        if alike and len(match["value"]) <= MAX_SPAN:
-            column, subject = max(alike, key=lambda cut: len(cut[0]))  # "number of beds", not "number"
-            rows[index] = replace(found[index], cells=(("", subject), (column, match["value"])))
+    for index, ways in readings.items():
+        alike = [way for way in ways if columns[way[0]] >= FEWEST_ALIKE]
+        if alike:
+            column, subject, value = max(alike, key=lambda way: len(way[0]))  # "number of beds", not "number"
+            rows[index] = replace(found[index], cells=(("", subject), (column, value)))
     return rows
 
 
-def _ways_to_cut(named: str) -> list[tuple[str, str]]:
-    """`(column, subject)` at each "of", but for names such as University of Chicago."""
-    parts = named.split(" of ")
-    return [(" of ".join(parts[:cut]), " of ".join(parts[cut:])) for cut in range(1, len(parts)) if named[0].islower()]
+def _readings(text: str) -> list[tuple[str, str, str]]:
+    """`(column, subject, value)` of "The port number of echo is 7." or "Echo's port number is 7.", at each "of" and
+    "for". Names such as University of Chicago are no columns."""
+    told, owned = _TOLD.match(text), _OWNED.match(text)
+    ways = []
+    if told:
+        named, value = told.groups()
+        ways = [(named[:cut.start()], named[cut.end():], value) for cut in re.finditer(r" (?:of|for) ", named)]
+    if owned:
+        subject, column, value = owned.groups()
+        ways.append((column, subject, value))
+    return [(column, subject, _without_remark(value)) for column, subject, value in ways
+            if column[0].islower() and "," not in subject and len(subject.split()) <= MAX_SUBJECT_WORDS
+            and len(_without_remark(value)) <= MAX_SPAN]
+
+
+def _without_remark(value: str) -> str:
+    """"95 dabs, however short the stay" is 95 dabs; a list stays whole."""
+    first, _, rest = value.partition(", ")
+    return value if re.search(r"\b(and|or)\b", rest) else first
 
 
 def answer_spans(statement: Statement) -> list[str]:
