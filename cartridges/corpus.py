@@ -70,18 +70,21 @@ def load_questions(path: str, corpus_id: str | None = None) -> tuple[Question, .
 
 
 def ids_with_questions(path: str) -> frozenset[str]:
-    """The corpus ids of the JSONL at `path` whose rows hold questions."""
-    return frozenset(str(row["corpus_id"]) for _, row in _read_rows(Path(path).expanduser())
-                     if row.get("corpus_id") and row.get("questions"))
+    """The corpus ids of the JSONL at `path` whose rows hold questions. Raises `UserError` for a row without an id."""
+    return frozenset(name for name, row in _rows_by_id(path) if row.get("questions"))
 
 
 def corpus_ids(path: str) -> tuple[str, ...]:
     """The ids of the JSONL at `path`, one a row. Raises `UserError` for a row without one."""
+    return tuple(name for name, _ in _rows_by_id(path))
+
+
+def _rows_by_id(path: str) -> list[tuple[str, dict]]:
     rows = _read_rows(Path(path).expanduser())
     for place, row in rows:
         if not row.get("corpus_id"):
             raise UserError(f"{path} {place} has no corpus_id")
-    return tuple(str(row["corpus_id"]) for _, row in rows)
+    return [(str(row["corpus_id"]), row) for _, row in rows]
 
 
 def holds_text(path: str) -> bool:

@@ -1,18 +1,16 @@
 """What settings are worth: the same questions, asked of cartridges that differ in what --vary says."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
 import workflows.ablate
-from cartridges.config import BuildSettings, SynthesizeSettings
 from cartridges.distill.trainer import NonFiniteLoss
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, tiny_settings
-from workflows.ablate import _as_many
-from workflows.build import Job
+from workflows.budget import Rates
 from workflows.cli import main
+from workflows.draft import NO_DATASET, draft
 
 
 @pytest.fixture
@@ -91,13 +89,24 @@ def test_one_that_diverges_costs_no_other(ablate, monkeypatch):
     assert result["failed"] == [{"label": "seed=1", "error": "the gradient became nan at step 7"}]
 
 
-def test_variations_of_training_have_the_conversations_that_a_budget_came_to(given=BuildSettings(budget="9m")):
-    job = Job("", None, "x", given, None, None, ())
-    settled = given.model_copy(update={"synthesize": SynthesizeSettings(num_conversations=77)})
-    slower = given.model_copy(update={"train": given.train.model_copy(update={"epochs": 1})})
-    other = given.model_copy(update={"seed": 9})
-    assert _as_many(replace(job, settings=slower), settled, given).settings.synthesize.num_conversations == 77
-    assert _as_many(replace(job, settings=other), settled, given).settings == other
+def test_variations_of_training_have_the_conversations_that_a_budget_came_to(ablate, tmp_path, monkeypatch):
+    """Whatever a plan of their own would be: cartridges of different sizes have rates of their own."""
+    config = json.loads((tmp_path / "config.yaml").read_text())
+    config |= {"budget": "9m", "train": config["train"] | {"loss": "distillation", "steps": 0}}
+    config["synthesize"]["num_conversations"] = 0
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    planned = []
+
+    def make_draft(job):  # how many conversations there would be, without making them
+        planned.append(job.settings.synthesize.num_conversations)
+        return NO_DATASET, *draft(job.loaded, job.settings, job.work)
+
+    monkeypatch.setattr("workflows.ablate.make", make_draft)
+    monkeypatch.setattr("workflows.rates.calibrate", lambda corpus, settings: Rates(
+        0.1, settings.train.num_tokens / 32, 0.9, 30.0))
+    code, _, said = ablate("train.num_tokens=64", "train.num_tokens=64; synthesize.topk=2")
+    assert code == 0, said
+    assert planned[0] == planned[1] > planned[2] > 0
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_a_cartridge_that_knows_nothing_passes_nothing(base, registry, tmp_path)
     registry.annotate("harbour", composition=1)
 
 
-def test_a_pattern_tests_each_with_those_behind_it(base, tiny_qwen3_dir, tmp_path, capsys):
+def test_a_pattern_tests_each_with_those_behind_it(base, questions, tiny_qwen3_dir, tmp_path, capsys):
     registry, scratch = Registry(tmp_path / "registry"), tmp_path / "scratch"
     scratch.mkdir()
     texts = {"kb.a": MORE["harbour"], "kb.b": MORE["orchard"], "kb.c": MORE["mill"], "other": "A bell of bronze."}
@@ -131,7 +131,7 @@ def test_a_pattern_tests_each_with_those_behind_it(base, tiny_qwen3_dir, tmp_pat
         publish(base, registry, name, text, scratch)
     ids = {name: registry.resolve(name).manifest.corpus.id for name in texts}
     assert len(set(ids.values())) == 4
-    file = tmp_path / "questions.jsonl"
+    file = tmp_path / "by_id.jsonl"
     file.write_text("".join(json.dumps({"corpus_id": ids[name], "questions": [
         {"question": f"Who {what}?", "answers": ["nobody at all"]} for what in ("keeps it", "made it")[:count]]}) + "\n"
         for name, count in (("kb.a", 2), ("kb.b", 1), ("kb.c", 0))))
@@ -151,6 +151,8 @@ def test_a_pattern_tests_each_with_those_behind_it(base, tiny_qwen3_dir, tmp_pat
     assert [[ref.split("@")[0] for ref in one["partners"]] for one in named["cartridges"]] == [["kb.b"], ["kb.a"]]
     qwen = load_base_model(ModelSettings(name=str(tiny_qwen3_dir), dtype="float32"))
     publish(qwen, registry, "qwen", "A bell of bronze.", scratch)
+    with pytest.raises(UserError, match="has no corpus_id"):
+        run(registry, base, questions, 0.5, partners=("kb.*",), name="kb.*")
     for wrong, message in (({"name": "nothing.*"}, "no cartridge in the registry"), ({"partners": ("x*",)}, "x\\*"),
                            ({"name": "kb.c*"}, "no questions about any"),
                            ({"name": "kb.a*", "partners": ("kb.a*",)}, "no other cartridge to load beside kb.a"),

@@ -109,7 +109,6 @@ def _add_stages(parsers: Any) -> None:
     _settings_options(evaluate, "model", "seed", "corpus_id")
     _registry_option(evaluate)
 
-
     together = _command(parsers, "compose-test", commands.run_compose_test,
                         "does a cartridge still answer with others loaded beside it?")
     together.add_argument("name", metavar="NAME", help=f"{REFERENCE}; or a pattern ('kb.*'): each that it matches")

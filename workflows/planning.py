@@ -61,9 +61,10 @@ def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: fl
     if decided is None:
         say("measuring this machine's rates for the budget")
         fitted = budget.fit(settings, rates.measured(corpus, settings), seconds / settings.curriculum.rounds)
-        decided = {"num_conversations": fitted.synthesize.num_conversations, "steps": fitted.train.steps}
+        decided = {"num_conversations": fitted.synthesize.num_conversations,
+                   "steps": None if open_steps else fitted.train.steps}
         write_manifest(file, decided)
-    return budget.with_plan(settings, decided["num_conversations"], None if open_steps else decided["steps"])
+    return budget.with_plan(settings, decided["num_conversations"], decided["steps"])
 
 
 def _plan_key(made_of: str, settings: BuildSettings, seconds: float | None = None) -> str:

@@ -111,8 +111,8 @@ def _time_synthesis(base, chunks: Sequence[Chunk],
     kept: list[Conversation] = []
     seconds = share = 0.0
     with open_synthesizer(settings, {chunk.chunk_id: chunk for chunk in chunks}, base) as synthesizer:
-        # A batch that is written costs many times one that is scored, and little more when it is full: what is
-        # planned of either counts, not what a short run would happen to hold.
+        # Written ones cost many times scored ones, and the fewer are in a batch the more each: so either kind is timed
+        # in batches of one size, and counts by its share of the plan.
         for written in (False, True):
             group = [task for task in tasks if decodes(task.seed_family) == written]
             if not group:
@@ -136,13 +136,14 @@ def _spread(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
 
 def _timed(synthesizer, batches: Sequence[Sequence[Task]]) -> tuple[list[Conversation], float]:
     """`(kept conversations, seconds for a task)`; the first batch warms up, where there are others."""
-    kept: list[Conversation] = []
-    for number, batch in enumerate(batches):
-        if number < 2:
-            start, done = time.monotonic(), 0
-        kept += [result for result in synthesizer.run(batch) if isinstance(result, Conversation)]
-        done += len(batch)
-    return kept, (time.monotonic() - start) / done
+    results, timed = [], batches[1:] or batches
+    for batch in batches[:-len(timed)]:
+        results += synthesizer.run(batch)
+    start = time.monotonic()
+    for batch in timed:
+        results += synthesizer.run(batch)
+    seconds = (time.monotonic() - start) / sum(map(len, timed))
+    return [result for result in results if isinstance(result, Conversation)], seconds
 
 
 def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],

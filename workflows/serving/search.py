@@ -72,8 +72,8 @@ class CorpusSearch:
         """Read and index all corpora, so that who asks first does not wait for it. Never raises."""
         try:
             self._index_of(self._entries(), skip_unreadable=True)
-        except Exception as error:  # the first question tries again, and is told
-            log.warning("the corpora could not be indexed at start: %s", error)
+        except Exception:  # nobody waits for it here; the first question tries again, and is told
+            log.exception("the corpora could not be indexed at the start")
 
     def _entries(self) -> tuple[Entry, ...]:
         """While the registry cannot be reached, those that were there."""
