@@ -62,6 +62,10 @@ def test_answer_spans_are_numbers_names_and_phrases():
     spans = answer_spans(statements(PROSE)[0])
     assert spans[0] == "1611" and "Perrin Voss" in spans and "fisherman" in spans
     assert "84 berths" in answer_spans(statements(PROSE)[1])
+    told = "It rose from US$3 per barrel to $2.2 billion, by 12 per cent in 3 places."
+    priced = answer_spans(Statement(told, told))
+    assert {"US$3", "$2.2 billion", "12 per cent", "3 places", "3"} <= set(priced)
+    assert not {"3 per", "2.2", "12 per"} & set(priced)
 
 
 @pytest.mark.parametrize("sentence, span, expected", [
@@ -87,6 +91,17 @@ def test_answer_spans_are_numbers_names_and_phrases():
     ("There were 12 of 120 left.", "20", {None}),
     ("The bishop was buried in the old chapel.", "in the old chapel", {"Where was the bishop buried?"}),
     ("The mill opened in spring.", "in spring", {"When did the mill open?"}),
+    ("Later the keepers moved the bell.", "bell", {"What did the keepers move?"}),
+    ("The mayor asked the council to pay $2.2 million.", "$2.2 million",
+     {"How much did the mayor ask the council to pay?"}),
+    ("The price rose from $3 per barrel.", "$3", {"What did the price rise from?"}),
+    ("The bridge had shrunk by 12 per cent.", "12", {"What had the bridge shrunk by?"}),
+    ("The school became one after its 1977 merger.", "1977",
+     {"Which year's merger did the school become one after?"}),
+    ("Marl's clock was repaired.", "Marl", {"Whose clock was repaired?"}),
+    ("Because corn was sold in dabs, the mills closed.", "dabs", {"Because corn was sold in what?"}),
+    ("The harbour sold boats (luggers and brigs) to Norland.", "Norland",
+     {f"The harbour sold boats (luggers and brigs) to {word}?" for word in ("who", "what")}),
 ])
 def test_questions_by_rule(sentence, span, expected):
     asked = {questions.ask(Statement(sentence, sentence), span, random.Random(seed)) for seed in range(20)}
@@ -111,6 +126,8 @@ def test_noun_phrases_come_bare_with_article_and_preposition_and_with_what_hangs
     ("These rocks form the shallow crust, they say.", "shallow crust", "These rocks form what?"),
     ("Because of this, the keeper of the light sleeps.", "light", "The keeper of what sleeps?"),
     ("They sleep.", "They sleep", None),
+    ("A boat (or a barge that the keepers towed) sank.", "barge", "What that the keepers towed sank?"),
+    ("They sold the old and the new light to the town of Marl.", "old", "They sold what?"),
     ("Das Licht brennt im Turm am Hafen.", "Turm", None),
 ])
 def test_where_no_rule_fits_the_clause_is_asked_with_a_gap(sentence, span, expected):

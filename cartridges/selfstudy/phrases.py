@@ -11,7 +11,7 @@ STOP_WORDS = frozenset("""
 a about above after again all also although am an and any are as at be because been before being below
 between both but by can could did do does during each either even every for from further had has have
 having he her here hers him his how however i if in into is it its itself may me might more most must my
-neither no nor not now of off often on once only or other our out over own same she should since so some
+neither no nor not now of off often on once only or other our out over own per same she should since so some
 such than that the their them themselves then there these they this those through thus to too under until
 up upon us very was we were what when where which while who whom whose why will with within without would
 yet you your one two there's it's

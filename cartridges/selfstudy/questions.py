@@ -11,17 +11,31 @@ import re
 from cartridges.selfstudy.phrases import PLACES
 from cartridges.selfstudy.spans import DATE, Statement
 from cartridges.selfstudy.table_questions import ask_row, row_sentence
-from cartridges.selfstudy.verbs import is_participle, is_word, main_verb
+from cartridges.selfstudy.tidy import QUESTION_WORD, without_halves, without_loose_end
+from cartridges.selfstudy.verbs import has_verb, is_participle, is_unit, is_word, main_verb
 
 _AUXILIARY = re.compile(
     r"\b(is|was|are|were|has been|have been|had been|can|could|may|might|must|will|would|should|has|had)\b")
 _HAVE = frozenset({"has", "had"})
+_PERFECT = re.compile(r"^\w+(ed|en|wn|ne)\b")
 _PREPOSITION = re.compile(r"\b(in|on|at|by|to|of|for|from|with|since|until|after|before|into|as|near)\s*$")
-_DETERMINER = re.compile(r"(^|\s)(the|a|an|its|his|her|their)\s*$")
+_DETERMINER = re.compile(r"(?i)(^|\s)(the|a|an|its|his|her|their)\s*$")
 _LEADING = re.compile(
     r"^((?:in|on|at|by|since|from|during|after|before|until|near|under|for)\b[^,]{1,60}), (.+)$", re.I)
+_OPENING = re.compile(
+    r"(?i)^(?:(?:later|then|finally|eventually|afterwards|subsequently|today|now|however|thus)\b,? "
+    r"|\w+ly, )(?=\w)")
+"""An adverb before the subject: "Later the company failed"."""
+_NO_SUBJECT = re.compile(
+    r"(?i)^(by|in|on|at|since|after|before|until|from|during|for|to|with|without|despite|unlike|through|under|as|because"
+    r"|due|instead|among|between|along|there|while|when|where|if|so|although|though|that|which|who|and|but|or|later"
+    r"|then)\b|\b(that|there)\b|[\":;]")
+_JOINS = re.compile(r"(?i)^(?:(?:and|but|or|which|that|who|whose|where)(?: |$))+")
+_OWNS = re.compile(r"^['’]s?\b ?")
 _YEAR = re.compile(r"^1\d{3}$|^20\d{2}$")
 _NUMBER = re.compile(r"^\d[\d,.:]*$")
+_RATE = re.compile(r"^\s*per \w+\b")
+_MONEY = re.compile(r"^(?:[A-Z]{0,3}[$€£¥]|\d[\d,.]* (?:dollars?|pounds?|euros?)$)")
 _TIME = re.compile(
     r"\b(1\d{3}|20\d\d)s?\b|(day|night|year|week|month|century|decade|period|time|spring|summer|autumn|winter|morning"
     r"|evening|noon|beginning|end|January|February|March|April|May|June|July|August|September|October|November"
@@ -52,7 +66,8 @@ def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
         return None
     at = found.start()
     if at == 0:
-        return _finish(_subject_word(span, rng) + text[len(span):])
+        word, rest = _subject_word(span, text[len(span):], rng)
+        return _finish(f"{word} {rest}")
     # A question word in the middle of a sentence is how nobody asks.
     last = [_in_place] if len(text[:at].split()) > 3 and not _clause(text[at + len(span):]) else []
     for rule in (_front, _with_do, *last):
@@ -74,7 +89,7 @@ def gap(statement: Statement, span: str, rng: random.Random) -> str | None:
     before = re.split(r"[,;:]\s|\(", statement.text[:found.start()])[-1].split()[-MAX_GAP_WORDS:]
     after = _clause(statement.text[found.end():].rstrip(" .!?;:")).split()[:MAX_GAP_WORDS // 2]
     word, rest = _word_in_place(span, " ".join(["", *after]), rng)
-    return _finish(f"{_DETERMINER.sub('', ' '.join(before))} {word} {rest}")
+    return _finish(f"{_JOINS.sub('', _DETERMINER.sub('', ' '.join(before)))} {word} {rest}")
 
 
 def _find(text: str, span: str) -> re.Match | None:
@@ -95,7 +110,8 @@ def sentence(statement: Statement, span: str, question: str) -> str | None:
         return statement.text
     clauses = re.split(r"(?<=[;,])\s+", statement.text)
     holding = [clause for clause in clauses if span in clause]
-    return holding[0].rstrip(",;") + "." if holding and len(holding[0].split()) > 3 else span
+    told = without_halves(holding[0], re.compile(re.escape(span))).rstrip(" ,;.") if holding else ""
+    return told + "." if len(told.split()) > 3 else span
 
 
 def _front(text: str, at: int, span: str, rng: random.Random) -> str | None:
@@ -104,7 +120,7 @@ def _front(text: str, at: int, span: str, rng: random.Random) -> str | None:
     if not match or match.end() > at or match.start() == 0 or len(text[:match.start()].split()) > 10:
         return None
     subject, auxiliary = text[:match.start()].strip(), match.group()
-    if "," in subject or re.match(r"(?i)(by|in|on|at|since|after|while|when|if|so|although)\b", subject):
+    if "," in subject or _NO_SUBJECT.search(subject) or has_verb(subject):
         return None
     before, after = text[match.end():at].strip(), text[at + len(span):]
     if "," in before or _LIST.search(before) or len(before.split()) > 10:
@@ -115,7 +131,7 @@ def _front(text: str, at: int, span: str, rng: random.Random) -> str | None:
         # "is a barque built in 1871" -> "When was it built?"
         return f"{word} was {subject} {built.group(1)}"
     tail = "" if after.startswith(",") or (before and rng.random() < 0.6) else _clause(after)
-    if auxiliary in _HAVE and not re.match(r"^\w+(ed|en|wn|ne)\b", before):
+    if auxiliary in _HAVE and not _PERFECT.match(before) and not is_participle(before.partition(" ")[0]):
         # A possession: "has 84 berths" -> "How many berths does the harbour have?"
         return f"{word} {'does' if auxiliary == 'has' else 'did'} {subject} have {before} {tail}"
     return f"{word} {auxiliary} {subject} {before} {tail}"
@@ -125,6 +141,8 @@ def _with_do(text: str, at: int, span: str, rng: random.Random) -> str | None:
     """The Golden Fiddle sank in 1774 -> When did the Golden Fiddle sink?"""
     verb = main_verb(text[:at])
     if not verb or "," in text[:at] or len(text[:verb.start].split()) > 10 or _AUXILIARY.search(text[:verb.start]):
+        return None
+    if _NO_SUBJECT.search(text[:verb.start]):
         return None
     subject, before, after = text[:verb.start].strip(), text[verb.end:at].strip(), text[at + len(span):]
     if _LIST.search(before) or len(before.split()) > 10:
@@ -137,13 +155,15 @@ def _with_do(text: str, at: int, span: str, rng: random.Random) -> str | None:
 def _in_place(text: str, at: int, span: str, rng: random.Random) -> str:
     """The mill opened in 1702 -> The mill opened in which year?"""
     word, rest = _word_in_place(span, text[at + len(span):], rng)
-    return f"{text[:at].strip()} {word} {_clause(rest)}"
+    return f"{_DETERMINER.sub('', text[:at].rstrip())} {word} {_clause(rest)}"
 
 
 def _word_in_place(span: str, after: str, rng: random.Random) -> tuple[str, str]:
     """The question word in the middle of a sentence, and what is left of the words after it."""
     if _YEAR.match(span):
         return "which year", after
+    if _OWNS.match(after.lstrip()):
+        return "whose", _OWNS.sub("", after.lstrip())
     word, _, rest = _question_word(span, "", after, rng)
     return word.lower(), rest
 
@@ -154,7 +174,7 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
     if rest and first.lower() in PLACES:
         return ("When" if first.lower() == "during" or _TIME.search(rest) else "Where"), before, after
     before = _DETERMINER.sub("", before)
-    preposition = _PREPOSITION.search(before)
+    preposition, after = _PREPOSITION.search(before), _RATE.sub("", after)
     measure = _MEASURE.match(span)
     if measure:
         return f"How many {measure.group(2)}", before, after
@@ -162,10 +182,13 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
         return rng.choice(["When", "In which year", "In what year"]), before[:preposition.start()].strip(), after
     if DATE.fullmatch(span):
         return "When", _PREPOSITION.sub("", before).strip(), after
+    if _MONEY.match(span):
+        return "What" if preposition else "How much", before, after
     if _NUMBER.match(span):
         unit = re.match(r"^\s+([a-z]+)\b(.*)$", after, re.S)
-        if unit:
-            return f"How many {unit.group(1)}", before, unit.group(2)
+        if unit and is_unit(unit.group(1)):
+            asked = "Which year's" if _YEAR.match(span) else "How many"
+            return f"{asked} {unit.group(1)}", before, unit.group(2)
         return "What", before, after
     if span[:1].isupper():
         if preposition and preposition.group(1) in ("in", "on", "at", "to", "from"):
@@ -174,10 +197,13 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
     return "What", before, after
 
 
-def _subject_word(span: str, rng: random.Random) -> str:
-    if span[:1].isdigit():
-        return "How many"
-    return rng.choice(["Who", "What"]) if span[:1].isupper() else "What"
+def _subject_word(span: str, after: str, rng: random.Random) -> tuple[str, str]:
+    """The question word for `span` that begins the sentence, and what is left of the words after it."""
+    if _OWNS.match(after):
+        return "Whose", _OWNS.sub("", after)
+    if _NUMBER.match(span) or _MEASURE.match(span):
+        return "How many", after
+    return (rng.choice(["Who", "What"]) if span[:1].isupper() else "What"), after
 
 
 def _clause(text: str) -> str:
@@ -194,6 +220,9 @@ def _lower_start(text: str) -> str:
 
 def _subject_first(text: str, span: str) -> str:
     """In 1872, the line was opened -> the line was opened in 1872."""
+    opening = _OPENING.match(text)
+    if opening and opening.end() <= text.find(span):
+        text = _lower_start(text[opening.end():])
     found = _LEADING.match(text)
     if not found:
         return text
@@ -203,6 +232,7 @@ def _subject_first(text: str, span: str) -> str:
 
 
 def _finish(question: str) -> str | None:
+    question = re.sub(r" (?=[,;:])", "", " ".join(question.split()))
+    question = without_loose_end(without_halves(question, QUESTION_WORD)).strip()
     words = question.split()
-    question = " ".join(words)
     return question[:1].upper() + question[1:] + "?" if 3 <= len(words) <= MAX_QUESTION_WORDS else None

@@ -5,8 +5,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from cartridges.selfstudy.phrases import STOP_WORDS, noun_phrases
+from cartridges.selfstudy.verbs import is_unit
 
-_NUMBER = re.compile(r"(?<![\w.,])\d[\d,.:/]*(?<![,.:/])(?:\s?%)?(?:\s[a-z]{3,})?")
+_SCALE = r"\s?%|\s(?:percent|per cent|hundred|thousand|million|billion|trillion)\b"
+_NUMBER = re.compile(rf"(?<![\w.,$€£¥])(?P<number>(?:[A-Z]{{0,3}}[$€£¥])?\d[\d,.:/]*(?<![,.:/])(?:{_SCALE})?)"
+                     r"(?:\s(?P<unit>[a-z]{3,}))?")
 _NAME = re.compile(r"(?:[A-Z]\.){2,}(?:\s[A-Z][\w'’\-]+)*"
                    r"|[A-Z][\w'’\-]*(?:\s(?:of\s|the\s|de\s|and\s)?[A-Z][\w'’\-]*)*")
 _MONTH = "January|February|March|April|May|June|July|August|September|October|November|December"
@@ -106,17 +109,20 @@ def answer_spans(statement: Statement) -> list[str]:
     text = DATE.sub(" ; ", statement.text)
     strong = list(dates)
     for match in _NUMBER.finditer(text):
-        number, _, unit = match.group().partition(" ")
-        strong += [number] if not unit or unit in STOP_WORDS else [match.group(), number]
+        number, unit = match.group("number", "unit")
+        strong += [match.group(), number] if unit and is_unit(unit) else [number]
     strong += [m.group() for m in _NAME.finditer(text) if m.start() > 0 and m.group().lower() not in STOP_WORDS]
     spans = dict.fromkeys(strong)
     spans.update(dict.fromkeys(noun_phrases(text)))
     return [span for span in spans if 1 <= len(span) <= MAX_SPAN and span.lower() not in STOP_WORDS
-            and not _is_torn(span, text)]
+            and (span in dates or not _is_torn(span, text))]
 
 
 def _is_torn(span: str, text: str) -> bool:
-    """Whether it ends within an abbreviation: "in the U" of "in the U.S."."""
+    """Whether it ends within an abbreviation, "in the U" of "in the U.S.", or begins within a number, "2 billion" of
+    "$2.2 billion"."""
+    if span[0].isdigit():
+        return not re.search(rf"(?<![\w.,$€£¥]){re.escape(span)}", text)
     return bool(re.search(r"\b[A-Z]$", span)) and bool(re.search(rf"\b{re.escape(span)}\.(\w|\s\S)", text))
 
 

@@ -67,6 +67,12 @@ def _form(word: str) -> tuple[str, str] | None:
     return None
 
 
+def has_verb(text: str) -> bool:
+    """Whether a verb is in `text` that can be nothing else ("gave", "offers the"), not also a participle ("built")."""
+    verb = main_verb(text)
+    return verb is not None and verb.end < len(text) and not is_participle(text[verb.start:verb.end])
+
+
 @lru_cache(maxsize=20000)
 def is_participle(word: str) -> bool:
     return any(word in lemminflect.getInflection(lemma, "VBN") and word != lemma
@@ -104,6 +110,12 @@ def may_be_noun(word: str) -> bool:
     plural of one that it has as a verb only ("logs")."""
     lemmas = lemminflect.getAllLemmas(word)
     return not lemmas or "NOUN" in lemmas or "PROPN" in lemmas or (word.endswith("s") and "VERB" in lemmas)
+
+
+@lru_cache(maxsize=20000)
+def is_unit(word: str) -> bool:
+    """Whether "how many `word`" may be asked: berths and kilometres, not "3 per" or "12 globally"."""
+    return word not in _VERB_AFTER | _NOUN_BEFORE and word != "per" and not word.endswith("ly") and may_be_noun(word)
 
 
 @lru_cache(maxsize=20000)

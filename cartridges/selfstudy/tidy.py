@@ -1,0 +1,38 @@
+"""What is left hanging where a question is cut out of a statement: half of a pair of brackets, a last "the"."""
+
+import re
+
+QUESTION_WORD = re.compile(r"(?i)\b(what|who|whose|when|where|which|how)\b")
+_NEVER_LAST = re.compile(r"(?i)[\s,;:\-–(]+(?:the|an?|its|their|and|or|but|that|than|because|although|if|such as)$"
+                         r"|[\s,;:\-–(/]+(?:[A-Z]{0,3}[$€£¥])?$")
+
+
+def without_halves(text: str, keep: re.Pattern) -> str:
+    """`text` without brackets and quotation marks that have no partner. What stands on the far side of such a bracket
+    from where `keep` is found goes with it."""
+    for at in _halves(text)[::-1]:
+        before, after = text[:at], text[at + 1:]
+        aside, rest = (after, before) if text[at] == "(" else (before, after)
+        if not keep.search(aside):
+            return without_halves(rest, keep)
+        text = before + after
+    return text if text.count('"') % 2 == 0 else text.replace('"', "")
+
+
+def _halves(text: str) -> list[int]:
+    """Where `text` has brackets without a partner."""
+    opened, alone = [], []
+    for at, sign in enumerate(text):
+        if sign == "(":
+            opened.append(at)
+        elif sign == ")":
+            alone += [at] if not opened else []
+            del opened[-1:]
+    return sorted(alone + opened)
+
+
+def without_loose_end(text: str) -> str:
+    """"shrunk, and the" -> "shrunk"."""
+    while found := _NEVER_LAST.search(text):
+        text = text[:found.start()]
+    return text
