@@ -98,6 +98,7 @@ def test_answer_spans_are_numbers_names_and_phrases():
     ("The bridge had shrunk by 12 per cent.", "12", {"What had the bridge shrunk by?"}),
     ("The school became one after its 1977 merger.", "1977",
      {"Which year's merger did the school become one after?"}),
+    ("12 keepers left.", "12 keepers", {"How many keepers left?"}),
     ("Marl's clock was repaired.", "Marl", {"Whose clock was repaired?"}),
     ("Because corn was sold in dabs, the mills closed.", "dabs", {"Because corn was sold in what?"}),
     ("The harbour sold boats (luggers and brigs) to Norland.", "Norland",

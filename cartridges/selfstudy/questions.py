@@ -201,8 +201,10 @@ def _subject_word(span: str, after: str, rng: random.Random) -> tuple[str, str]:
     """The question word for `span` that begins the sentence, and what is left of the words after it."""
     if _OWNS.match(after):
         return "Whose", _OWNS.sub("", after)
-    if _NUMBER.match(span) or _MEASURE.match(span):
+    if _NUMBER.match(span):
         return "How many", after
+    if measure := _MEASURE.match(span):
+        return f"How many {measure.group(2)}", after
     return (rng.choice(["Who", "What"]) if span[:1].isupper() else "What"), after
 
 
