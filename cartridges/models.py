@@ -1,6 +1,8 @@
 """The frozen base model: which it is, whether a cartridge can stand in its KV cache, loading it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -201,6 +203,20 @@ def choose_dtype(setting: str, device: str):
     return torch.bfloat16 if fast else torch.float32
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Weights are read from disk: transformers' bar for it would stand between the lines of a command's own progress."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_base_model(settings: ModelSettings, device: str | None = None,
                     attn_implementation: str | None = None) -> BaseModel:
     """Load the frozen base model. `device` None is the first GPU, or the CPU where there is none.
@@ -216,9 +232,10 @@ def load_base_model(settings: ModelSettings, device: str | None = None,
     template = ChatTemplate(tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype(settings.dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=dtype, attn_implementation=attn_implementation,
-        local_files_only=True, use_safetensors=True, trust_remote_code=False)
+    with _no_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, attn_implementation=attn_implementation,
+            local_files_only=True, use_safetensors=True, trust_remote_code=False)
     model = model.to(device).eval().requires_grad_(False)
     return BaseModel(model, tokenizer, template, _identity(directory, config, template),
                      kv_shape(config), device, dtype)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,20 +44,35 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Ray's C++ side says at every start that it has read the log level set above. What goes wrong is raised."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
+
+
 def _start(num_cpus: int | None) -> None:
     """`ray.init`, again where the machine was too busy: it gives its processes 30 s, not adjustable."""
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or max(4, os.cpu_count() or 1),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            with _native_stderr_closed():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus or max(4, os.cpu_count() or 1),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
             return
         except Exception as error:  # Ray raises a bare Exception for this
             if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS:
