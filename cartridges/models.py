@@ -205,7 +205,7 @@ def choose_dtype(setting: str, device: str):
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Weights are read from disk: transformers' bar for it would stand between the lines of a command's own progress."""
+    """Without transformers' bar for weights read from disk, between the lines of a command's own progress."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

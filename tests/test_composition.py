@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from pathlib import Path
 
 import openai
 import pytest
@@ -15,6 +16,7 @@ from cartridges.errors import UserError
 from cartridges.models import load_base_model, rope_frequencies
 from cartridges.registry import Registry
 from tests.serve_support import TEXTS, exact_cartridge, listening, load_stock, make_service, publish
+from workflows import kept_answers
 from workflows.compose_test import compose_test, print_card
 
 ASK = [{"role": "user", "content": "What is known?"}]
@@ -98,7 +100,7 @@ def run(registry, base, questions: str, share: float, partners=("orchard", "mill
     settings = BuildSettings.model_validate({
         "model": {"name": base.model.name_or_path, "dtype": "float32"},
         "evaluate": {"composition_share": share, "max_answer_tokens": 8, "bootstrap_samples": 100}})
-    return compose_test(name, partners, questions, registry.root, settings)
+    return compose_test(name, partners, questions, registry.root, settings, f"{registry.root}-work")
 
 
 def test_a_cartridge_that_collapses_is_not_recorded(base, registry, questions):
@@ -114,6 +116,27 @@ def test_a_cartridge_that_collapses_is_not_recorded(base, registry, questions):
     # The bar is a setting; with none to keep, the test passes with as many as were loaded.
     assert run(registry, base, questions, share=0.0)["composition"] == 1
     assert registry.resolve("harbour").manifest.composition == 1
+
+
+def test_a_test_that_is_interrupted_asks_only_what_is_left(base, registry, questions, monkeypatch):
+    undisturbed = run(registry, base, questions, share=0.9)
+    asked, really = [], kept_answers.ask
+
+    def ask_twice(*of):
+        asked.append(of)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return really(*of)
+
+    monkeypatch.setattr(kept_answers, "ask", ask_twice)
+    registry.annotate("harbour", composition=7, composition_card=None)
+    with pytest.raises(KeyboardInterrupt):
+        run(registry, base, questions, share=0.9)
+    assert registry.resolve("harbour").manifest.composition == 7
+    # Closed book, alone, and two places beside another: four in all, two of which are there.
+    assert run(registry, base, questions, share=0.9) == undisturbed
+    assert len(asked) == 3 + 2 and not list(Path(f"{registry.root}-work").iterdir())
+    assert registry.resolve("harbour").manifest.composition_card == undisturbed["card"]
 
 
 def test_a_cartridge_that_knows_nothing_passes_nothing(base, registry, tmp_path):

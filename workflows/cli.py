@@ -115,6 +115,8 @@ def _add_stages(parsers: Any) -> None:
     together.add_argument("--with", required=True, dest="partners", metavar="A,B",
                           help="other cartridges, or patterns; 1, 3 and 7 of them are loaded beside it")
     together.add_argument("--questions", required=True, metavar="FILE", help="JSONL of NAME's `questions`")
+    together.add_argument("--workdir", metavar="DIR", help="where answers are kept until it is done; default: "
+                                                           "runs/compose-test")
     _settings_options(together, "model", "seed", "corpus_id")
     _registry_option(together)
 

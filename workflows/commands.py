@@ -111,7 +111,7 @@ def run_compose_test(args: argparse.Namespace) -> dict[str, Any]:
     partners = [name.strip() for name in args.partners.split(",") if name.strip()]
     from workflows.compose_test import compose_test
 
-    return compose_test(args.name, partners, args.questions, args.registry, settings)
+    return compose_test(args.name, partners, args.questions, args.registry, settings, args.workdir)
 
 
 def run_serve(args: argparse.Namespace) -> None:

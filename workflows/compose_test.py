@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from cartridges.config import BuildSettings
@@ -11,15 +12,18 @@ from cartridges.records import Question
 from cartridges.registry import Entry, Registry
 from workflows.evaluate import load_prefix, model_of, row_id
 
+DIRECTORY = "runs/compose-test"
 
-def compose_test(name: str, partners: Sequence[str], questions: str, registry: str,
-                 settings: BuildSettings) -> dict[str, Any]:
+
+def compose_test(name: str, partners: Sequence[str], questions: str, registry: str, settings: BuildSettings,
+                 workdir: str | None = None) -> dict[str, Any]:
     """Ask the questions of `name` with 1, 3 and 7 of `partners` loaded beside it, and write down in its
     manifest with how many it held: `{name, version, composition, partners, card}`.
 
     Both may be shell patterns. Where `name` is one, each cartridge that it matches is tested with the partners that
     follow it: `{cartridges: [as above], card, skipped}`, the card over all their questions; those without questions are
-    skipped. A later test replaces an earlier one. Raises `UserError` for an unknown or unfitting cartridge.
+    skipped. A later test replaces an earlier one, and one that was killed goes on: answers are kept in `workdir` until
+    it is done. Raises `UserError` for an unknown or unfitting cartridge.
     """
     store = Registry(registry)
     subjects, others = _found(store, [name]), _found(store, partners)
@@ -28,7 +32,8 @@ def compose_test(name: str, partners: Sequence[str], questions: str, registry: s
         if entry in others and not any(map(_is_pattern, partners)):
             raise UserError(f"{name} cannot be its own partner; name others with --with")
         asked = load_questions(questions, row_id(questions, settings, entry.manifest))
-        (result,), _ = _run(store, [(entry, asked)], {_ref(entry): _beside(entry, others)}, settings)
+        (result,), _ = _run(store, [(entry, asked)], {_ref(entry): _beside(entry, others)}, settings,
+                            Path(workdir or DIRECTORY))
         return result
     asked_of = ids_with_questions(questions)
     having = [entry for entry in subjects if entry.manifest.corpus.id in asked_of]
@@ -36,12 +41,12 @@ def compose_test(name: str, partners: Sequence[str], questions: str, registry: s
         raise UserError(f"{questions} has no questions about any of {name}")
     beside = {_ref(entry): _beside(entry, others) for entry in having}
     results, card = _run(store, [(entry, load_questions(questions, entry.manifest.corpus.id)) for entry in having],
-                         beside, settings)
+                         beside, settings, Path(workdir or DIRECTORY))
     return {"cartridges": results, "card": card, "skipped": [entry.name for entry in subjects if entry not in having]}
 
 
 def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]], beside: dict[str, list[Entry]],
-         settings: BuildSettings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+         settings: BuildSettings, work: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """`(what is told of each, the card of all)`."""
     from cartridges import artifact
     from cartridges.engines.transformers import TransformersEngine
@@ -49,6 +54,7 @@ def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]]
     from cartridges.evaluation.composition import LOADED, collapse_test, pooled
     from cartridges.models import load_base_model, load_identity, resolve_model_dir
     from workflows.console import Progress
+    from workflows.kept_answers import KeptAnswers
 
     used = model_of(subjects[0][0].manifest, settings)
     identity = load_identity(resolve_model_dir(used))
@@ -61,7 +67,8 @@ def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]]
             except UserError as error:
                 raise UserError(f"{one.name}: {error}") from None
     base = load_base_model(used)
-    engine, how = TransformersEngine(base), settings.evaluate
+    how = settings.evaluate
+    kept = KeptAnswers(work, TransformersEngine(base), base, how)
     items = [plan_items(asked, base.template, settings.seed, how.max_questions) for _, asked in subjects]
     counts = [2 + 2 * sum(count <= len(beside[_ref(entry)]) + 1 for count in LOADED) for entry, _ in subjects]
     total = sum(arms * num_requests(of) for arms, of in zip(counts, items, strict=True))
@@ -70,11 +77,12 @@ def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]]
         for (entry, _), of in zip(subjects, items, strict=True):
             others = beside[_ref(entry)]
             subject, *loaded = [load_prefix(store, _ref(one), base) for one in (entry, *others[:max(LOADED) - 1])]
-            tests.append(collapse_test(engine, base, subject, loaded, of, how, bar.update))
+            tests.append(collapse_test(lambda prefix, of=of: kept.ask(of, prefix, bar.update), base, subject, loaded))
             card = tests[-1].card(how, settings.seed) | {"partners": [_ref(one) for one in others[:len(loaded)]]}
             store.annotate(_ref(entry), composition=card["passed_partners"], composition_card=card)
             results.append({"name": entry.name, "version": entry.version, "composition": card["passed_partners"],
                             "partners": card["partners"], "card": card})
+    kept.forget()
     return results, pooled(tests).card(how, settings.seed)
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from cartridges.compose import compose
 from cartridges.config import EvaluateSettings
-from cartridges.engines.base import CartridgePrefix, Engine, Prefix
+from cartridges.engines.base import CartridgePrefix, Prefix
 from cartridges.errors import UserError
-from cartridges.evaluation.asking import Answered, Item, ask
+from cartridges.evaluation.asking import Answered
 from cartridges.evaluation.bootstrap import interval, paired_interval
 from cartridges.models import BaseModel, rope_frequencies
 
@@ -59,18 +59,12 @@ class CollapseTest:
                 "alone": _figures(self.alone, settings, seed), "loaded": rows}
 
 
-def collapse_test(engine: Engine, base: BaseModel, subject: CartridgePrefix, partners: Sequence[CartridgePrefix],
-                  items: Sequence[Item], settings: EvaluateSettings, report: Callable[[int], None]) -> CollapseTest:
-    """Ask `items` of `subject` alone and beside the first 1, 3 and 7 of `partners`. Raises `UserError` without
-    partners or questions."""
+def collapse_test(asked: Callable[[Prefix], list[Answered]], base: BaseModel, subject: CartridgePrefix,
+                  partners: Sequence[CartridgePrefix]) -> CollapseTest:
+    """The questions of `subject` after it alone and beside the first 1, 3 and 7 of `partners`; `asked` asks them all
+    after a prefix. Raises `UserError` without partners."""
     if not partners:
         raise UserError("name at least one other cartridge to load beside it")
-    if not items:
-        raise UserError("there are no questions to ask; give some with --questions")
-
-    def asked(prefix: Prefix) -> list[Answered]:
-        return ask(engine, items, prefix, settings.max_answer_tokens, report)
-
     closed, alone = asked(None), asked(subject)
     loaded = {}
     for count in [count for count in LOADED if count <= len(partners) + 1]:
