@@ -52,11 +52,11 @@ def with_counts(settings: BuildSettings, corpus_tokens: int) -> BuildSettings:
     return with_plan(settings, num_conversations=default_conversations(corpus_tokens))
 
 
-def fit(settings: BuildSettings, rates: Rates, seconds: float) -> BuildSettings:
+def fit(settings: BuildSettings, rates: Rates, seconds: float, spent: float = 0.0) -> BuildSettings:
     """`settings` with conversations and steps so that synthesis and training take about `seconds`.
 
     A number that the user gave stays, and the other takes what is left. Raises `UserError` when not
-    even a step fits.
+    even a step fits, with a budget that would do; `spent` is what of such a one is gone by now.
     """
     left = seconds - START_SECONDS
     packs_a_conversation = settings.train.epochs * rates.kept * rates.tokens / settings.train.pack_tokens
@@ -68,7 +68,7 @@ def fit(settings: BuildSettings, rates: Rates, seconds: float) -> BuildSettings:
     steps = settings.train.steps or int(
         (left - count * rates.conversation_seconds) / rates.pack_seconds / settings.train.packs_per_step)
     if count < 1 or steps < 1:
-        needed = START_SECONDS + FEWEST_CONVERSATIONS * (
+        needed = spent + START_SECONDS + FEWEST_CONVERSATIONS * (
             rates.conversation_seconds + packs_a_conversation * rates.pack_seconds)
         raise UserError("the budget is too short for this machine and these settings; "
                         f"{math.ceil(needed / 60)}m would do")

@@ -1,12 +1,14 @@
 """What a build derives for itself, and says on stderr: conversations and, for a budget, steps.
 
     WORKDIR/budget-<fingerprint>.json   what was decided at the start
+    WORKDIR/calibration.json            what measuring for it took, which is the budget's too
     WORKDIR/steps-<fingerprint>.json    steps, decided when the conversations were there
 
 Decided once: a build that goes on keeps its plan.
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from cartridges.config import BuildSettings
 from cartridges.records import Corpus
 from workflows.stage import fingerprint, read_manifest, write_manifest
 
+CALIBRATION = "calibration.json"
 DRAFT_CONVERSATIONS = 256
 """Planned for a draft whose corpus has no questions: they are made to be asked, not to train on."""
 
@@ -54,13 +57,17 @@ def _settle_draft(settings: BuildSettings) -> BuildSettings:
 def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: float | None) -> BuildSettings:
     from workflows import budget, rates
 
-    open_steps = _steps_follow(settings, seconds)
+    open_steps, shared = _steps_follow(settings, seconds), seconds is not None
     seconds = seconds or budget.parse_time(settings.budget)
     file = work / f"budget-{_plan_key(corpus.fingerprint, settings, seconds)}.json"
     decided = read_manifest(file)
     if decided is None:
         say("measuring this machine's rates for the budget")
-        fitted = budget.fit(settings, rates.measured(corpus, settings), seconds / settings.curriculum.rounds)
+        start = time.monotonic()
+        known = rates.measured(corpus, settings)
+        spent = 0.0 if shared else time.monotonic() - start
+        fitted = budget.fit(settings, known, (seconds - spent) / settings.curriculum.rounds, spent)
+        write_manifest(work / CALIBRATION, {"seconds": spent})
         decided = {"num_conversations": fitted.synthesize.num_conversations,
                    "steps": None if open_steps else fitted.train.steps}
         write_manifest(file, decided)
@@ -90,7 +97,8 @@ def with_steps(corpus: Corpus, settings: BuildSettings, dataset: dict[str, Any],
     decided = read_manifest(file)
     if decided is None:
         known = rates.remembered(settings) or rates.measured(corpus, settings)
-        left = budget.parse_time(settings.budget) - dataset["seconds"]
+        spent = (read_manifest(work / CALIBRATION) or {"seconds": 0.0})["seconds"]
+        left = budget.parse_time(settings.budget) - dataset["seconds"] - spent
         decided = {"steps": budget.steps_within(settings, known, dataset["conversations"]["kept"], left)}
         decided["epochs"] = decided["steps"] / budget.epoch_steps(settings, known, dataset["conversations"]["kept"])
         write_manifest(file, decided)
