@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from cartridges.attention import AttentionContext, causal_bias, install
+from cartridges.attention import AttentionContext, cartridge_attention, causal_bias, install
 from cartridges.compose import rotate
 from cartridges.forward import through_layers
 from cartridges.models import BaseModel, rope_frequencies
@@ -27,6 +27,8 @@ MOST_TOKENS = 16_384
 LONGEST_STRETCH = 8192
 """The weights of a stretch's keys grow with its square."""
 ROW_TOKENS = 128
+BLOCK_ROWS = 8
+"""Rows whose scores are in memory at once."""
 SHIFTS = 2
 """Steps towards the vector that is added to the keys: their joint weight is a logsumexp, so one does not arrive."""
 RIDGE = 1.0
@@ -63,11 +65,10 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Passed:
-    """What rows made of a layer: next `hidden` states, and in its attention the rows' `query`
-    `[R, H*G, T, D]`, own `keys` and `values` `[R, H, T, D]` and `output` `[R, T, H*G, D]`."""
+class Attended:
+    """What rows did in a layer's attention: their `query` `[R, H*G, T, D]`, own `keys` and `values` `[R, H, T, D]`, and
+    `output` `[R, T, H*G, D]`."""
 
-    hidden: torch.Tensor
     query: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
@@ -121,22 +122,23 @@ def _fit_layer(base: BaseModel, stretches: list[Stretch], layer: int, num_tokens
     keys, values = _choose(sources, num_tokens, sinks)
     keys[:, :sinks] = rotate(keys[:, :sinks], frequencies, -moved)
     # What the rows ask does not depend on the slots of this layer.
-    asking = [_pass(base.model, stretch.student, layer, keys, values) for stretch in stretches]
+    asking = [Asking(base.model, layer, _attention(base.model, stretch.student, layer, num_tokens), stretch.real)
+              for stretch in stretches]
     for _ in range(SHIFTS):
-        keys[:, sinks:] += _shift(base.model, stretches, sources, asking, layer, keys)
-    values[:, sinks:] += _correction(base.model, stretches, sources, layer, keys, values, sinks)
+        keys[:, sinks:] += _shift(sources, asking, keys)
+    values[:, sinks:] += _correction(sources, asking, keys, values, sinks)
     for stretch in stretches:
-        stretch.student = _pass(base.model, stretch.student, layer, keys, values).hidden
+        stretch.student, _ = _pass(base.model, stretch.student, layer, keys, values)
     return keys, values
 
 
 def _read(model, stretch: Stretch, layer: int, num_tokens: int, frequencies: torch.Tensor) -> Source:
     """The stretch through `layer`, and its rows after it."""
-    context = _pass(model, stretch.context, layer)
+    stretch.context, context = _pass(model, stretch.context, layer)
     keys, values = context.keys[0].float(), context.values[0].float()
-    rows = _pass(model, stretch.teacher, layer, keys, values)
-    looks = [(look.weights().amax(dim=1), look.odds) for look in _look(model, layer, rows, keys, stretch.real)]
-    stretch.context, stretch.teacher = context.hidden, rows.hidden
+    stretch.teacher, rows = _pass(model, stretch.teacher, layer, keys, values)
+    looks = [(look.weights().amax(dim=1), look.odds)
+             for look in Asking(model, layer, rows, stretch.real).look(keys)]
     return Source(rotate(keys, frequencies, num_tokens - keys.shape[1]), values,
                   torch.stack([weight for weight, _ in looks]).amax(dim=0), rows.output,
                   torch.cat([odds for _, odds in looks], dim=1))
@@ -155,15 +157,14 @@ def _choose(sources: list[Source], num_tokens: int, sinks: int) -> tuple[torch.T
     return chosen([source.keys for source in sources]), chosen([source.values for source in sources])
 
 
-def _shift(model, stretches: list[Stretch], sources: list[Source], asking: list[Passed], layer: int,
-           keys: torch.Tensor) -> torch.Tensor:
+def _shift(sources: list[Source], asking: list["Asking"], keys: torch.Tensor) -> torch.Tensor:
     """What to add to each key but the sinks', `[H, 1, D]`, so that all slots together get the weight that the corpus
     gets: least squares over all queries."""
     H, _, D = keys.shape
     gram, moment = keys.new_zeros(H, D, D), keys.new_zeros(H, D, 1)
-    for stretch, source, rows in zip(stretches, sources, asking, strict=True):
+    for source, rows in zip(sources, asking, strict=True):
         done = 0
-        for look in _look(model, layer, rows, keys, stretch.real):
+        for look in rows.look(keys):
             count = look.odds.shape[1]
             missing = source.odds[:, done:done + count] - look.odds
             gram += look.query.transpose(1, 2) @ look.query
@@ -172,18 +173,17 @@ def _shift(model, stretches: list[Stretch], sources: list[Source], asking: list[
     return _solve(gram, moment).transpose(1, 2)
 
 
-def _correction(model, stretches: list[Stretch], sources: list[Source], layer: int, keys: torch.Tensor,
-                values: torch.Tensor, sinks: int) -> torch.Tensor:
+def _correction(sources: list[Source], asking: list["Asking"], keys: torch.Tensor, values: torch.Tensor,
+                sinks: int) -> torch.Tensor:
     """What to add to `values` behind the sinks, `[H, p - sinks, D]`: least squares over all queries."""
     H, p, D = values.shape
     gram, moment = values.new_zeros(H, p - sinks, p - sinks), values.new_zeros(H, p - sinks, D)
-    for stretch, source in zip(stretches, sources, strict=True):
-        rows = _pass(model, stretch.student, layer, keys, values)
-        missing = source.target.float() - rows.output.float()
-        for look in _look(model, layer, rows, keys, stretch.real):
+    for source, rows in zip(sources, asking, strict=True):
+        missing = source.target.float() - rows.output(keys, values).float()
+        for look in rows.look(keys):
             weights = look.weights()[..., sinks:]
             gram += weights.transpose(1, 2) @ weights
-            moment += weights.transpose(1, 2) @ _by_head(missing[look.rows], stretch.real[look.rows], H)
+            moment += weights.transpose(1, 2) @ _by_head(missing[look.rows], rows.real[look.rows], H)
     return _solve(gram, moment)
 
 
@@ -195,18 +195,35 @@ def _solve(gram: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
 
 
 def _pass(model, hidden: torch.Tensor, layer: int, keys: torch.Tensor | None = None,
-          values: torch.Tensor | None = None) -> Passed:
-    """`hidden` `[R, T, hidden]` through `layer`, after a prefix of `keys` and `values` `[H, P, D]` if there is one."""
-    context = AttentionContext(collected=[], observed=[])
-    start = 0
-    if keys is not None:
-        start = keys.shape[1]
-        context.prefix_keys, context.prefix_values = ([None] * layer + [tensor.to(hidden.dtype)[None]]
-                                                      for tensor in (keys, values))
-    positions = start + torch.arange(hidden.shape[1], device=hidden.device)[None].expand(len(hidden), -1)
-    hidden = through_layers(model, hidden, positions, context, layer, layer + 1)
-    (query, output), (own_keys, own_values) = context.observed[0], context.collected[0]
-    return Passed(hidden, query, own_keys, own_values, output)
+          values: torch.Tensor | None = None) -> tuple[torch.Tensor, Attended]:
+    """`hidden` `[R, T, hidden]` through `layer`, after a prefix of `keys` and `values` `[H, P, D]` if there is one: the
+    next hidden states, and what attention did."""
+    context = _prefix(layer, hidden.dtype, keys, values)
+    positions = (0 if keys is None else keys.shape[1]) + torch.arange(hidden.shape[1], device=hidden.device)
+    hidden = through_layers(model, hidden, positions.expand(len(hidden), -1), context, layer, layer + 1)
+    return hidden, _attended(context)
+
+
+def _attention(model, hidden: torch.Tensor, layer: int, start: int) -> Attended:
+    """Only the attention of `layer`, of rows that begin at position `start` with nothing before them."""
+    part, context = model.base_model.layers[layer], _prefix(layer, hidden.dtype)
+    positions = (start + torch.arange(hidden.shape[1], device=hidden.device)).expand(len(hidden), -1)
+    part.self_attn(part.input_layernorm(hidden), position_embeddings=model.base_model.rotary_emb(hidden, positions),
+                   attention_mask=None, context=context)
+    return _attended(context)
+
+
+def _prefix(layer: int, dtype: torch.dtype, keys: torch.Tensor | None = None,
+            values: torch.Tensor | None = None) -> AttentionContext:
+    if keys is None:
+        return AttentionContext(collected=[], observed=[])
+    before = ([None] * layer + [tensor.to(dtype)[None]] for tensor in (keys, values))
+    return AttentionContext(*before, collected=[], observed=[])
+
+
+def _attended(context: AttentionContext) -> Attended:
+    (query, output), (keys, values) = context.observed[0], context.collected[0]
+    return Attended(query, keys, values, output)
 
 
 @dataclass(frozen=True)
@@ -230,20 +247,43 @@ class Look:
         return (self.scores - torch.logaddexp(self.of_prefix, self.of_own)[..., None]).exp_()
 
 
-def _look(model, layer: int, rows: Passed, keys: torch.Tensor, real: torch.Tensor) -> Iterator[Look]:
-    """The rows' real queries and a prefix of `keys` `[H, P, D]`, some rows at a time."""
-    scaling = model.base_model.layers[layer].self_attn.scaling
-    (R, HG, T, D), H = rows.query.shape, len(keys)
-    ahead = causal_bias(T, T, torch.float32, keys.device)[None, None, :, None]
-    for start in range(0, R, 8):
-        block = slice(start, start + 8)
-        query = rows.query[block].float().reshape(-1, H, HG // H, T, D) * scaling
-        to_prefix = torch.einsum("rhgtd,hpd->hrtgp", query, keys)
-        to_own = torch.einsum("rhgtd,rhsd->hrtgs", query, rows.keys[block].float()) + ahead
-        yield Look(block, *(tensor[:, real[block]].flatten(1, 2) for tensor in (
-            query.permute(1, 0, 3, 2, 4), to_prefix, to_prefix.logsumexp(-1), to_own.logsumexp(-1))))
+class Asking:
+    """Rows that look at one prefix after another, `BLOCK_ROWS` at a time; only their `real` `[R, T]` tokens count."""
+
+    def __init__(self, model, layer: int, rows: Attended, real: torch.Tensor):
+        self.attention, self.rows, self.real = model.base_model.layers[layer].self_attn, rows, real
+        H = rows.keys.shape[1]
+        self.blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(real), BLOCK_ROWS)]
+        self.queries = [rows.query[block].float().unflatten(1, (H, -1)) * self.attention.scaling
+                        for block in self.blocks]
+        self.of_own = [self._of_own(query, rows.keys[block]) for query, block in
+                       zip(self.queries, self.blocks, strict=True)]
+
+    def look(self, keys: torch.Tensor) -> Iterator[Look]:
+        """At a prefix of `keys` `[H, P, D]`."""
+        for block, query, of_own in zip(self.blocks, self.queries, self.of_own, strict=True):
+            query = self._real(query.permute(1, 0, 3, 2, 4), block)
+            scores = query @ keys.transpose(1, 2)
+            yield Look(block, query, scores, scores.logsumexp(-1), self._real(of_own, block))
+
+    def output(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What attention gives the rows after a prefix of `keys` and `values`, `[R, T, H*G, D]`."""
+        rows = self.rows
+        context = _prefix(self.attention.layer_idx, rows.query.dtype, keys, values)
+        return cartridge_attention(self.attention, rows.query, rows.keys, rows.values, None, self.attention.scaling,
+                                   context=context)[0]
+
+    def _of_own(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        T = query.shape[3]
+        ahead = causal_bias(T, T, torch.float32, keys.device)[:, None]
+        return (torch.einsum("rhgtd,rhsd->hrtgs", query, keys.float()) + ahead).logsumexp(-1)
+
+    def _real(self, tensor: torch.Tensor, block: slice) -> torch.Tensor:
+        """`[H, R, T, G, ...]` to `[H, queries, ...]`."""
+        real = self.real[block]
+        return tensor.flatten(1, 3) if real.all() else tensor[:, real].flatten(1, 2)
 
 
 def _by_head(output: torch.Tensor, real: torch.Tensor, heads: int) -> torch.Tensor:
-    """`[R, T, H*G, D]` to `[H, queries, D]`, in the order of `_look`."""
+    """`[R, T, H*G, D]` to `[H, queries, D]`, in the order of `Look`."""
     return output[real].unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
