@@ -136,7 +136,7 @@ def test_a_remembered_rate_stands_while_a_measurement_agrees(settings, corpus_fi
 def test_a_budget_is_planned_spent_and_kept(settings, corpus_file, tmp_path, capsys, monkeypatch):
     """Steps are decided when it is known what the conversations took; a build that goes on keeps both numbers."""
     monkeypatch.setattr("workflows.rates.calibrate", lambda *of: Rates(0.5, 30.0, 0.9, 30.0))
-    monkeypatch.setattr("workflows.planning.time", SimpleNamespace(monotonic=iter((0.0, 40.0)).__next__))
+    monkeypatch.setattr("workflows.rates.time", SimpleNamespace(monotonic=iter((0.0, 40.0)).__next__))
     open_steps = settings.train.model_copy(update={"steps": 0, "held_out": 8})
     synthesize = settings.synthesize.model_copy(update={"num_conversations": 0})
     settings = settings.model_copy(update={"budget": "5m", "train": open_steps, "synthesize": synthesize})

@@ -66,6 +66,9 @@ def test_answer_spans_are_numbers_names_and_phrases():
     priced = answer_spans(Statement(told, told))
     assert {"US$3", "$2.2 billion", "12 per cent", "3 places", "3"} <= set(priced)
     assert not {"3 per", "2.2", "12 per"} & set(priced)
+    told = "The merger of 2008 was for $60,000 pay and 1500 people."
+    counted = set(answer_spans(Statement(told, told)))
+    assert {"2008", "$60,000", "1500 people", "1500"} <= counted and not {"2008 was", "$60,000 pay"} & counted
 
 
 @pytest.mark.parametrize("sentence, span, expected", [
@@ -98,6 +101,23 @@ def test_answer_spans_are_numbers_names_and_phrases():
     ("The bridge had shrunk by 12 per cent.", "12", {"What had the bridge shrunk by?"}),
     ("The school became one after its 1977 merger.", "1977",
      {"Which year's merger did the school become one after?"}),
+    ("The hall seats 1500 people.", "1500", {"How many people does the hall seat?"}),
+    ("The club won Serie A in 1990.", "1990", {f"{when} did the club win Serie A?"
+                                               for when in ("When", "In which year", "In what year")}),
+    ("Italy, Austria and Norland formed a league in 1850.", "1850",
+     {"Italy, Austria and Norland formed a league in which year?"}),
+    ("The castle walls around the town were built in 1300.", "1300",
+     {f"{when} were the castle walls around the town built?" for when in ("When", "In which year", "In what year")}),
+    ("The book that he wrote was printed in 1999.", "1999",
+     {f"{when} was the book that he wrote printed?" for when in ("When", "In which year", "In what year")}),
+    ("3 million people live there.", "3 million", {"How many people live there?"}),
+    ("30% of the people left.", "30%", {"What share of the people left?"}),
+    ("$3 million was raised.", "$3 million", {"How much was raised?"}),
+    ("In 1785 the mill sold a boat.", "boat", {"What did the mill sell in 1785?", "What did the mill sell?"}),
+    ("The keeper saw the tower of Marl.", "tower", {"What did the keeper see?"}),
+    ("The mill is known for the eels of the year.", "eels", {"What is the mill known for?"}),
+    ("The town has 40 people per square mile.", "40 people", {"How many people does the town have per square mile?",
+                                                             "How many people does the town have?"}),
     ("12 keepers left.", "12 keepers", {"How many keepers left?"}),
     ("Marl's clock was repaired.", "Marl", {"Whose clock was repaired?"}),
     ("Because corn was sold in dabs, the mills closed.", "dabs", {"Because corn was sold in what?"}),
@@ -129,6 +149,10 @@ def test_noun_phrases_come_bare_with_article_and_preposition_and_with_what_hangs
     ("They sleep.", "They sleep", None),
     ("A boat (or a barge that the keepers towed) sank.", "barge", "What that the keepers towed sank?"),
     ("They sold the old and the new light to the town of Marl.", "old", "They sold what?"),
+    ("And the keepers' boats left the harbour in Norland again.", "Norland",
+     "The keepers' boats left the harbour in what again?"),
+    ("They went to the keepers' house.", "keepers", "They went to whose house?"),
+
     ("Das Licht brennt im Turm am Hafen.", "Turm", None),
 ])
 def test_where_no_rule_fits_the_clause_is_asked_with_a_gap(sentence, span, expected):

@@ -15,7 +15,7 @@ from workflows import commands
 from workflows.exits import PartlyDone, exit_code
 from workflows.results import report
 
-RESUMABLE = ("build", "ablate", "synthesize", "train")
+RESUMABLE = ("build", "ablate", "synthesize", "train", "compose-test")
 REFERENCE = "NAME, NAME@VERSION or NAME@ALIAS"
 CORPUS = "folder, text/Markdown/HTML/PDF file, JSONL, Parquet, or Hugging Face dataset on disk"
 

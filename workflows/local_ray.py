@@ -45,8 +45,9 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def _native_stderr_closed() -> Iterator[None]:
-    """Ray's C++ side says at every start that it has read the log level set above. What goes wrong is raised."""
+def _stderr_closed() -> Iterator[None]:
+    """Ray's C++ side says at every start, below Python's stderr, that it has read the log level set above. What goes
+    wrong is raised."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -64,7 +65,7 @@ def _start(num_cpus: int | None) -> None:
 
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            with _native_stderr_closed():
+            with _stderr_closed():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus or max(4, os.cpu_count() or 1),

@@ -8,7 +8,6 @@ Decided once: a build that goes on keeps its plan.
 """
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,8 @@ def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: fl
     decided = read_manifest(file)
     if decided is None:
         say("measuring this machine's rates for the budget")
-        start = time.monotonic()
         known = rates.measured(corpus, settings)
-        spent = 0.0 if shared else time.monotonic() - start
+        spent = 0.0 if shared else rates.calibration_seconds(settings)
         fitted = budget.fit(settings, known, (seconds - spent) / settings.curriculum.rounds, spent)
         write_manifest(work / CALIBRATION, {"seconds": spent})
         decided = {"num_conversations": fitted.synthesize.num_conversations,

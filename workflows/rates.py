@@ -61,7 +61,9 @@ def measured(corpus: Corpus, settings: BuildSettings) -> Rates:
     """
     file = _file(settings)
     if file not in _MEASURED:
+        start = time.monotonic()
         before, now = remembered(settings), calibrate(corpus, settings)
+        _SECONDS[file] = time.monotonic() - start
         _MEASURED[file] = now if before is None else replace(
             now, conversation_seconds=_trusted(before.conversation_seconds, now.conversation_seconds),
             pack_seconds=_trusted(before.pack_seconds, now.pack_seconds))
@@ -69,7 +71,13 @@ def measured(corpus: Corpus, settings: BuildSettings) -> Rates:
     return _MEASURED[file]
 
 
+def calibration_seconds(settings: BuildSettings) -> float:
+    """What measuring took in this process; the same for all plans that rest on it, so that they are alike."""
+    return _SECONDS.get(_file(settings), 0.0)
+
+
 _MEASURED: dict[Path, Rates] = {}
+_SECONDS: dict[Path, float] = {}
 
 
 def _trusted(before: float, now: float) -> float:

@@ -12,37 +12,41 @@ from cartridges.selfstudy.phrases import PLACES
 from cartridges.selfstudy.spans import DATE, Statement
 from cartridges.selfstudy.table_questions import ask_row, row_sentence
 from cartridges.selfstudy.tidy import QUESTION_WORD, without_halves, without_loose_end
-from cartridges.selfstudy.verbs import has_verb, is_participle, is_unit, is_word, main_verb
+from cartridges.selfstudy.verbs import has_verb, is_participle, is_plural, is_unit, is_word, main_verb
 
 _AUXILIARY = re.compile(
     r"\b(is|was|are|were|has been|have been|had been|can|could|may|might|must|will|would|should|has|had)\b")
 _HAVE = frozenset({"has", "had"})
 _PERFECT = re.compile(r"^\w+(ed|en|wn|ne)\b")
 _PREPOSITION = re.compile(r"\b(in|on|at|by|to|of|for|from|with|since|until|after|before|into|as|near)\s*$")
+_NOT_WHO = frozenset(("in", "on", "at", "of", "since", "until", "after", "before", "into", "as", "near"))
 _DETERMINER = re.compile(r"(?i)(^|\s)(the|a|an|its|his|her|their)\s*$")
 _LEADING = re.compile(
-    r"^((?:in|on|at|by|since|from|during|after|before|until|near|under|for)\b[^,]{1,60}), (.+)$", re.I)
-_OPENING = re.compile(
-    r"(?i)^(?:(?:later|then|finally|eventually|afterwards|subsequently|today|now|however|thus)\b,? "
-    r"|\w+ly, )(?=\w)")
+    r"^((?:in|by|since) (?:1\d{3}|20\d\d)(?=,? )"
+    r"|(?:in|on|at|by|since|from|during|after|before|until|near|under|for)\b[^,]{1,60}(?=, )),? (.+)$", re.I)
+_ADVERB = "later|then|finally|eventually|afterwards|subsequently|today|now|however|thus"
+_OPENING = re.compile(rf"(?i)^(?:(?:{_ADVERB}), |(?:{_ADVERB}|\w+ly,) (?=(?:the|an?|this|these|his|her|its|their)\b))")
 """An adverb before the subject: "Later the company failed"."""
 _NO_SUBJECT = re.compile(
     r"(?i)^(by|in|on|at|since|after|before|until|from|during|for|to|with|without|despite|unlike|through|under|as|because"
-    r"|due|instead|among|between|along|there|while|when|where|if|so|although|though|that|which|who|and|but|or|later"
-    r"|then)\b|\b(that|there)\b|[\":;]")
-_JOINS = re.compile(r"(?i)^(?:(?:and|but|or|which|that|who|whose|where)(?: |$))+")
-_OWNS = re.compile(r"^['’]s?\b ?")
+    r"|due|instead|among|between|along|there|while|when|where|if|so|although|though|that|which|who|and|but|or"
+    r"|later|then)\b|\b(there|do|does|did)\b|;")
+_JOINS = re.compile(r"(?i)^(?:(?:and|but|or)(?: |$))+")
+_OWNS = re.compile(r"^['’]s? ")
+_HANGS = re.compile(r"^(in|on|at|by|to|of|for|from|with|into|as|near)\b")
 _YEAR = re.compile(r"^1\d{3}$|^20\d{2}$")
-_NUMBER = re.compile(r"^\d[\d,.:]*$")
-_RATE = re.compile(r"^\s*per \w+\b")
-_MONEY = re.compile(r"^(?:[A-Z]{0,3}[$€£¥]|\d[\d,.]* (?:dollars?|pounds?|euros?)$)")
+_SCALE = "hundred|thousand|million|billion|trillion"
+_NUMBER = re.compile(rf"^\d[\d,.:]*(?: (?:{_SCALE}))?$")
+_SHARE = re.compile(r"^\d[\d,.]*(?: ?%| percent| per cent)$")
+_RATE = re.compile(r"^\s*per\b.*")
+_MONEY = re.compile(r"^[A-Z]{0,3}[$€£¥]")
 _TIME = re.compile(
     r"\b(1\d{3}|20\d\d)s?\b|(day|night|year|week|month|century|decade|period|time|spring|summer|autumn|winter|morning"
     r"|evening|noon|beginning|end|January|February|March|April|May|June|July|August|September|October|November"
     r"|December)s?$")
 # Words that few sentences of other languages have.
 _ENGLISH = re.compile(r"(?i)\b(the|of|and|to|is|are|were|by|with|it|they|this|these|has|have)\b")
-_MEASURE = re.compile(r"^(\d[\d,.]*)\s+([a-z]+)$")
+_MEASURE = re.compile(rf"^(\d[\d,.]*(?: (?:{_SCALE}))?)\s+(?!(?:{_SCALE}|percent)$)([a-z]+)$")
 _OPENERS = frozenset(("The", "A", "An", "Every", "Each", "Some", "In", "On", "At", "All", "If", "While", "When"))
 _BUILT = re.compile(r"^an? (?:[\w-]+ ){1,2}(\w+)$")
 _LIST = re.compile(r"\b(and|or)\b")
@@ -88,8 +92,9 @@ def gap(statement: Statement, span: str, rng: random.Random) -> str | None:
         return None
     before = re.split(r"[,;:]\s|\(", statement.text[:found.start()])[-1].split()[-MAX_GAP_WORDS:]
     after = _clause(statement.text[found.end():].rstrip(" .!?;:")).split()[:MAX_GAP_WORDS // 2]
-    word, rest = _word_in_place(span, " ".join(["", *after]), rng)
-    return _finish(f"{_JOINS.sub('', _DETERMINER.sub('', ' '.join(before)))} {word} {rest}")
+    told = _DETERMINER.sub("", " ".join(before))
+    word, rest = _word_in_place(span, told, " ".join(["", *after]), rng)
+    return _finish(f"{told} {word} {rest}")
 
 
 def _find(text: str, span: str) -> re.Match | None:
@@ -120,17 +125,17 @@ def _front(text: str, at: int, span: str, rng: random.Random) -> str | None:
     if not match or match.end() > at or match.start() == 0 or len(text[:match.start()].split()) > 10:
         return None
     subject, auxiliary = text[:match.start()].strip(), match.group()
-    if "," in subject or _NO_SUBJECT.search(subject) or has_verb(subject):
+    if "," in subject or not _may_be_subject(subject) or has_verb(subject):
         return None
     before, after = text[match.end():at].strip(), text[at + len(span):]
-    if "," in before or _LIST.search(before) or len(before.split()) > 10:
+    if _OWNS.match(after) or "," in before or _LIST.search(before) or len(before.split()) > 10:
         return None
     word, before, after = _question_word(span, before, after, rng)
     built = _BUILT.match(before)
     if built and auxiliary in ("is", "was", "are", "were") and is_participle(built.group(1)):
         # "is a barque built in 1871" -> "When was it built?"
         return f"{word} was {subject} {built.group(1)}"
-    tail = "" if after.startswith(",") or (before and rng.random() < 0.6) else _clause(after)
+    tail = "" if before and rng.random() < 0.6 else _tail(before, after)
     if auxiliary in _HAVE and not _PERFECT.match(before) and not is_participle(before.partition(" ")[0]):
         # A possession: "has 84 berths" -> "How many berths does the harbour have?"
         return f"{word} {'does' if auxiliary == 'has' else 'did'} {subject} have {before} {tail}"
@@ -142,30 +147,45 @@ def _with_do(text: str, at: int, span: str, rng: random.Random) -> str | None:
     verb = main_verb(text[:at])
     if not verb or "," in text[:at] or len(text[:verb.start].split()) > 10 or _AUXILIARY.search(text[:verb.start]):
         return None
-    if _NO_SUBJECT.search(text[:verb.start]):
-        return None
     subject, before, after = text[:verb.start].strip(), text[verb.end:at].strip(), text[at + len(span):]
+    if not _may_be_subject(subject) or _OWNS.match(after):
+        return None
+    if _AUXILIARY.search(before) and is_participle(text[verb.start:verb.end]):
+        return None  # "antigens expressed by tumours can": it was no verb
     if _LIST.search(before) or len(before.split()) > 10:
         return None
     word, before, after = _question_word(span, before, after, rng)
-    tail = "" if after.startswith(",") or rng.random() < 0.5 else _clause(after)
+    tail = "" if rng.random() < 0.5 else _tail(before, after)
     return f"{word} {verb.auxiliary} {subject} {verb.lemma} {before} {tail}"
 
 
 def _in_place(text: str, at: int, span: str, rng: random.Random) -> str:
     """The mill opened in 1702 -> The mill opened in which year?"""
-    word, rest = _word_in_place(span, text[at + len(span):], rng)
-    return f"{_DETERMINER.sub('', text[:at].rstrip())} {word} {_clause(rest)}"
+    told = _DETERMINER.sub("", text[:at].rstrip())
+    word, rest = _word_in_place(span, told, text[at + len(span):], rng)
+    return f"{told} {word} {_clause(rest)}"
 
 
-def _word_in_place(span: str, after: str, rng: random.Random) -> tuple[str, str]:
+def _may_be_subject(text: str) -> bool:
+    return not _NO_SUBJECT.search(text) and text.count('"') % 2 == 0
+
+
+def _tail(before: str, after: str) -> str:
+    """What of the clause behind the span still fits where the span is gone: not what hangs on it."""
+    tail = "" if after.startswith(",") else _clause(after)
+    hangs = _HANGS.match(tail)
+    return "" if hangs and (hangs.group() == "of" or _PREPOSITION.search(before)) else tail
+
+
+def _word_in_place(span: str, before: str, after: str, rng: random.Random) -> tuple[str, str]:
     """The question word in the middle of a sentence, and what is left of the words after it."""
     if _YEAR.match(span):
         return "which year", after
-    if _OWNS.match(after.lstrip()):
+    if _OWNS.match(after.lstrip()) and span.partition(" ")[0] not in PLACES:
         return "whose", _OWNS.sub("", after.lstrip())
     word, _, rest = _question_word(span, "", after, rng)
-    return word.lower(), rest
+    leads = _PREPOSITION.search(before)
+    return ("what" if word == "Who" and leads and leads.group(1) in _NOT_WHO else word.lower()), rest
 
 
 def _question_word(span: str, before: str, after: str, rng: random.Random) -> tuple[str, str, str]:
@@ -174,7 +194,7 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
     if rest and first.lower() in PLACES:
         return ("When" if first.lower() == "during" or _TIME.search(rest) else "Where"), before, after
     before = _DETERMINER.sub("", before)
-    preposition, after = _PREPOSITION.search(before), _RATE.sub("", after)
+    preposition = _PREPOSITION.search(before)
     measure = _MEASURE.match(span)
     if measure:
         return f"How many {measure.group(2)}", before, after
@@ -183,13 +203,15 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
     if DATE.fullmatch(span):
         return "When", _PREPOSITION.sub("", before).strip(), after
     if _MONEY.match(span):
-        return "What" if preposition else "How much", before, after
+        return "What" if preposition else "How much", before, _RATE.sub("", after)
+    if _SHARE.match(span):
+        return "What share" if after.startswith(" of") else "What", before, after
     if _NUMBER.match(span):
         unit = re.match(r"^\s+([a-z]+)\b(.*)$", after, re.S)
         if unit and is_unit(unit.group(1)):
-            asked = "Which year's" if _YEAR.match(span) else "How many"
+            asked = "Which year's" if _YEAR.match(span) and not is_plural(unit.group(1)) else "How many"
             return f"{asked} {unit.group(1)}", before, unit.group(2)
-        return "What", before, after
+        return "What", before, _RATE.sub("", after)
     if span[:1].isupper():
         if preposition and preposition.group(1) in ("in", "on", "at", "to", "from"):
             return "Where", before[:preposition.start()].strip(), after
@@ -205,6 +227,8 @@ def _subject_word(span: str, after: str, rng: random.Random) -> tuple[str, str]:
         return "How many", after
     if measure := _MEASURE.match(span):
         return f"How many {measure.group(2)}", after
+    if _MONEY.match(span) or _SHARE.match(span):
+        return ("How much" if _MONEY.match(span) else "What share"), after
     return (rng.choice(["Who", "What"]) if span[:1].isupper() else "What"), after
 
 
@@ -234,7 +258,7 @@ def _subject_first(text: str, span: str) -> str:
 
 
 def _finish(question: str) -> str | None:
-    question = re.sub(r" (?=[,;:])", "", " ".join(question.split()))
-    question = without_loose_end(without_halves(question, QUESTION_WORD)).strip()
+    question = _JOINS.sub("", " ".join(without_halves(question, QUESTION_WORD).split()))
+    question = without_loose_end(re.sub(r" (?=[,;:])", "", question))
     words = question.split()
     return question[:1].upper() + question[1:] + "?" if 3 <= len(words) <= MAX_QUESTION_WORDS else None

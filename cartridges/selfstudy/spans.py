@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from cartridges.selfstudy.phrases import STOP_WORDS, noun_phrases
-from cartridges.selfstudy.verbs import is_unit
+from cartridges.selfstudy.verbs import is_plural, is_unit
 
 _SCALE = r"\s?%|\s(?:percent|per cent|hundred|thousand|million|billion|trillion)\b"
 _NUMBER = re.compile(rf"(?<![\w.,$€£¥])(?P<number>(?:[A-Z]{{0,3}}[$€£¥])?\d[\d,.:/]*(?<![,.:/])(?:{_SCALE})?)"
@@ -110,12 +110,18 @@ def answer_spans(statement: Statement) -> list[str]:
     strong = list(dates)
     for match in _NUMBER.finditer(text):
         number, unit = match.group("number", "unit")
-        strong += [match.group(), number] if unit and is_unit(unit) else [number]
+        strong += [match.group(), number] if _counts(number, unit) else [number]
     strong += [m.group() for m in _NAME.finditer(text) if m.start() > 0 and m.group().lower() not in STOP_WORDS]
     spans = dict.fromkeys(strong)
     spans.update(dict.fromkeys(noun_phrases(text)))
     return [span for span in spans if 1 <= len(span) <= MAX_SPAN and span.lower() not in STOP_WORDS
             and (span in dates or not _is_torn(span, text))]
+
+
+def _counts(number: str, unit: str | None) -> bool:
+    """Whether `unit` is what there are `number` of: not of money, nor where the number is a year ("1977 merger")."""
+    return (unit is not None and number[0].isdigit() and unit not in STOP_WORDS and is_unit(unit)
+            and (is_plural(unit) or not re.fullmatch(r"1\d{3}|20\d\d", number)))
 
 
 def _is_torn(span: str, text: str) -> bool:

@@ -3,19 +3,19 @@
 import re
 
 QUESTION_WORD = re.compile(r"(?i)\b(what|who|whose|when|where|which|how)\b")
-_NEVER_LAST = re.compile(r"(?i)[\s,;:\-–(]+(?:the|an?|its|their|and|or|but|that|than|because|although|if|such as)$"
-                         r"|[\s,;:\-–(/]+(?:[A-Z]{0,3}[$€£¥])?$")
+_NEVER_LAST = re.compile(r"\s(?:(?i:the|an|its|their|and|or|but|that|than|because|although|if|such as)|a"
+                         r"|[A-Z]{0,3}[$€£¥])$")
+_LOOSE = " ,;:-–(/"
 
 
 def without_halves(text: str, keep: re.Pattern) -> str:
     """`text` without brackets and quotation marks that have no partner. What stands on the far side of such a bracket
     from where `keep` is found goes with it."""
-    for at in _halves(text)[::-1]:
+    while halves := _halves(text):
+        at = halves[-1]
         before, after = text[:at], text[at + 1:]
         aside, rest = (after, before) if text[at] == "(" else (before, after)
-        if not keep.search(aside):
-            return without_halves(rest, keep)
-        text = before + after
+        text = before + after if keep.search(aside) else rest
     return text if text.count('"') % 2 == 0 else text.replace('"', "")
 
 
@@ -33,6 +33,7 @@ def _halves(text: str) -> list[int]:
 
 def without_loose_end(text: str) -> str:
     """"shrunk, and the" -> "shrunk"."""
+    text = text.rstrip(_LOOSE)
     while found := _NEVER_LAST.search(text):
-        text = text[:found.start()]
+        text = text[:found.start()].rstrip(_LOOSE)
     return text

@@ -68,9 +68,14 @@ def _form(word: str) -> tuple[str, str] | None:
 
 
 def has_verb(text: str) -> bool:
-    """Whether a verb is in `text` that can be nothing else ("gave", "offers the"), not also a participle ("built")."""
+    """Whether `text` is a clause: its verb can be neither a participle ("built") nor a plural ("walls"), or a "that"
+    follows one ("said that the boat")."""
+    said, that, _ = text.partition(" that ")
+    if that and main_verb(said):
+        return True
     verb = main_verb(text)
-    return verb is not None and verb.end < len(text) and not is_participle(text[verb.start:verb.end])
+    return (verb is not None and verb.end < len(text) and verb.auxiliary == "did"
+            and not is_participle(text[verb.start:verb.end]))
 
 
 @lru_cache(maxsize=20000)
@@ -110,6 +115,11 @@ def may_be_noun(word: str) -> bool:
     plural of one that it has as a verb only ("logs")."""
     lemmas = lemminflect.getAllLemmas(word)
     return not lemmas or "NOUN" in lemmas or "PROPN" in lemmas or (word.endswith("s") and "VERB" in lemmas)
+
+
+@lru_cache(maxsize=20000)
+def is_plural(word: str) -> bool:
+    return word == "people" or word not in lemminflect.getLemma(word, "NOUN")
 
 
 @lru_cache(maxsize=20000)
