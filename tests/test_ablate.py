@@ -1,5 +1,6 @@
 """What settings are worth: the same questions, asked of cartridges that differ in what --vary says."""
 
+import io
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, tiny_settings
 from workflows.budget import Rates
 from workflows.cli import main
+from workflows.console import print_ablation
 from workflows.draft import NO_DATASET, draft
 
 
@@ -54,6 +56,9 @@ def test_variations_are_paired_with_what_was_given_and_one_that_fails_is_listed(
     assert others[2]["metrics"] == given["metrics"]
     assert json.loads((tmp_path / "work" / "ablation.json").read_text()) == result
     assert not (tmp_path / "registry").exists()
+    print_ablation(result, told := io.StringIO())
+    assert all(f"\n{name}  " in told.getvalue() for name in ("as given", "train.init=random", "[2]", "seed=5"))
+    assert f"[2] is {varied[1]}\n{varied[2]}: not built: " in told.getvalue()
     made = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("cartridge.safetensors")}
     again = ablate(*varied)[1]
     assert [one["metrics"] for one in again["variations"]] == [one["metrics"] for one in result["variations"]]

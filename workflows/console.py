@@ -13,6 +13,8 @@ LINE_EVERY_SECONDS = 10.0
 
 TABLE_WIDTH = 120
 """Columns of a table where stdout is not a terminal."""
+LABEL_WIDTH = 34
+"""Longest settings of a variation that stand beside its figures."""
 HIDDEN_METRICS = ("choice_accuracy_per_token",)
 """In the JSON, but not in the table."""
 
@@ -171,8 +173,11 @@ def print_collection(result: dict[str, Any], stream: TextIO) -> None:
 
 
 def print_ablation(result: dict[str, Any], stream: TextIO) -> None:
-    """What each variation said, and how that differs from the settings given, question by question."""
+    """What each variation said, and how that differs from the settings given, question by question. Long ones are
+    spelled out below, so that a row holds all metrics."""
     metrics = list(result["variations"][0]["metrics"])
+    names = {one["label"]: one["label"] if len(one["label"]) <= LABEL_WIDTH else f"[{number}]"
+             for number, one in enumerate(result["variations"])}
 
     def cells(of: dict[str, Any], signed: bool = False) -> list[str]:
         return [_interval(of.get(metric), signed) for metric in metrics]
@@ -180,12 +185,15 @@ def print_ablation(result: dict[str, Any], stream: TextIO) -> None:
     rows = [["cartridge", *metrics, "kept", "steps", "minutes"]]
     if result["full_context"]:
         rows.append(["(full context)", *cells(result["full_context"]), "", "", ""])
-    rows += [[one["label"], *cells(one["metrics"]), str(one["kept"]), str(one["steps"]),
+    rows += [[names[one["label"]], *cells(one["metrics"]), str(one["kept"]), str(one["steps"]),
               f"{sum(one['seconds'].values()) / 60:.1f}"] for one in result["variations"]]
     print_table(rows, stream)
     print("\npaired differences to the settings given (95 % interval):", file=stream)
-    print_table([["variation", *metrics], *([one["label"], *cells(one["paired"], signed=True)]
+    print_table([["variation", *metrics], *([names[one["label"]], *cells(one["paired"], signed=True)]
                                            for one in result["variations"] if "paired" in one)], stream)
+    for label, name in names.items():
+        if name != label:
+            print(f"{name} is {label}", file=stream)
     for one in result["failed"]:
         print(f"{one['label']}: not built: {one['error']}", file=stream)
     print(f"\n{result['questions']['asked']} questions, one run each: a run with another seed "
