@@ -122,13 +122,13 @@ def test_a_test_that_is_interrupted_asks_only_what_is_left(base, registry, quest
     undisturbed = run(registry, base, questions, share=0.9)
     asked, really = [], kept_answers.ask
 
-    def ask_twice(*of):
+    def ask_or_interrupt(*of):
         asked.append(of)
         if len(asked) == 3:
             raise KeyboardInterrupt
         return really(*of)
 
-    monkeypatch.setattr(kept_answers, "ask", ask_twice)
+    monkeypatch.setattr(kept_answers, "ask", ask_or_interrupt)
     registry.annotate("harbour", composition=7, composition_card=None)
     with pytest.raises(KeyboardInterrupt):
         run(registry, base, questions, share=0.9)

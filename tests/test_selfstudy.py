@@ -152,7 +152,6 @@ def test_noun_phrases_come_bare_with_article_and_preposition_and_with_what_hangs
     ("And the keepers' boats left the harbour in Norland again.", "Norland",
      "The keepers' boats left the harbour in what again?"),
     ("They went to the keepers' house.", "keepers", "They went to whose house?"),
-
     ("Das Licht brennt im Turm am Hafen.", "Turm", None),
 ])
 def test_where_no_rule_fits_the_clause_is_asked_with_a_gap(sentence, span, expected):

@@ -9,7 +9,7 @@ import random
 import re
 
 from cartridges.selfstudy.phrases import PLACES
-from cartridges.selfstudy.spans import DATE, Statement
+from cartridges.selfstudy.spans import DATE, SCALES, YEAR, Statement
 from cartridges.selfstudy.table_questions import ask_row, row_sentence
 from cartridges.selfstudy.tidy import QUESTION_WORD, without_halves, without_loose_end
 from cartridges.selfstudy.verbs import has_verb, is_participle, is_plural, is_unit, is_word, main_verb
@@ -18,8 +18,10 @@ _AUXILIARY = re.compile(
     r"\b(is|was|are|were|has been|have been|had been|can|could|may|might|must|will|would|should|has|had)\b")
 _HAVE = frozenset({"has", "had"})
 _PERFECT = re.compile(r"^\w+(ed|en|wn|ne)\b")
-_PREPOSITION = re.compile(r"\b(in|on|at|by|to|of|for|from|with|since|until|after|before|into|as|near)\s*$")
-_NOT_WHO = frozenset(("in", "on", "at", "of", "since", "until", "after", "before", "into", "as", "near"))
+_PREPOSITIONS = "in|on|at|by|to|of|for|from|with|into|as|near"
+_PREPOSITION = re.compile(rf"\b({_PREPOSITIONS}|since|until|after|before)\s*$")
+_OF_PERSONS = frozenset(("by", "to", "for", "from", "with"))
+"""Prepositions behind which a name may well be a person's."""
 _DETERMINER = re.compile(r"(?i)(^|\s)(the|a|an|its|his|her|their)\s*$")
 _LEADING = re.compile(
     r"^((?:in|by|since) (?:1\d{3}|20\d\d)(?=,? )"
@@ -33,10 +35,8 @@ _NO_SUBJECT = re.compile(
     r"|later|then)\b|\b(there|do|does|did)\b|;")
 _JOINS = re.compile(r"(?i)^(?:(?:and|but|or)(?: |$))+")
 _OWNS = re.compile(r"^['’]s? ")
-_HANGS = re.compile(r"^(in|on|at|by|to|of|for|from|with|into|as|near)\b")
-_YEAR = re.compile(r"^1\d{3}$|^20\d{2}$")
-_SCALE = "hundred|thousand|million|billion|trillion"
-_NUMBER = re.compile(rf"^\d[\d,.:]*(?: (?:{_SCALE}))?$")
+_HANGS = re.compile(rf"^({_PREPOSITIONS})\b")
+_NUMBER = re.compile(rf"^\d[\d,.:]*(?: (?:{SCALES}))?$")
 _SHARE = re.compile(r"^\d[\d,.]*(?: ?%| percent| per cent)$")
 _RATE = re.compile(r"^\s*per\b.*")
 _MONEY = re.compile(r"^[A-Z]{0,3}[$€£¥]")
@@ -46,7 +46,7 @@ _TIME = re.compile(
     r"|December)s?$")
 # Words that few sentences of other languages have.
 _ENGLISH = re.compile(r"(?i)\b(the|of|and|to|is|are|were|by|with|it|they|this|these|has|have)\b")
-_MEASURE = re.compile(rf"^(\d[\d,.]*(?: (?:{_SCALE}))?)\s+(?!(?:{_SCALE}|percent)$)([a-z]+)$")
+_MEASURE = re.compile(rf"^(\d[\d,.]*(?: (?:{SCALES}))?)\s+(?!(?:{SCALES}|percent)$)([a-z]+)$")
 _OPENERS = frozenset(("The", "A", "An", "Every", "Each", "Some", "In", "On", "At", "All", "If", "While", "When"))
 _BUILT = re.compile(r"^an? (?:[\w-]+ ){1,2}(\w+)$")
 _LIST = re.compile(r"\b(and|or)\b")
@@ -179,13 +179,13 @@ def _tail(before: str, after: str) -> str:
 
 def _word_in_place(span: str, before: str, after: str, rng: random.Random) -> tuple[str, str]:
     """The question word in the middle of a sentence, and what is left of the words after it."""
-    if _YEAR.match(span):
+    if YEAR.fullmatch(span):
         return "which year", after
     if _OWNS.match(after.lstrip()) and span.partition(" ")[0] not in PLACES:
         return "whose", _OWNS.sub("", after.lstrip())
     word, _, rest = _question_word(span, "", after, rng)
     leads = _PREPOSITION.search(before)
-    return ("what" if word == "Who" and leads and leads.group(1) in _NOT_WHO else word.lower()), rest
+    return ("what" if word == "Who" and leads and leads.group(1) not in _OF_PERSONS else word.lower()), rest
 
 
 def _question_word(span: str, before: str, after: str, rng: random.Random) -> tuple[str, str, str]:
@@ -198,7 +198,7 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
     measure = _MEASURE.match(span)
     if measure:
         return f"How many {measure.group(2)}", before, after
-    if _YEAR.match(span) and preposition and preposition.group(1) == "in":
+    if YEAR.fullmatch(span) and preposition and preposition.group(1) == "in":
         return rng.choice(["When", "In which year", "In what year"]), before[:preposition.start()].strip(), after
     if DATE.fullmatch(span):
         return "When", _PREPOSITION.sub("", before).strip(), after
@@ -209,7 +209,7 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
     if _NUMBER.match(span):
         unit = re.match(r"^\s+([a-z]+)\b(.*)$", after, re.S)
         if unit and is_unit(unit.group(1)):
-            asked = "Which year's" if _YEAR.match(span) and not is_plural(unit.group(1)) else "How many"
+            asked = "Which year's" if YEAR.fullmatch(span) and not is_plural(unit.group(1)) else "How many"
             return f"{asked} {unit.group(1)}", before, unit.group(2)
         return "What", before, _RATE.sub("", after)
     if span[:1].isupper():

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from cartridges.selfstudy.phrases import STOP_WORDS, noun_phrases
 from cartridges.selfstudy.verbs import is_plural, is_unit
 
-_SCALE = r"\s?%|\s(?:percent|per cent|hundred|thousand|million|billion|trillion)\b"
+YEAR = re.compile(r"1\d{3}|20\d\d")
+SCALES = "hundred|thousand|million|billion|trillion"
+_SCALE = rf"\s?%|\s(?:percent|per cent|{SCALES})\b"
 _NUMBER = re.compile(rf"(?<![\w.,$€£¥])(?P<number>(?:[A-Z]{{0,3}}[$€£¥])?\d[\d,.:/]*(?<![,.:/])(?:{_SCALE})?)"
                      r"(?:\s(?P<unit>[a-z]{3,}))?")
 _NAME = re.compile(r"(?:[A-Z]\.){2,}(?:\s[A-Z][\w'’\-]+)*"
@@ -121,7 +123,7 @@ def answer_spans(statement: Statement) -> list[str]:
 def _counts(number: str, unit: str | None) -> bool:
     """Whether `unit` is what there are `number` of: not of money, nor where the number is a year ("1977 merger")."""
     return (unit is not None and number[0].isdigit() and unit not in STOP_WORDS and is_unit(unit)
-            and (is_plural(unit) or not re.fullmatch(r"1\d{3}|20\d\d", number)))
+            and (is_plural(unit) or not YEAR.fullmatch(number)))
 
 
 def _is_torn(span: str, text: str) -> bool:
