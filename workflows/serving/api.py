@@ -128,8 +128,16 @@ class ChatRequest(Generation):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     response_format: ResponseFormat = ResponseFormat(type="text")
-    tools: list[Any] = Field([], max_length=0)
+    tools: list[Any] = []
     tool_choice: Literal["none", "auto"] = "auto"
+
+    @field_validator("tools")
+    @classmethod
+    def _no_tools(cls, value: list[Any]) -> list[Any]:
+        if value:
+            raise ValueError("no function is called here; leave them out, and ask for text where a framework wants a "
+                             "structured answer")
+        return value
 
     @property
     def answer_tokens(self) -> int | None:
