@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +54,12 @@ def info(one, **values):
     return one
 
 
+def two_rounds(number):
+    """Token 1 is its first answer, token 3 its second."""
+    one = conversation(number, "Where?")
+    return replace(one, messages=2 * one.messages, loss_mask=np.array([True, False, True, False]))
+
+
 @pytest.fixture
 def dataset(tmp_path, tiny_model_dir):
     """Three kept conversations and four dropped ones; the first answer is token 2 with 0.4, then token 3."""
@@ -62,8 +69,8 @@ def dataset(tmp_path, tiny_model_dir):
     write_part(tmp_path / "parts", "a.parquet", [
         info(first, known=1.0, teacher_nll=1.0, **grounded),
         info(conversation(2, "When?"), teacher_nll=3.0, **{**grounded, "ungrounded_numbers": 1.0}),
-        info(conversation(3, "Where?"), known=1.0, teacher_nll=2.0, retries=1, **grounded),
-        conversation(4, "Where?"),
+        info(two_rounds(3), known=1.0, teacher_nll=2.0, retries=1, **grounded),
+        two_rounds(4),
         Dropped("c005", "recall", "empty", "chunk", ({"role": "user", "content": "A & B"},)),
         Dropped("c006", "recall", "error: KeyError: x", "chunk"),
         Dropped("c007", "recall", "error: ValueError: y", "chunk")])
@@ -109,8 +116,11 @@ def test_the_page_stands_alone_and_colours_by_the_teachers_probability(dataset):
     assert not re.search(r"(?:src|href)\s*=|url\(|@import|https?:", page)
     assert page.count("<article") == 3 + 4  # every row is shown: there are fewer than the samples
     assert "A &amp; B" in page and "&lt;b&gt;Ann&lt;/b&gt;" in page and "<b>Ann</b>" not in page
+    articles = [part for part in page.split("<article")[1:] if "<span title" in part]
+    # Every answer of a kept one.
+    assert [len(re.findall(r'class="text"><span', part)) for part in articles] == [1, 1, 2]
     (first, second), *_ = [re.findall(r'<span title="([^"]*)" style="[^"]*, ?([\d.]+)\)">([^<]*)</span>', part)
-                           for part in page.split("<article")[1:] if "<span title" in part]
+                           for part in articles]
     assert first[0].startswith("40.0%") and second[0].startswith("not among")
     assert float(first[1]) == pytest.approx(0.75 * -np.log10(0.4) / 3, abs=0.01) and second[1] == "0.75"
 

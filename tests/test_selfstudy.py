@@ -324,7 +324,8 @@ class Fixed:
 def made(tiny_base_model):
     register("silent", Silent())
     register("fixed", Fixed())
-    wanted = settings(count=24, families={"fixed": 1, "silent": 1, "cloze": 1, "question": 1, "anchored": 1})
+    wanted = settings(count=28, families={"fixed": 1, "silent": 1, "cloze": 1, "question": 1, "anchored": 1,
+                                          "anchored_rounds": 1})
     synthesizer = Synthesizer(TransformersEngine(tiny_base_model, max_rows=8), tiny_base_model.template,
                               {chunk.chunk_id: chunk for chunk in CHUNKS}, wanted)
     tasks = plan(CHUNKS, wanted, seed=0)
@@ -344,8 +345,10 @@ def test_rows_are_the_teachers_with_the_chunk(made, tiny_base_model):
 
     _, _, results = made
     chunks = {chunk.chunk_id: chunk for chunk in CHUNKS}
-    known = [r for r in results if isinstance(r, Conversation) and r.seed_family == "fixed"]
-    for one in known[:3]:
+    kept = [r for r in results if isinstance(r, Conversation)]
+    single, several = ([r for r in kept if r.seed_family == family][:3] for family in ("fixed", "anchored_rounds"))
+    assert single and several
+    for one in (*single, *several):
         before = tiny_base_model.template.system_ids(chunks[one.chunk_id].text)
         with torch.no_grad():
             logits = tiny_base_model.model(torch.tensor([[*before, *one.input_ids.tolist()]])).logits[0]
@@ -362,8 +365,54 @@ def test_conversations_are_their_template_and_share_the_examples(made, tiny_base
             prompt = template.conversation_ids(one.messages[:-1])
             assert one.input_ids[: len(prompt)].tolist() == prompt
             assert one.input_ids[-1] == template.tokenizer.eos_token_id
-            assert np.flatnonzero(one.loss_mask).tolist() == list(range(len(prompt) - 1, len(one.input_ids) - 1))
             assert one.input_ids[: one.shared_tokens].tolist() == shared[: one.shared_tokens]
+            assert answers_taught(one, template) == [
+                message["content"] for message in one.messages[6 if one.shared_tokens else 0:]
+                if message["role"] == "assistant"]
+
+
+def answers_taught(one: Conversation, template) -> list[str]:
+    """What the loss is on, turn by turn."""
+    ids = one.input_ids[1:][one.loss_mask[:-1]]
+    ends = np.flatnonzero(ids == template.tokenizer.eos_token_id)
+    return [template.tokenizer.decode(turn, skip_special_tokens=True) for turn in np.split(ids, ends + 1) if len(turn)]
+
+
+def test_rounds_by_rule_ask_different_things():
+    rounds = [FAMILIES["anchored_rounds"].propose(CHUNKS[0], random.Random(i), i) for i in range(8)]
+    assert all(rounds)
+    for one in rounds:
+        told = [*one.earlier, (one.user, one.answer)]
+        assert len(told) > 1 and len(dict(told)) == len({answer for _, answer in told}) == len(told)
+        assert all(answer in PROSE for _, answer in told)
+
+
+def test_the_asking_side_asks_on(tiny_base_model):
+    wanted = settings(count=6, families={"multi_round": 1}, asking_temperature=1.0, filters_off=(
+        "empty", "malformed", "refers_to_text", "truncated", "ungrounded"))
+    asker = Listening()
+    synthesizer = Synthesizer(TransformersEngine(tiny_base_model, max_rows=8), tiny_base_model.template,
+                              {chunk.chunk_id: chunk for chunk in CHUNKS}, wanted, asker)
+    made = synthesizer.run(plan(CHUNKS, wanted, seed=0))
+    assert len(asker.asked) == 2 * len(made) and {len(one.messages) for one in made} == {4}
+    for one in made:
+        first, answer, second, last = (message["content"] for message in one.messages)
+        assert (first, second) == ("Who is it?", "And where?")
+        # What was answered is shown to whoever asks on, and both answers are taught.
+        assert any(f"Question: {first}\nAnswer: {answer}" in ask.seed_prompt for ask in asker.asked)
+        assert answers_taught(one, tiny_base_model.template) == [answer, last]
+        assert one.topk_ids.shape == (one.loss_mask.sum(), 5)
+
+
+class Listening:
+    """An asking side that says the same to all, and remembers what it was shown."""
+
+    def __init__(self):
+        self.asked = []
+
+    def ask(self, asks):
+        self.asked += asks
+        return ["And where?" if "Answer: " in ask.seed_prompt else "Who is it?" for ask in asks]
 
 
 def test_same_tasks_same_conversations_however_batched(made):

@@ -18,7 +18,7 @@ from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from cartridges.records import Conversation
 from cartridges.selfstudy.finish import finish
-from cartridges.selfstudy.held_out import split
+from cartridges.selfstudy.held_out import split, without
 from cartridges.selfstudy.near import near_duplicates
 from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
@@ -167,6 +167,11 @@ def test_held_out_questions_are_not_trained_on():
     assert split(conversations, 0, seed=0) == (conversations, [])
     general = [replace(one, chunk_id="") for one in conversations]
     assert split(general, 3, seed=0) == (general, [])  # what the corpus does not answer is no question about it
+    # Of several rounds none is held out, and none is trained on in which a held-out question was asked.
+    rounds = [replace(one, messages=(*one.messages, {"role": "user", "content": "And where?"},
+                                     {"role": "assistant", "content": "Here."})) for one in conversations]
+    assert split(rounds, 3, seed=0) == (rounds, [])
+    assert len(without(rounds, list(asked))) == len(rounds) - 2 * len(asked)
 
 
 def test_the_clock_counts_killed_runs(tmp_path):

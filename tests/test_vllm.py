@@ -369,7 +369,8 @@ async def collect(engine, request):
 
 def test_synthesis_through_it_makes_the_references_conversations(engine, reference, base):
     wanted = settings(count=24, filters_off=UNUSABLE, asking_temperature=0.0,
-                      families={"cloze": 1, "recall": 1, "question": 1, "anchored_asked": 1})
+                      families={"cloze": 1, "recall": 1, "question": 1, "anchored_asked": 1, "anchored_rounds": 1,
+                                "multi_round": 1})
     chunks, tasks = {chunk.chunk_id: chunk for chunk in CHUNKS}, plan(CHUNKS, wanted, 0)
     ours, theirs = (Synthesizer(one, base.template, chunks, wanted).run(tasks) for one in (engine, reference))
     assert sum(isinstance(result, Conversation) for result in ours) > 12

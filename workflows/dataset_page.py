@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
+from cartridges.prompts import EXAMPLES
 from cartridges.records import Conversation
 from cartridges.selfstudy.card import reason_name
 from cartridges.selfstudy.storage import from_row
@@ -84,27 +86,35 @@ def _chunks(file: Path, wanted: set[str]) -> dict[str, str]:
 def _sample(row: dict[str, Any], tokenizer, chunk: str) -> dict[str, Any]:
     result = from_row(row)
     kept = isinstance(result, Conversation)
-    messages = list(result.messages)
     # The example turns before a short question are the same everywhere.
-    examples = max(0, len(messages) - 2) if kept and result.shared_tokens else 0
+    examples = 2 * len(EXAMPLES) if kept and result.shared_tokens else 0
+    messages = result.messages[examples:]
+    answers = iter(_answers(result, tokenizer) if kept else ())
     return {
         "id": row["conversation_id"], "family": row["seed_family"], "reason": row["dropped"], "chunk": chunk,
-        "messages": messages[examples:-1] if kept else messages, "examples": examples,
-        "tokens": _tokens(result, tokenizer) if kept else [],
+        "messages": [message | {"tokens": next(answers, []) if message["role"] == "assistant" else []}
+                     for message in messages], "examples": examples,
         "info": {key: f"{value:.3g}" for key, value in result.info.items() if value} if kept else {},
     }
 
 
-def _tokens(conversation: Conversation, tokenizer) -> list[Token]:
-    """The answer's tokens with the teacher's probability of each."""
-    answered = conversation.input_ids[1:][conversation.loss_mask[:-1]].tolist()
+def _answers(conversation: Conversation, tokenizer) -> list[list[Token]]:
+    """Of each answer that is taught, its tokens with the teacher's probability of each."""
+    at = np.flatnonzero(conversation.loss_mask)
+    starts = np.flatnonzero(np.diff(at) > 1) + 1  # the loss positions of one answer follow each other
+    parts = (np.split(rows, starts) for rows in (conversation.input_ids[at + 1], conversation.topk_ids,
+                                                 conversation.topk_logprobs))
+    return [_tokens(*(part.tolist() for part in answer), tokenizer) for answer in zip(*parts, strict=True)]
+
+
+def _tokens(answered: list[int], topk_ids: list[list[int]], topk_logprobs: list[list[float]],
+            tokenizer) -> list[Token]:
     tokens, waiting = [], []
-    for token, ids, logprobs in zip(answered, conversation.topk_ids.tolist(),
-                                    conversation.topk_logprobs.tolist(), strict=True):
+    for place, (token, ids, logprobs) in enumerate(zip(answered, topk_ids, topk_logprobs, strict=True), 1):
         likely = dict(zip(ids, (math.exp(value) for value in logprobs), strict=True))
         waiting.append(token)
         text = _text(tokenizer, waiting)
-        if text.endswith("\ufffd") and token != answered[-1]:
+        if text.endswith("\ufffd") and place < len(answered):
             text = ""  # half of a character: it stands with the token that ends it
         else:
             waiting = []

@@ -29,6 +29,10 @@ class Proposal:
     `answer` is known from the text, and the teacher only scores it; None lets the teacher write.
     `must_contain`: a written answer without it is dropped. `short` puts the short-answer examples
     before the question.
+
+    Of several rounds, `earlier` are questions and answers that stand before, known from the text as `answer` is and
+    scored with it; and after the teacher has written an answer, the asking side is shown question and answer and
+    the next of `follow_ups`, as many rounds as there are.
     """
 
     seed_prompt: str | None = None
@@ -37,6 +41,8 @@ class Proposal:
     answer: str | None = None
     must_contain: str | None = None
     short: bool = False
+    earlier: tuple[tuple[str, str], ...] = ()
+    follow_ups: tuple[str, ...] = ()
 
 
 class SeedFamily(Protocol):
@@ -62,6 +68,18 @@ class SeedPrompts:
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal:
         prompt = rng.choice(self.prompts).replace("{format}", rng.choice(seed_prompts.FORMATS))
         return Proposal(seed_prompt=prompt)
+
+
+@dataclass(frozen=True)
+class MultiRound:
+    """The asking side asks on after every answer, `rounds` times in all (the paper's k)."""
+
+    rounds: int = 2
+    decodes: ClassVar[bool] = True
+
+    def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal:
+        first = rng.choice((*seed_prompts.QUESTION, *seed_prompts.USE_CASE))
+        return Proposal(seed_prompt=first, follow_ups=tuple(rng.choices(seed_prompts.FOLLOW_UP, k=self.rounds - 1)))
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,27 @@ class Anchored:
             if question:
                 return Proposal(user=question, answer=span, short=True)
         return None
+
+
+@dataclass(frozen=True)
+class AnchoredRounds:
+    """Up to `rounds` questions by rule in one conversation, each answered by the sentence that holds the answer; one
+    prefill scores them all."""
+
+    rounds: int = 3
+    decodes: ClassVar[bool] = False
+
+    def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
+        one, told = Anchored("sentence"), {}
+        for turn in range(self.rounds):
+            found = one.propose(chunk, rng, ordinal * self.rounds + turn)
+            # An answer that was given already would be copied.
+            if found and found.user not in told and found.answer not in told.values():
+                told[found.user] = found.answer
+        if len(told) < 2:
+            return None
+        *earlier, (asked, answer) = told.items()
+        return Proposal(user=asked, answer=answer, earlier=tuple(earlier))
 
 
 @dataclass(frozen=True)
@@ -179,10 +218,12 @@ FAMILIES: dict[str, SeedFamily] = {
     "use_case": SeedPrompts(seed_prompts.USE_CASE),
     "creative": SeedPrompts(seed_prompts.CREATIVE),
     "generic": SeedPrompts(seed_prompts.GENERIC),
+    "multi_round": MultiRound(),
     "anchored": Anchored(),
     "anchored_sentence": Anchored("sentence"),
     "anchored_written": Anchored("written"),
     "anchored_asked": AnchoredAsked(),
+    "anchored_rounds": AnchoredRounds(),
     "cloze": Cloze(),
     "recall": Recall(),
     "keywords": Keywords(),

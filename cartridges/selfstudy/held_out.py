@@ -14,8 +14,8 @@ def split(conversations: Sequence[Conversation], count: int,
           seed: int) -> tuple[list[Conversation], list[Question]]:
     """`(for training, held-out questions)`: at most `count`, and at most a tenth of the conversations.
 
-    Drawn by `seed` among the questions with a short answer. A conversation that ends in the same
-    question as a held-out one is in neither.
+    Drawn by `seed` among the questions with a short answer. A conversation in which the same question as a
+    held-out one is asked is in neither.
     """
     eligible = [i for i, conversation in enumerate(conversations) if _is_question(conversation)]
     wanted = min(count, len(conversations) // 10, len(eligible))
@@ -25,20 +25,22 @@ def split(conversations: Sequence[Conversation], count: int,
     chosen: dict[str, Conversation] = {}
     for index in sorted(drawn.tolist()):
         conversation = conversations[eligible[index]]
-        chosen.setdefault(_asked(conversation), conversation)
+        chosen.setdefault(_folded(conversation.messages[-2]["content"]), conversation)
     return without(conversations, list(chosen)), [_as_question(conversation) for conversation in chosen.values()]
 
 
 def without(conversations: Sequence[Conversation], questions: Sequence[str]) -> list[Conversation]:
-    """`conversations` but those that end in one of `questions`, capitals and spaces aside."""
+    """`conversations` but those in which one of `questions` is asked, capitals and spaces aside."""
     asked = {_folded(question) for question in questions}
-    return [conversation for conversation in conversations if _asked(conversation) not in asked]
+    return [conversation for conversation in conversations if not _asked(conversation) & asked]
 
 
 def _is_question(conversation: Conversation) -> bool:
     question, answer = (message["content"] for message in conversation.messages[-2:])
     if not conversation.chunk_id:
         return False  # a general one: the corpus does not answer it
+    if len(conversation.messages) > 2 and not conversation.shared_tokens:
+        return False  # by itself, the last question of several rounds may not say what it is about
     return question.rstrip().endswith("?") and 0 < len(answer.split()) <= MAX_ANSWER_WORDS
 
 
@@ -47,8 +49,8 @@ def _as_question(conversation: Conversation) -> Question:
     return Question(conversation.conversation_id, question, (answer,))
 
 
-def _asked(conversation: Conversation) -> str:
-    return _folded(conversation.messages[-2]["content"])
+def _asked(conversation: Conversation) -> set[str]:
+    return {_folded(message["content"]) for message in conversation.messages if message["role"] == "user"}
 
 
 def _folded(text: str) -> str:

@@ -28,6 +28,13 @@ CREATIVE = (
     "a rhyme or a letter. Name its subject. Write only the request.",
 )
 GENERIC = ("Write one message that starts a conversation about the text. Write only the message.",)
+FOLLOW_UP = (
+    "Somebody who does not have the text asked the question below and got the answer below it. Write the question "
+    "that this person asks next, about another detail of the text. Name what it is about. Write only the question.",
+    "Below are a question about the text and its answer. Write another question, about something in the text that "
+    "goes with it. Name the people, places and things it is about. Write only the question.",
+)
+"""Question and answer of the round before follow."""
 
 ASKING_EXAMPLES = """Each question is answered by the text.
 

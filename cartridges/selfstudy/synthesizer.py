@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cartridges.config import SynthesizeSettings
-from cartridges.engines.base import Completion, Engine, Request, ScoreRequest, TextPrefix
+from cartridges.engines.base import Completion, Engine, Request, Score, ScoreRequest, TextPrefix
 from cartridges.prompts import example_messages
 from cartridges.records import Chunk, Conversation, Message
 from cartridges.selfstudy import filters
@@ -20,6 +20,7 @@ from cartridges.selfstudy.card import error_reason
 from cartridges.selfstudy.families import FAMILIES, Proposal
 from cartridges.selfstudy.general import General
 from cartridges.selfstudy.plan import Task
+from cartridges.selfstudy.taught import said, taught_ids
 from cartridges.template import ChatTemplate
 
 
@@ -36,12 +37,14 @@ class Dropped:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A conversation on its way: `turns` ends with the user's message. `chunk` is None for a general one."""
+    """A conversation on its way: `turns` ends with the user's message. `chunk` is None for a general one, `earlier` are
+    the rounds before, question and answer."""
 
     task: Task
     chunk: Chunk | None
     proposal: Proposal
     question: str = ""
+    earlier: tuple[tuple[str, str], ...] = ()
 
     @property
     def prefix(self) -> TextPrefix | None:
@@ -50,7 +53,18 @@ class _Draft:
 
     def turns(self) -> list[Message]:
         start = example_messages() if self.proposal.short else []
-        return [*start, {"role": "user", "content": self.question}]
+        rounds = [{"role": role, "content": content} for exchange in self.earlier
+                  for role, content in zip(("user", "assistant"), exchange, strict=True)]
+        return [*start, *rounds, {"role": "user", "content": self.question}]
+
+    @property
+    def last(self) -> bool:
+        """No further question follows the answer."""
+        return len(self.earlier) >= len(self.proposal.follow_ups)
+
+    def followed(self, answer: str) -> "_Draft":
+        """The next round, its question not yet asked."""
+        return replace(self, question="", earlier=(*self.earlier, (self.question, answer)))
 
 
 class Synthesizer:
@@ -73,7 +87,7 @@ class Synthesizer:
         known = [draft for draft in drafts if draft.proposal.answer is not None]
         written = [draft for draft in drafts if draft.proposal.answer is None]
         self._score_known(known, results)
-        self._write(written, results)
+        self._write(self._go_on(written, results), results)
         return [results[task.conversation_id] for task in tasks]
 
     def _propose(self, tasks, results) -> list[_Draft]:
@@ -85,7 +99,7 @@ class Synthesizer:
             if proposal is None:
                 results[task.conversation_id] = _drop(task, "nothing_to_ask")
             else:
-                drafts.append(_Draft(task, chunk, proposal, proposal.user or ""))
+                drafts.append(_Draft(task, chunk, proposal, proposal.user or "", proposal.earlier))
         return drafts
 
     def _ask(self, drafts: list[_Draft], results) -> list[_Draft]:
@@ -99,7 +113,7 @@ class Synthesizer:
             if isinstance(question, Exception):
                 results[draft.task.conversation_id] = _drop(draft.task, error_reason(question))
                 continue
-            reason = self._first(self._question_faults(draft.proposal, question))
+            reason = self._first(self._question_faults(draft, question))
             draft = replace(draft, question=question)
             if reason:
                 results[draft.task.conversation_id] = _drop(draft.task, reason, draft.turns())
@@ -111,10 +125,13 @@ class Synthesizer:
         """The first of `reasons` whose filter is on."""
         return next((reason for reason in reasons if reason not in self.settings.filters_off), None)
 
-    def _question_faults(self, proposal: Proposal, question: str) -> Iterator[str]:
+    def _question_faults(self, draft: _Draft, question: str) -> Iterator[str]:
+        proposal = draft.proposal
         if proposal.user is not None and not proposal.user.endswith("?"):
             return
         yield from filters.question_faults(question, short=proposal.completion is not None)
+        if question in [asked for asked, _ in draft.earlier]:
+            yield "malformed"  # nobody asks the same again
         answer = proposal.answer or proposal.must_contain
         if answer and filters.gives_answer_away(question, answer):
             yield "answer_in_question"
@@ -126,18 +143,20 @@ class Synthesizer:
                                     for draft, (ids, mask) in zip(drafts, rows, strict=True)])
         gains = self._gains(drafts, rows, [score.logprobs for score in taught])
         for draft, (ids, mask), score, gain in zip(drafts, rows, taught, gains, strict=True):
-            # The last row is the end of the turn, which says nothing about the answer.
-            nll = float(-score.logprobs[:-1].mean())
+            nll = float(-self._said(ids, mask, score.logprobs).mean())
             reason = self._first(self._likelihood_faults(nll, gain))
             results[draft.task.conversation_id] = self._conversation(
                 draft, draft.proposal.answer, reason, ids, mask, score.topk_ids, score.topk_logprobs,
                 {"teacher_nll": nll, "known": 1.0, **gain})
 
     def _known_ids(self, draft: _Draft) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        prompt = self.template.conversation_ids(draft.turns())
-        answer = self.template.text_ids(draft.proposal.answer)
-        ids = (*prompt, *answer, self.tokenizer.eos_token_id)
-        return ids, _answer_mask(len(prompt), len(ids))
+        return self._taught(draft, (*self.template.text_ids(draft.proposal.answer), self.tokenizer.eos_token_id))
+
+    def _taught(self, draft: _Draft, answer_ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        return taught_ids(self.template, draft.turns(), answer_ids, rounds=1 + len(draft.earlier))
+
+    def _said(self, ids, mask, logprobs: np.ndarray) -> np.ndarray:
+        return said(ids, mask, logprobs, self.tokenizer.eos_token_id)
 
     def _gains(self, drafts, rows, taught: list[np.ndarray]) -> list[dict[str, float]]:
         """`{"information_gain": nats a token}` for each, by one more pass without the chunk; `{}` where
@@ -147,7 +166,8 @@ class Synthesizer:
         blind = self.engine.score([ScoreRequest(*rows[i]) for i in asked])
         gains: list[dict[str, float]] = [{} for _ in drafts]
         for i, score in zip(asked, blind, strict=True):
-            gains[i]["information_gain"] = filters.information_gain(taught[i][:-1], score.logprobs[:-1])
+            gains[i]["information_gain"] = filters.information_gain(
+                *(self._said(*rows[i], logprobs) for logprobs in (taught[i], score.logprobs)))
         return gains
 
     def _likelihood_faults(self, nll: float, gain: Mapping[str, float]) -> Iterator[str]:
@@ -159,20 +179,52 @@ class Synthesizer:
         if gain and gain["information_gain"] < self.settings.min_information_gain:
             yield "low_information_gain"
 
+    def _go_on(self, drafts: list[_Draft], results) -> list[_Draft]:
+        """The drafts at their last question: before it the teacher answers, and the asking side asks on."""
+        ready: list[_Draft] = []
+        while drafts:
+            ready += [draft for draft in drafts if draft.last]
+            going = [draft for draft in drafts if not draft.last]
+            drafts = self._ask(self._followed(going, results), results)
+        return ready
+
+    def _followed(self, drafts: list[_Draft], results) -> list[_Draft]:
+        kept = []
+        for draft, answer in zip(drafts, self._answers(drafts), strict=True):
+            reason = self._first(self._answer_faults(draft, answer))
+            if reason:
+                messages = [*draft.turns(), {"role": "assistant", "content": answer.text}]
+                results[draft.task.conversation_id] = _drop(draft.task, reason, messages)
+            else:
+                kept.append(draft.followed(answer.text.strip()))
+        return kept
+
+    def _answers(self, drafts: Sequence[_Draft]) -> list[Completion]:
+        """The teacher's, greedy."""
+        return self.engine.generate([
+            Request(tuple(self.template.conversation_ids(draft.turns())), draft.prefix,
+                    max_tokens=self.settings.max_answer_tokens, topk=self.settings.topk) for draft in drafts])
+
     def _write(self, drafts: list[_Draft], results) -> None:
-        """The teacher answers greedily; its top-k rows are those of what it wrote."""
-        prompts = [tuple(self.template.conversation_ids(draft.turns())) for draft in drafts]
-        answers = self.engine.generate([
-            Request(prompt, draft.prefix, max_tokens=self.settings.max_answer_tokens, topk=self.settings.topk)
-            for draft, prompt in zip(drafts, prompts, strict=True)])
-        rows = [((*prompt, *answer.output_ids), _answer_mask(len(prompt), len(prompt) + len(answer.output_ids)))
-                for prompt, answer in zip(prompts, answers, strict=True)]
-        gains = self._gains(drafts, rows, [answer.logprobs for answer in answers])
-        for draft, (ids, mask), answer, gain in zip(drafts, rows, answers, gains, strict=True):
+        """The teacher answers; its top-k rows are those of what it wrote."""
+        answers = self._answers(drafts)
+        rows = [self._taught(draft, answer.output_ids) for draft, answer in zip(drafts, answers, strict=True)]
+        taught = self._with_earlier(drafts, rows, answers)
+        gains = self._gains(drafts, rows, [score.logprobs for score in taught])
+        for draft, (ids, mask), answer, score, gain in zip(drafts, rows, answers, taught, gains, strict=True):
             reason = self._first((*self._answer_faults(draft, answer), *self._gain_faults(gain)))
             results[draft.task.conversation_id] = self._conversation(
-                draft, answer.text, reason, ids, mask, answer.topk_ids, answer.topk_logprobs,
-                {"teacher_nll": float(-answer.logprobs.mean()), **gain})
+                draft, answer.text, reason, ids, mask, score.topk_ids, score.topk_logprobs,
+                {"teacher_nll": float(-score.logprobs.mean()), **gain})
+
+    def _with_earlier(self, drafts, rows, answers: list[Completion]) -> list[Score]:
+        """The rows that writing gave; of several rounds, of which it gave the last, one more pass gives all."""
+        several = [i for i, draft in enumerate(drafts) if draft.earlier]
+        scored = self.engine.score([ScoreRequest(*rows[i], drafts[i].prefix, self.settings.topk) for i in several])
+        found = [Score(answer.logprobs, answer.topk_ids, answer.topk_logprobs) for answer in answers]
+        for i, score in zip(several, scored, strict=True):
+            found[i] = score
+        return found
 
     def _answer_faults(self, draft: _Draft, answer: Completion) -> Iterator[str]:
         if draft.chunk and answer.finish_reason != "stop":
@@ -198,19 +250,19 @@ class Synthesizer:
         if list(ids[:shared]) != self.shared[:shared]:
             raise AssertionError("the example turns are not a prefix of the conversation's tokens")
         if draft.chunk:
-            info |= filters.groundedness(answer, draft.chunk.text, draft.question)
+            asked, answered = zip(*draft.earlier, (draft.question, answer), strict=True)
+            info |= filters.groundedness("\n".join(answered), draft.chunk.text, "\n".join(asked))
         return Conversation(
             draft.task.conversation_id, draft.task.chunk_id, draft.task.seed_family, messages,
             np.array(ids, np.int32), np.array(mask, bool), topk_ids, topk_logprobs, shared, info)
 
 
-def _answer_mask(prompt: int, total: int) -> tuple[bool, ...]:
-    """Position `i` predicts token `i + 1`: from the prompt's last token to the one before the end."""
-    return tuple(prompt - 1 <= i < total - 1 for i in range(total))
-
-
 def _ask_for(draft: _Draft) -> Ask:
-    return Ask(draft.task.seed, draft.proposal.seed_prompt, draft.proposal.completion,
+    prompt = draft.proposal.seed_prompt
+    if draft.earlier:
+        asked, answered = draft.earlier[-1]
+        prompt = f"{draft.proposal.follow_ups[len(draft.earlier) - 1]}\n\nQuestion: {asked}\nAnswer: {answered}"
+    return Ask(draft.task.seed + len(draft.earlier), prompt, draft.proposal.completion,
                draft.chunk.text if draft.chunk else None)
 
 

@@ -1,0 +1,33 @@
+"""Which tokens of a conversation are taught: the assistant's, of every round but the shared example turns."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cartridges.records import Message
+from cartridges.template import ChatTemplate
+
+
+def taught_ids(template: ChatTemplate, turns: Sequence[Message], answer_ids: Sequence[int],
+               rounds: int = 1) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """`(input_ids, loss_mask)` of `turns`, which end with the user's, and the answer to them; the answers of the last
+    `rounds` are taught.
+
+    Raises `ValueError` where the chat template writes an earlier turn otherwise than it was when it was answered.
+    """
+    prompt = template.conversation_ids(turns)
+    ids, mask = [*prompt, *answer_ids], np.zeros(len(prompt) + len(answer_ids), bool)
+    mask[len(prompt) - 1:-1] = True
+    for back in range(1, rounds):
+        begin = template.conversation_ids(turns[: len(turns) - 2 * back])
+        if ids[: len(begin)] != begin:
+            raise ValueError("the chat template rewrites earlier turns: plan no conversations of several rounds")
+        # Up to the end of that turn.
+        mask[len(begin) - 1:ids.index(template.tokenizer.eos_token_id, len(begin))] = True
+    return tuple(ids), tuple(mask.tolist())
+
+
+def said(ids: Sequence[int], mask: Sequence[bool], logprobs: np.ndarray, end: int) -> np.ndarray:
+    """Of the `logprobs` at the loss positions those of words: the `end` of a turn says nothing about the answer."""
+    told = np.array(ids[1:])[np.array(mask[:-1])]
+    return logprobs[told != end]
