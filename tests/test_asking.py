@@ -14,7 +14,7 @@ from cartridges.engines.base import Request, TextPrefix
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
 from cartridges.records import Conversation
-from cartridges.selfstudy.asking import Ask
+from cartridges.selfstudy.asking import Ask, as_question
 from cartridges.selfstudy.http_asking import HttpAsker
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
@@ -66,6 +66,14 @@ def chat(url: str, **fields) -> str:
     client = openai.OpenAI(base_url=url, api_key="none")
     made = client.chat.completions.create(model="base", max_tokens=8, temperature=0, **fields)
     return made.choices[0].message.content.strip()
+
+
+@pytest.mark.parametrize("written, finish_reason, question", [
+    (" Who is it?\n", "length", "Who is it?"), ("Who is it", "stop", "Who is it?"), ("Who is", "length", "Who is"),
+    ("Question: Who is it?", "length", "Who is it?"), ("**Question:** Who is it?", "length", "Who is it?"),
+    ("Question one: who is it?", "length", "Question one: who is it?")])
+def test_what_is_written_as_a_question(written, finish_reason, question):
+    assert as_question(written, finish_reason) == question
 
 
 def test_a_service_is_asked_with_the_chunk_in_sight(url, tiny_model_dir):

@@ -4,6 +4,7 @@ It may be another model than the teacher. What it writes is only ever a question
 distributions are the teacher's own.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,7 @@ from cartridges.template import ChatTemplate
 
 STOP = ("\n", "?")
 """Where a continued question ends."""
+_LABEL = re.compile(r"^\**question:[\s*]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class EngineAsker:
 
 
 def as_question(text: str, finish_reason: str | None) -> str:
-    """`text` without space around it. The stop string "?" is cut from an answer; a question that ended with it gets
-    it back."""
-    text = text.strip()
+    """`text` without space around it, and without the "Question:" that some models begin with. The stop string "?" is
+    cut from an answer; a question that ended with it gets it back."""
+    text = _LABEL.sub("", text.strip())
     return text + "?" if finish_reason == "stop" and text and text[-1].isalnum() else text
