@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from cartridges import flex_attention
 from cartridges.merged_attention import merged_attention, supports
 from cartridges.row_attention import RowKV, attend_rows
 
@@ -54,7 +55,8 @@ class AttentionContext:
     `own_bias`: `[N*M, T, S]`, 0 where a token may look, -inf elsewhere; None is plain causal.
     `own`: decoding buffers. `rows`: instead of all this, each row's own KV (`own_bias` is `[1, T, S]` then, None for
     one token a row); rows of the batch beyond them are padding. `collected`: when not None, receives each layer's own
-    (key, value); `observed`, likewise, its (query `[B, H*G, T, D]`, output `[B, T, H*G, D]`).
+    (key, value); `observed`, likewise, its (query `[B, H*G, T, D]`, output `[B, T, H*G, D]`). `blocks` keeps what
+    every layer would make of the biases anew.
     """
 
     prefix_keys: list[torch.Tensor] | torch.Tensor | None = None
@@ -65,6 +67,14 @@ class AttentionContext:
     rows: Sequence[RowKV] | None = None
     collected: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None)
     observed: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None)
+    blocks: tuple[object, object, flex_attention.Blocks] | None = None
+
+    def block_masks(self, own_bias: torch.Tensor, rows: int) -> flex_attention.Blocks:
+        """For `rows` a group, made once for as long as neither bias is another one."""
+        if self.blocks is None or self.blocks[0] is not self.own_bias or self.blocks[1] is not self.prefix_bias:
+            made = flex_attention.block_masks(self.prefix_bias, own_bias, rows)
+            self.blocks = self.own_bias, self.prefix_bias, made
+        return self.blocks[2]
 
 
 def cartridge_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, *,
@@ -98,6 +108,9 @@ def _attend(layer: int, query, key, value, scaling: float, context: AttentionCon
     own_bias = context.own_bias
     if own_bias is None:
         own_bias = causal_bias(query.shape[2], key.shape[2], query.dtype, query.device).expand(len(query), -1, -1)
+    if flex_attention.supports(query, prefix[0]):
+        blocks = context.block_masks(own_bias, len(query) // len(prefix[0]))
+        return flex_attention.flex_attention(query, key, value, *prefix, blocks, scaling)
     attend = merged_attention if supports(query) else prefix_attention
     return attend(query, key, value, *prefix, context.prefix_bias, own_bias.to(query.dtype), scaling)
 

@@ -185,6 +185,8 @@ class TrainSettings(Settings):
     zero_stage: int = Field(0, ge=0, le=3)
     """1 and 2 cut the optimiser's state up (with plain Adam); 3 spreads the frozen base model over the workers, for
     one that is larger than a GPU, and then computes example turns and lower layers anew for each conversation."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping what they made: less memory, for a longer step."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between resumable checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -1,10 +1,12 @@
 """Forward passes of a frozen base model after a prefix in its KV cache. Pure tensors, no requests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from cartridges.attention import AttentionContext, install
@@ -41,25 +43,31 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids:
 
 
 def through_layers(model: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor,
-                   context: AttentionContext, first: int = 0, last: int | None = None) -> torch.Tensor:
+                   context: AttentionContext, first: int = 0, last: int | None = None,
+                   recompute: bool = False) -> torch.Tensor:
     """What decoder layers `first` to `last` (not included; None: the end) make of `hidden` `[B, T, hidden]`.
 
-    The supported model types are plain stacks: embedding, these layers, a norm, the head.
+    The supported model types are plain stacks: embedding, these layers, a norm, the head. `recompute`: of each layer
+    nothing but its input is kept for the backward pass (gradient checkpointing).
     """
     install(model)
     body = model.base_model
     rotation = body.rotary_emb(hidden, position_ids)
+    if recompute:  # as it is now: what follows may extend it before the backward pass comes
+        context = replace(context, prefix_keys=list(context.prefix_keys), prefix_values=list(context.prefix_values))
     for layer in body.layers[first:last]:
-        hidden = layer(hidden, position_embeddings=rotation, position_ids=position_ids, use_cache=False,
-                       context=context)
+        run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if recompute else layer
+        hidden = run(hidden, position_embeddings=rotation, position_ids=position_ids, use_cache=False,
+                     context=context)
     return hidden
 
 
 def read_after(model: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor,
-               context: AttentionContext, first: int = 0, last: int | None = None) -> torch.Tensor:
+               context: AttentionContext, first: int = 0, last: int | None = None,
+               recompute: bool = False) -> torch.Tensor:
     """As `through_layers`, for one row a group that joins its prefix: `context` is extended by its keys and values."""
     context.collected = []
-    hidden = through_layers(model, hidden, position_ids, context, first, last)
+    hidden = through_layers(model, hidden, position_ids, context, first, last, recompute)
     for layer, (key, value) in enumerate(context.collected, start=first):
         context.prefix_keys[layer] = torch.cat([context.prefix_keys[layer], key], dim=2)
         context.prefix_values[layer] = torch.cat([context.prefix_values[layer], value], dim=2)

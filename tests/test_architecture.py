@@ -15,7 +15,7 @@ FLOW = (
     "records config",
     "template cartridge readers tables",
     "download models corpus chunking prompts",
-    "merged_attention row_attention attention forward engines.base compose",
+    "merged_attention flex_attention row_attention attention forward engines.base compose",
     "selfstudy",
     "distill",
     "artifact corpus_text store archive registry",

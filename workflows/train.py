@@ -61,7 +61,8 @@ def _dataset_manifest(dataset: Path, corpus: Corpus) -> dict[str, Any]:
 def train_fingerprint(dataset_fingerprint: str, settings: BuildSettings, earlier: Sequence[str] = (),
                       held_out: str | None = None) -> str:
     """Changes with whatever changes the cartridge, and with nothing else."""
-    how = {"num_workers", "threads_per_worker", "zero_stage", "checkpoint_every", "keep_checkpoints", "distractors"}
+    how = {"num_workers", "threads_per_worker", "zero_stage", "checkpoint_every", "keep_checkpoints", "distractors",
+           "gradient_checkpointing"}
     start = settings.train.init_cartridge
     follows = {"earlier": fingerprints(earlier), "held_out": read_manifest(Path(held_out))} if held_out else {}
     return fingerprint({

@@ -92,7 +92,8 @@ def _train_wave(number: int, pupils: Sequence[Pupil], base: BaseModel, rank: int
     spread = settings.train.zero_stage == 3
     beside = [_beside(pupil, pupils, base) for pupil in pupils]
     students = [Student(base.model, pupil.cartridge, settings.train.loss, others, gathered if spread else None,
-                        live=_live(pupil), kept_bytes=MOST_BYTES // len(pupils))
+                        live=_live(pupil), kept_bytes=MOST_BYTES // len(pupils),
+                        recompute=settings.train.gradient_checkpointing)
                 for pupil, others in zip(pupils, beside, strict=True)]
     stepper = DeepSpeedStepper(students, settings.train)
     trainer = Trainer(stepper, [pupil.course for pupil in pupils], stepper.device)

@@ -27,18 +27,18 @@ class Student(nn.Module):
     names stand beside the trained one while it is read; `live` ones are in training themselves. `gathered` is given
     where the model's weights are spread over workers: within it the head's are whole. Workers then call the same
     layers in the same order, so nothing is kept that another may not have, and conversations must share no tokens
-    (`packing.unshared`). Else at most `kept_bytes` of hidden states are.
+    (`packing.unshared`). Else at most `kept_bytes` of hidden states are. `recompute`: gradient checkpointing.
     """
 
     def __init__(self, model: PreTrainedModel, cartridge: Cartridge, loss: str = "distillation",
                  distractors: Sequence[Cartridge] = (),
                  gathered: Callable[[torch.Tensor], AbstractContextManager] | None = None, live: bool = False,
-                 kept_bytes: int = MOST_BYTES):
+                 kept_bytes: int = MOST_BYTES, recompute: bool = False):
         super().__init__()
         install(model)
         self.model = model.requires_grad_(False)
         self.cartridge = cartridge
-        self.loss = loss
+        self.loss, self.recompute = loss, recompute
         self.gathered, self.lockstep = gathered or nullcontext, gathered is not None
         self.company = Company(self.model, cartridge, distractors, live)  # no submodule: nobody trains or saves them
         self.lower = LowerLayers(self.model, cartridge, kept_bytes if gathered is None else 0)
@@ -67,7 +67,7 @@ def together(students: Sequence[Student], packs: Sequence[Pack]) -> list[LossSum
     """Each student's losses on its pack, in one pass through the trained layers: the packs have one shape (`kind`),
     the students one base model and as many trained layers. Cartridges may differ in length."""
     loaded = [student.loaded(pack) for student, pack in zip(students, packs, strict=True)]
-    hidden = _hidden_states(students[0].model, loaded, packs)
+    hidden = _hidden_states(students[0].model, loaded, packs, students[0].recompute)
     return [student.losses(states, pack) for student, states, pack in zip(students, hidden, packs, strict=True)]
 
 
@@ -76,19 +76,19 @@ def kind(pack: Pack) -> tuple[int, ...]:
     return (*pack.input_ids.shape, len(pack.shared_ids))
 
 
-def _hidden_states(model: PreTrainedModel, loaded: Sequence[Loaded],
-                   packs: Sequence[Pack]) -> Sequence[torch.Tensor]:
+def _hidden_states(model: PreTrainedModel, loaded: Sequence[Loaded], packs: Sequence[Pack],
+                   recompute: bool) -> Sequence[torch.Tensor]:
     """`[R, T, hidden]` of each pack, differentiable in its cartridge."""
     first, num_shared = loaded[0].lower.count, len(packs[0].shared_ids)
     context = _prefixes(loaded, first, model.dtype)
     shared = [one.lower.shared(pack) for one, pack in zip(loaded, packs, strict=True)]
     if num_shared:  # once for all rows of a pack; gradients flow through
         read_after(model, torch.cat([one.states for one in shared]), torch.cat([one.positions for one in shared]),
-                   context, first)
+                   context, first, recompute=recompute)
     positions = [pack.position_ids + one.num_tokens + num_shared for one, pack in zip(loaded, packs, strict=True)]
     context.own_bias = segment_bias(torch.cat([pack.segment_ids for pack in packs]), model.dtype)
     hidden = torch.cat([one.lower.states(*of) for one, *of in zip(loaded, packs, shared, positions, strict=True)])
-    hidden = through_layers(model, hidden, torch.cat(positions), context, first)
+    hidden = through_layers(model, hidden, torch.cat(positions), context, first, recompute=recompute)
     return model.base_model.norm(hidden).chunk(len(packs))
 
 

@@ -64,7 +64,8 @@ def make_side(name: str, base: BaseModel, work: Work, settings: BuildSettings) -
 class Ours:
     def __init__(self, base: BaseModel, cartridge: Cartridge, work: Work, settings: BuildSettings):
         self.base, self.work = base, work
-        stepper = TorchStepper([Student(base.model, cartridge)], settings.train)
+        student = Student(base.model, cartridge, recompute=settings.train.gradient_checkpointing)
+        stepper = TorchStepper([student], settings.train)
         self.trainer = Trainer(stepper, [Course(work.conversations, settings.train, settings.seed)], base.device)
 
     def round(self) -> float:
