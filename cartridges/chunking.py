@@ -7,6 +7,8 @@ is still too long; then neighbours are packed into chunks of even length.
 import bisect
 import hashlib
 import re
+from array import array
+from collections.abc import Collection, Iterator
 from pathlib import PurePath
 
 from cartridges.config import ChunkSettings
@@ -40,8 +42,39 @@ _CODE_CUTS = (
 
 def chunk_corpus(corpus: Corpus, tokenizer, settings: ChunkSettings) -> list[Chunk]:
     """The chunks of all documents, in order."""
-    return [chunk for document in corpus.documents
-            for chunk in chunk_document(document, tokenizer, settings)]
+    return list(Chunks(corpus, tokenizer, settings))
+
+
+class Chunks:
+    """The chunks of all documents, in order, cut in every pass, with no more than a document in memory. After a pass
+    it knows where each stands, and gives some of them again without cutting anew."""
+
+    def __init__(self, corpus: Corpus, tokenizer, settings: ChunkSettings):
+        self.corpus, self.tokenizer, self.settings = corpus, tokenizer, settings
+        self._places = array("q")
+        """Number of the document, start and end of each: a corpus may have millions."""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        self._places = array("q")
+        for number, document in enumerate(self.corpus.documents):
+            for chunk in chunk_document(document, self.tokenizer, self.settings):
+                self._places.extend((number, chunk.start, chunk.end))
+                yield chunk
+
+    def __len__(self) -> int:
+        """Of the last pass."""
+        return len(self._places) // 3
+
+    def with_ids(self, wanted: Collection[str]) -> Iterator[Chunk]:
+        """Those of the last pass whose ids are `wanted`, in order."""
+        places = iter(zip(*(self._places[part::3] for part in range(3)), strict=True))
+        place = next(places, None)
+        for number, document in enumerate(self.corpus.documents):
+            while place is not None and place[0] == number:
+                chunk = _chunk(document, *place[1:])
+                if chunk.chunk_id in wanted:
+                    yield chunk
+                place = next(places, None)
 
 
 def chunk_document(document: Document, tokenizer, settings: ChunkSettings) -> list[Chunk]:
@@ -50,13 +83,13 @@ def chunk_document(document: Document, tokenizer, settings: ChunkSettings) -> li
     `document.text[start:end] == text` for each; only whitespace lies between them. The ids are a
     function of document and position. `tokenizer` is a fast one (it gives offsets).
     """
-    return [Chunk(_chunk_id(document, start, end), document.document_id, start, end,
-                  document.text[start:end])
+    return [_chunk(document, start, end)
             for start, end in _Cutter(document, tokenizer, settings.max_tokens).spans()]
 
 
-def _chunk_id(document: Document, start: int, end: int) -> str:
-    return hashlib.sha256(f"{document.document_id}:{start}:{end}".encode()).hexdigest()[:16]
+def _chunk(document: Document, start: int, end: int) -> Chunk:
+    chunk_id = hashlib.sha256(f"{document.document_id}:{start}:{end}".encode()).hexdigest()[:16]
+    return Chunk(chunk_id, document.document_id, start, end, document.text[start:end])
 
 
 class _Cutter:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cartridges.corpus import JSONL_SUFFIXES, corpus_ids, load_corpus
+from cartridges import jsonl
+from cartridges.corpus import corpus_ids, load_corpus
 from cartridges.errors import UserError
 from cartridges.registry import LONGEST_NAME
 from cartridges.tables import is_table, open_table
@@ -32,9 +33,10 @@ def parts(path: str, pattern: str | None = None) -> list[Part]:
     if is_table(where):
         found = [Part(path, name) for name in _ids_of_table(where)]
     elif where.is_dir():
-        sources = [document.source for document in load_corpus(path).documents]
+        # A long one stands as several documents.
+        sources = dict.fromkeys(document.source for document in load_corpus(path).documents)
         found = [Part(str(where / source), source) for source in sources]
-    elif where.suffix.lower() in JSONL_SUFFIXES:
+    elif where.suffix.lower() in jsonl.SUFFIXES:
         found = [Part(path, name) for name in dict.fromkeys(corpus_ids(path))]
     else:
         raise UserError(f"{path} is one document; --each wants a folder, or rows with corpus_id")

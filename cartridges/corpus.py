@@ -1,28 +1,28 @@
 """The user's files -> a `Corpus`, and its questions.
 
 A corpus is a folder, one file, or rows of a JSONL with `corpus_id` and `text` (and `questions`), of
-Parquet files or of a Hugging Face dataset on disk. All of a corpus' text is in memory at once.
+Parquet files or of a Hugging Face dataset on disk.
 """
 
 import fnmatch
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from cartridges import jsonl
+from cartridges.documents import LONGEST_CHARACTERS, Documents, gather, ids_of
 from cartridges.errors import UserError
-from cartridges.readers import decode, hash_bytes, read_file, walk
+from cartridges.jsonl import Row
+from cartridges.readers import hash_bytes, read_file, split, walk
 from cartridges.records import Corpus, Document, Question
 from cartridges.tables import Table, is_table, open_table
 
 logger = logging.getLogger(__name__)
 
-JSONL_SUFFIXES = {".jsonl", ".ndjson"}
 IDS_SHOWN = 4
-
-Row = tuple[str, dict]
-"""Where it stands (`line 3` of a JSONL, `row 3` of a table; from 1) and what stands there."""
 
 
 def load_corpus(path: str, corpus_id: str | None = None) -> Corpus:
@@ -42,9 +42,9 @@ def load_corpus(path: str, corpus_id: str | None = None) -> Corpus:
         return _from_folder(where, corpus_id)
     if not where.is_file():
         raise UserError(f"corpus {path} is neither a file nor a folder")
-    if where.suffix.lower() in JSONL_SUFFIXES:
+    if where.suffix.lower() in jsonl.SUFFIXES:
         return _from_jsonl(where, corpus_id)
-    return _build(corpus_id or where.stem, [read_file(where, source=where.name)], where)
+    return _build(corpus_id or where.stem, gather(lambda: read_file(where, source=where.name)), where)
 
 
 def load_questions(path: str, corpus_id: str | None = None) -> tuple[Question, ...]:
@@ -57,12 +57,11 @@ def load_questions(path: str, corpus_id: str | None = None) -> tuple[Question, .
     if not where.is_file():
         raise UserError(f"questions file {path} does not exist" if not where.exists()
                         else f"questions file {path} is not a file")
-    rows = _read_rows(where)
-    if "question" in rows[0][1]:
-        return _unique([_parse_question(row, f"{where} {line}", line.removeprefix("line ")) for line, row in rows],
-                       where)
-    chosen = _select(rows, corpus_id, where)
-    questions = _questions_of(chosen, where)
+    if "question" in next(jsonl.rows(where))[1]:
+        return _unique([_parse_question(row, f"{where} {line}", line.removeprefix("line "))
+                        for line, row in jsonl.rows(where)], where)
+    places = {place for place, _ in _select(_outlines(where), corpus_id, where)}
+    questions = _questions_of(_at(places, jsonl.rows(where)), where)
     if not questions:
         asked = f" for corpus id {corpus_id!r}" if corpus_id else ""
         raise UserError(f"{path} has no questions{asked}; each row needs a non-empty \"questions\" list")
@@ -79,38 +78,37 @@ def corpus_ids(path: str) -> tuple[str, ...]:
     return tuple(name for name, _ in _rows_by_id(path))
 
 
-def _rows_by_id(path: str) -> list[tuple[str, dict]]:
-    rows = _read_rows(Path(path).expanduser())
-    for place, row in rows:
+def _rows_by_id(path: str) -> Iterator[tuple[str, dict]]:
+    for place, row in jsonl.rows(Path(path).expanduser()):
         if not row.get("corpus_id"):
             raise UserError(f"{path} {place} has no corpus_id")
-    return [(str(row["corpus_id"]), row) for _, row in rows]
+        yield str(row["corpus_id"]), row
 
 
 def holds_text(path: str) -> bool:
     """Whether the JSONL at `path` carries corpus texts, so that `load_corpus` can read it too."""
-    return any(str(row.get("text") or "").strip() for _, row in _read_rows(Path(path).expanduser()))
+    return any(str(row.get("text") or "").strip() for _, row in jsonl.rows(Path(path).expanduser()))
 
 
 def has_corpus(path: str, corpus_id: str) -> bool:
     """Whether `corpus_id` picks rows of the JSONL at `path`."""
-    return bool(_matching(_read_rows(Path(path).expanduser()), corpus_id))
+    return bool(_matching(_outlines(Path(path).expanduser()), corpus_id))
 
 
-def fingerprint(documents: Sequence[Document]) -> str:
+def fingerprint(document_ids: Iterable[str]) -> str:
     """SHA-256 (32 hex digits) over the document ids in order."""
-    return hashlib.sha256("\n".join(d.document_id for d in documents).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join(document_ids).encode()).hexdigest()[:32]
 
 
-def _build(corpus_id: str, documents: list[Document], where: Path,
-           questions: tuple[Question, ...] = ()) -> Corpus:
+def _build(corpus_id: str, documents: Documents, where: Path, questions: tuple[Question, ...] = ()) -> Corpus:
     if not any(document.text.strip() for document in documents):
         raise UserError(f"corpus {where} is empty: there is no text in it")
-    return Corpus(corpus_id, tuple(documents), fingerprint(documents), questions)
+    return Corpus(corpus_id, documents, fingerprint(ids_of(documents)), questions)
 
 
 def _from_folder(folder: Path, corpus_id: str | None) -> Corpus:
-    documents, skipped = walk(folder)
+    skipped: Counter = Counter()
+    documents = gather(lambda: walk(folder, skipped))
     if skipped:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
         logger.warning("corpus %s: skipped %d files (%s)", folder, skipped.total(), counts)
@@ -121,57 +119,81 @@ def _from_folder(folder: Path, corpus_id: str | None) -> Corpus:
 
 
 def _from_jsonl(where: Path, corpus_id: str | None) -> Corpus:
-    chosen = _select(_read_rows(where), corpus_id, where)
-    documents: dict[str, Document] = {}
-    for line, row in chosen:
-        text = _row_text(row, f"{where} {line}")
-        name = str(row.get("corpus_id", where.stem))
-        document = Document(hash_bytes(text.encode()), f"{where.name}:{name}", text)
-        documents.setdefault(document.document_id, document)
+    chosen = _select(_outlines(where), corpus_id, where)
+    places = {place for place, _ in chosen}
+
+    def read() -> Iterator[Document]:
+        for place, row in _at(places, jsonl.rows(where)):
+            text = _row_text(row, f"{where} {place}")
+            yield from _documents(text, f"{where.name}:{row.get('corpus_id', where.stem)}")
+
+    documents = gather(read)
     picked = corpus_id or str(chosen[0][1].get("corpus_id", where.stem))
-    return _build(picked, list(documents.values()), where, _questions_of(chosen, where))
+    return _build(picked, documents, where, _questions_of(_at(places, jsonl.rows(where)), where))
 
 
 def _from_table(table: Table, corpus_id: str | None) -> Corpus:
-    """Two passes where there are ids to pick by, so that the text of the others is never held."""
-    chosen, picked = None, corpus_id or table.where.stem
+    """Of the rows that are left out no text is read."""
+    where, places, picked = table.where, None, corpus_id or table.where.stem
     if "corpus_id" in table.columns:
-        ids = [(f"row {number}", row) for number, row in enumerate(table.rows("corpus_id"), start=1)]
+        ids = list(_numbered(table, "corpus_id"))
         one_corpus = corpus_id is None and len({row.get("corpus_id") for _, row in ids}) == 1
-        rows = ids if one_corpus else _select(ids, corpus_id, table.where)
-        chosen = {place for place, _ in rows}
-        picked = corpus_id or str(rows[0][1].get("corpus_id", picked))
-    documents: dict[str, Document] = {}
-    asked: list[Row] = []
-    skipped = 0
-    columns = (table.text_column, "corpus_id", "questions")
-    for number, row in enumerate(table.rows(*columns), start=1):
-        place = f"row {number}"
-        if chosen is not None and place not in chosen:
-            continue
-        asked.append((place, {key: value for key, value in row.items() if key != table.text_column}))
-        text = row.get(table.text_column, "")
-        if isinstance(text, str) and not text.strip():
-            skipped += 1
-            continue
-        text = _row_text({"text": text}, f"{table.where} {place}")
-        document = Document(hash_bytes(text.encode()), f"{table.where.name}:{number}", text)
-        documents.setdefault(document.document_id, document)
+        chosen = ids if one_corpus else _select(ids, corpus_id, where)
+        places, picked = {place for place, _ in chosen}, corpus_id or str(chosen[0][1].get("corpus_id", picked))
+    skipped: list[str] = []
+
+    def read() -> Iterator[Document]:
+        for place, row in _at(places, _numbered(table, table.text_column)):
+            text = row.get(table.text_column, "")
+            if isinstance(text, str) and not text.strip():
+                skipped.append(place)
+                continue
+            yield from _documents(_row_text({"text": text}, f"{where} {place}"),
+                                  f"{where.name}:{place.removeprefix('row ')}")
+
+    documents = gather(read)
     if skipped:
-        logger.warning("corpus %s: skipped %d rows without text", table.where, skipped)
-    return _build(picked, list(documents.values()), table.where, _questions_of(asked, table.where))
+        logger.warning("corpus %s: skipped %d rows without text", where, len(skipped))
+    asked = _at(places, _numbered(table, "corpus_id", "questions"))
+    return _build(picked, documents, where, _questions_of(asked, where))
+
+
+def _numbered(table: Table, *columns: str) -> Iterator[Row]:
+    return ((f"row {number}", row) for number, row in enumerate(table.rows(*columns), start=1))
+
+
+def _outlines(where: Path) -> list[Row]:
+    """The rows of a JSONL without their text: of the fields but the id only the names."""
+    return [(place, {key: value if key == "corpus_id" else None for key, value in row.items()})
+            for place, row in jsonl.rows(where)]
+
+
+def _at(places: set[str] | None, rows: Iterable[Row]) -> Iterator[Row]:
+    """Those of `rows` that stand at `places`; None: all."""
+    return (one for one in rows if places is None or one[0] in places)
+
+
+def _documents(text: str, source: str) -> Iterator[Document]:
+    """A row's text."""
+    if len(text) > LONGEST_CHARACTERS:
+        return split([text], source)
+    return iter([Document(hash_bytes(text.encode()), source, text)])
 
 
 def _row_text(row: dict, place: str) -> str:
-    if "text" not in row:
-        fields = ", ".join(list(row)[:6]) or "none"
-        raise UserError(f"{place} has no \"text\" (its fields: {fields}); a JSONL corpus has rows with "
-                        "corpus_id and text")
+    _check_has_text(row, place)
     text = row["text"]
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place}: \"text\" is empty or not a string")
     _check_unicode(text, place)
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _check_has_text(row: dict, place: str) -> None:
+    if "text" not in row:
+        fields = ", ".join(list(row)[:6]) or "none"
+        raise UserError(f"{place} has no \"text\" (its fields: {fields}); a JSONL corpus has rows with "
+                        "corpus_id and text")
 
 
 def _check_unicode(text: str, place: str) -> None:
@@ -182,28 +204,6 @@ def _check_unicode(text: str, place: str) -> None:
                         "write the file again as UTF-8") from None
 
 
-def _read_rows(where: Path) -> list[Row]:
-    try:
-        lines = decode(where.read_bytes(), where).split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {where}: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where} line {number} is not JSON ({error.msg} at column {error.colno}); "
-                            "one object a line is expected") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} line {number} is not a JSON object")
-        rows.append((f"line {number}", row))
-    if not rows:
-        raise UserError(f"{where} is empty")
-    return rows
-
-
 def _select(rows: list[Row], corpus_id: str | None, where: Path) -> list[Row]:
     """The rows that `corpus_id` means; without one, the only row. `UserError` for none or too many."""
     if corpus_id is None:
@@ -211,7 +211,7 @@ def _select(rows: list[Row], corpus_id: str | None, where: Path) -> list[Row]:
             raise UserError(f"{where} holds {len(rows)} corpora; pick one with --corpus-id, or several "
                             f"by pattern: {_some_ids(rows)}")
         if len(rows) > 1:
-            _row_text(rows[0][1], f"{where} {rows[0][0]}")
+            _check_has_text(rows[0][1], f"{where} {rows[0][0]}")
             raise UserError(f"{where}: its {len(rows)} rows have no corpus_id to pick by; add one a row")
         return rows
     named = [(line, row) for line, row in rows if "corpus_id" in row]
@@ -237,7 +237,7 @@ def _some_ids(rows: list[Row]) -> str:
     return ", ".join(ids[:IDS_SHOWN]) + (f", ... ({len(ids)} in all)" if len(ids) > IDS_SHOWN else "")
 
 
-def _questions_of(rows: list[Row], where: Path) -> tuple[Question, ...]:
+def _questions_of(rows: Iterable[Row], where: Path) -> tuple[Question, ...]:
     parsed = []
     for line, row in rows:
         raw = row.get("questions", [])

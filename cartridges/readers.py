@@ -2,17 +2,20 @@
 
 `read_file` is for a file the user named: whatever is wrong with it is the user's error, in one line.
 `walk` is for a folder: what cannot hold text is skipped and counted, and the caller says so.
+Long plain text is read block by block; HTML, PDF and notebooks must be whole to be read.
 """
 
+import codecs
 import hashlib
 import io
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from cartridges.documents import LONGEST_CHARACTERS, stretches
 from cartridges.errors import UserError
 from cartridges.records import Document
 
@@ -21,7 +24,9 @@ TEXT_SUFFIXES = {".txt", ".md", ".markdown", ".rst", ".tex", ".csv", ".tsv", ".l
 CODE_SUFFIXES = {".py", ".js", ".ts", ".tsx", ".jsx", ".java", ".c", ".h", ".cc", ".cpp", ".hpp", ".cs",
                  ".go", ".rs", ".rb", ".php", ".swift", ".kt", ".scala", ".sh", ".sql", ".r", ".jl",
                  ".lua", ".pl", ".yaml", ".yml", ".toml", ".ini", ".json"}
-BINARY_PROBE_BYTES = 8192
+PROBE_BYTES = 8192
+BLOCK_BYTES = 2**20
+PDF = b"%PDF-"
 
 
 class NoText(UserError):
@@ -32,43 +37,54 @@ class NoText(UserError):
         self.kind = kind
 
 
-def read_file(path: Path, source: str | None = None) -> Document:
-    """One file as a document. `document_id` is the SHA-256 (32 hex digits) of its bytes.
+def read_file(path: Path, source: str | None = None) -> Iterator[Document]:
+    """One file as a document, or a long one as several. `document_id` is the SHA-256 (32 hex digits) of the file's
+    bytes, or of its stretch's.
 
     Raises `UserError` (`NoText` when the file is binary, damaged or without any text layer).
     """
     source = source or str(path)
     try:
-        data = path.read_bytes()
+        if path.stat().st_size > LONGEST_CHARACTERS and _is_plain(path):
+            yield from split(_blocks(path), source)
+        else:
+            data = path.read_bytes()
+            text = _extract(data, path)
+            if len(text) > LONGEST_CHARACTERS:
+                yield from split([text], source)
+            else:
+                yield Document(hash_bytes(data), source, text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return Document(hash_bytes(data), source, _extract(data, path))
 
 
-def walk(root: Path) -> tuple[list[Document], Counter]:
-    """Every readable text below `root` in sorted order, and what was skipped by reason.
+def split(blocks: Iterable[str], source: str) -> Iterator[Document]:
+    """A long text as several documents of one source."""
+    for text in stretches(blocks):
+        if text.strip():
+            yield Document(hash_bytes(text.encode()), source, text)
+
+
+def walk(root: Path, skipped: Counter) -> Iterator[Document]:
+    """Every readable text below `root` in sorted order; what is left out is counted in `skipped` by reason.
 
     Hidden files, files ignored by the .gitignore files in `root` and below, links that lead nowhere
     and special files are left out. A file with a text or source suffix that is not UTF-8 raises
     `UserError`: it was meant to be read.
     """
-    documents: list[Document] = []
-    skipped: Counter = Counter()
     seen: set[str] = set()
     for path in _files(root):
         try:
-            document = read_file(path, source=path.relative_to(root).as_posix())
+            for document in read_file(path, source=path.relative_to(root).as_posix()):
+                if not document.text.strip():
+                    skipped["empty"] += 1
+                elif document.document_id in seen:
+                    skipped["duplicate"] += 1
+                else:
+                    seen.add(document.document_id)
+                    yield document
         except NoText as error:
             skipped[error.kind] += 1
-            continue
-        if not document.text.strip():
-            skipped["empty"] += 1
-        elif document.document_id in seen:
-            skipped["duplicate"] += 1
-        else:
-            seen.add(document.document_id)
-            documents.append(document)
-    return documents, skipped
 
 
 def decode(data: bytes, path: Path) -> str:
@@ -76,9 +92,41 @@ def decode(data: bytes, path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start} cannot be decoded); convert it, "
-                        f"for example: iconv -f LATIN1 -t UTF-8 '{path.name}'") from None
+        raise not_utf8(path, error.start) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def not_utf8(path: Path, byte: int) -> UserError:
+    return UserError(f"{path} is not UTF-8 text (byte {byte} cannot be decoded); convert it, "
+                     f"for example: iconv -f LATIN1 -t UTF-8 '{path.name}'")
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether the file is what its suffix says, and needs no reader of its own."""
+    if path.suffix.lower() not in TEXT_SUFFIXES | CODE_SUFFIXES:
+        return False
+    with path.open("rb") as file:
+        start = file.read(PROBE_BYTES)
+    if start.startswith(PDF):
+        return False
+    _check_plain(start, path)
+    return True
+
+
+def _blocks(path: Path) -> Iterator[str]:
+    """`decode`, a block of the file at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    lines = io.IncrementalNewlineDecoder(None, translate=True)
+    at, data = 0, b"more"
+    with path.open("rb") as file:
+        while data:
+            data, waiting = file.read(BLOCK_BYTES), len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise not_utf8(path, at - waiting + error.start) from None
+            yield lines.decode(text, final=not data)
+            at += len(data)
 
 
 def hash_bytes(data: bytes) -> str:
@@ -87,20 +135,24 @@ def hash_bytes(data: bytes) -> str:
 
 def _extract(data: bytes, path: Path) -> str:
     suffix = path.suffix.lower()
-    if suffix == ".pdf" or data.startswith(b"%PDF-"):
+    if suffix == ".pdf" or data.startswith(PDF):
         return _pdf_text(data, path)
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 "
-                        f"'{path.name}'")
-    if b"\0" in data[:BINARY_PROBE_BYTES]:
-        raise NoText("binary", f"{path} is a binary file; a corpus is text, Markdown, HTML, PDF, source "
-                               "code, a notebook or a JSONL")
+    _check_plain(data[:PROBE_BYTES], path)
     if suffix not in TEXT_SUFFIXES | CODE_SUFFIXES | HTML_SUFFIXES | {".ipynb"}:
         return _decode_unknown(data, path)
     text = decode(data, path)
     if suffix in HTML_SUFFIXES:
         return _html_text(text)
     return _notebook_text(text, path) if suffix == ".ipynb" else text
+
+
+def _check_plain(start: bytes, path: Path) -> None:
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 "
+                        f"'{path.name}'")
+    if b"\0" in start:
+        raise NoText("binary", f"{path} is a binary file; a corpus is text, Markdown, HTML, PDF, source "
+                               "code, a notebook or a JSONL")
 
 
 def _decode_unknown(data: bytes, path: Path) -> str:

@@ -1,5 +1,6 @@
 """What crosses a stage boundary. One writer and one reader each; immutable."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,21 +45,49 @@ class Question:
     metric: str = "contains_word"
 
 
+PASSAGES = 64
+"""That stand for a corpus too long to be taken whole."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """What one cartridge is built for: documents in order, and their questions if any were given.
 
-    `fingerprint` is a hash over the document ids in order.
+    `fingerprint` is a hash over the document ids in order. `documents` may be read anew in every pass
+    (`cartridges.documents`); only `text` needs memory for all of them.
     """
 
     corpus_id: str
-    documents: tuple[Document, ...]
+    documents: Collection[Document]
     fingerprint: str
     questions: tuple[Question, ...] = ()
 
     @property
     def text(self) -> str:
         return "\n\n".join(document.text for document in self.documents)
+
+    def beginning(self, characters: int) -> str:
+        """`text`, or of a longer one its first `characters`."""
+        parts, length = [], 0
+        for document in self.documents:
+            parts.append(document.text)
+            length += len(document.text)
+            if length >= characters:
+                break
+        return "\n\n".join(parts)[:characters]
+
+    def spread(self, characters: int) -> str:
+        """`text`, or of a longer one about `characters` in passages at even distances, the beginning first."""
+        total = sum(len(document.text) + 2 for document in self.documents)
+        if total <= characters:
+            return self.text
+        length, passages, at = characters // PASSAGES, [], 0
+        for document in self.documents:
+            for start in (total * index // PASSAGES - at for index in range(PASSAGES)):
+                if start + length > 0 and start < len(document.text):
+                    passages.append(document.text[max(0, start):start + length])
+            at += len(document.text) + 2
+        return "\n\n".join(passages)
 
 
 @dataclass(frozen=True)

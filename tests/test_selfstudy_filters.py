@@ -44,7 +44,8 @@ def test_information_gain_is_what_the_chunk_adds_to_an_answer(engine):
         given = tuple(one.input_ids.tolist()), tuple(one.loss_mask.tolist())
         taught, blind = engine.score([ScoreRequest(*given, TextPrefix(chunks[one.chunk_id].text)),
                                       ScoreRequest(*given)])
-        words = one.input_ids[1:][one.loss_mask[:-1]] != engine.base.tokenizer.eos_token_id  # a truncated one has no end
+        # All but the end of the turn, which a truncated one does not have.
+        words = one.input_ids[1:][one.loss_mask[:-1]] != engine.base.tokenizer.eos_token_id
         expected = taught.logprobs[words].mean() - blind.logprobs[words].mean()
         assert one.info["information_gain"] == pytest.approx(expected, abs=2e-3)
     dropped = run(engine, settings(**how, min_information_gain=1e9))

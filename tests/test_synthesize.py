@@ -236,10 +236,15 @@ def wait_for(condition, process, patience_s=900):
 def test_killed_driver_resumes_with_the_planned_ids(tiny_model_dir, corpus_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     settings = tiny_settings(tiny_model_dir, num_conversations=160, batch_size=2)
-    output = tmp_path / "dataset"
+    output, elsewhere = tmp_path / "dataset", tmp_path / "elsewhere.txt"
     with in_a_process(_SYNTHESIZE, corpus_file, output, settings.model_dump_json()) as process:
+        wait_for((output / "plan.json").exists, process)
+        corpus_file.rename(elsewhere)  # what is planned needs it no more
         wait_for(lambda: len(list((output / "work" / "checkpoint").glob("*.parquet"))) > 3, process)
     assert not (output / "dataset.json").exists()
+    with pytest.raises(UserError, match="does not exist"):
+        synthesize(str(corpus_file), str(output), settings)
+    elsewhere.rename(corpus_file)
     planned = {row["conversation_id"] for row in pq.read_table(output / "work" / "tasks.parquet").to_pylist()}
 
     manifest = synthesize(str(corpus_file), str(output), settings)

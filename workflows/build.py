@@ -19,6 +19,7 @@ from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus, load_questions
+from cartridges.documents import Reread
 from cartridges.errors import UserError
 from cartridges.records import Corpus, Question
 from cartridges.registry import Registry, check_name
@@ -83,9 +84,18 @@ def prepare(corpus: str, loaded: Corpus, name: str, settings: BuildSettings, sto
 def finish(job: Job, dataset: dict[str, Any], trained: dict[str, Any], cartridge: Path) -> dict[str, Any]:
     """Examine the artifact and publish it: `{name, version, report_card}`."""
     card = read_manifest(examine(job, dataset, trained, cartridge) / REPORT_CARD)
-    text = job.loaded.text if job.settings.corpus.keep_text else None
-    return {"name": job.name, "version": _publish(job.store, job.name, cartridge, card, text, job.work),
+    return {"name": job.name, "version": _publish(job.store, job.name, cartridge, card, _kept_text(job), job.work),
             "report_card": card}
+
+
+def _kept_text(job: Job) -> str | None:
+    """What is published beside the cartridge."""
+    if not job.settings.corpus.keep_text:
+        return None
+    if isinstance(job.loaded.documents, Reread):
+        say("the corpus is too long to be kept beside the cartridge: the service will not answer from its text")
+        return None
+    return job.loaded.text
 
 
 def make(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
@@ -165,6 +175,7 @@ def _report(job: Job, asked: tuple[Question, ...], cartridge: Path, source: str,
     from cartridges import artifact
     from cartridges.engines.base import CartridgePrefix
     from cartridges.engines.transformers import TransformersEngine
+    from cartridges.evaluation.arms import text_for_arms
     from cartridges.evaluation.report_card import Subject, report_card
     from cartridges.models import load_base_model
     from workflows.console import Progress
@@ -173,7 +184,8 @@ def _report(job: Job, asked: tuple[Question, ...], cartridge: Path, source: str,
     settings, corpus = job.settings, job.loaded
     loaded, base = artifact.load(cartridge), load_base_model(settings.model)
     subject = Subject(job.name, CartridgePrefix(loaded.cartridge, loaded.digest), corpus.corpus_id,
-                      corpus.fingerprint, loaded.manifest.corpus.tokens, corpus.text, loaded.manifest.version)
+                      corpus.fingerprint, loaded.manifest.corpus.tokens, text_for_arms(corpus, base),
+                      loaded.manifest.version)
     with Progress(None, "evaluate", "requests") as bar:
         return report_card(
             TransformersEngine(base), base, subject, asked, settings.evaluate, settings.seed,

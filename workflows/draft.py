@@ -21,7 +21,7 @@ NO_DATASET = {"seconds": 0.0, "conversations": {"kept": 0, "dropped": {}}, "toke
 def draft(corpus: Corpus, settings: BuildSettings, work: Path) -> tuple[dict[str, Any], Path]:
     """`(training manifest, artifact directory)` of `settings.train.init`; what is finished is not done again."""
     from cartridges import artifact
-    from cartridges.distill.initialize import initialize
+    from cartridges.distill.initialize import MOST_CHARACTERS, initialize
     from cartridges.models import load_base_model
 
     # That of the conversations, though there are none: it tells corpus, model and template apart.
@@ -33,8 +33,8 @@ def draft(corpus: Corpus, settings: BuildSettings, work: Path) -> tuple[dict[str
         base = load_base_model(settings.model)
         record = artifact.CorpusRecord(id=corpus.corpus_id, fingerprint=corpus.fingerprint,
                                        tokens=corpus_tokens(corpus, settings))
-        artifact.save(output / "cartridge", initialize(base, corpus.text, settings.train, settings.seed),
-                      model=base.identity, corpus=record, seed=settings.seed,
+        cartridge = initialize(base, corpus.spread(MOST_CHARACTERS), settings.train, settings.seed)
+        artifact.save(output / "cartridge", cartridge, model=base.identity, corpus=record, seed=settings.seed,
                       settings={"train": settings.train.model_dump(mode="json", exclude={"distractors"})})
         done = {"fingerprint": expected, "seconds": time.monotonic() - start, "steps": 0}
         write_manifest(output / MANIFEST, done)

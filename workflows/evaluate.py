@@ -41,6 +41,7 @@ def _run(store, entry, loaded, asked, given, arms, notes, settings: BuildSetting
     from cartridges.artifact import check_compatible
     from cartridges.engines.base import CartridgePrefix
     from cartridges.engines.transformers import TransformersEngine
+    from cartridges.evaluation.arms import text_for_arms
     from cartridges.evaluation.report_card import Subject, report_card
     from cartridges.models import load_base_model, load_identity, resolve_model_dir
     from workflows.console import Progress
@@ -49,9 +50,9 @@ def _run(store, entry, loaded, asked, given, arms, notes, settings: BuildSetting
     model = model_of(loaded.manifest, settings)
     check_compatible(loaded.manifest, load_identity(resolve_model_dir(model)))
     base = load_base_model(model)
-    built = loaded.manifest.corpus
+    built, text = loaded.manifest.corpus, None if given is None else text_for_arms(given, base)
     subject = Subject(entry.name, CartridgePrefix(loaded.cartridge, loaded.digest), built.id,
-                      built.fingerprint, built.tokens, None if given is None else given.text, entry.version)
+                      built.fingerprint, built.tokens, text, entry.version)
     chosen = settings.evaluate.model_copy(update={"arms": arms})
     wrong = wrong_cartridge(store, loaded, base, settings)
     with track("evaluate", entry.name, settings.model_dump(), workdir) as run, \
@@ -126,7 +127,7 @@ def _possible_arms(arms: tuple[Arm, ...] | None, settings: BuildSettings,
 
     if arms is not None:
         arms = tuple(dict.fromkeys(arms))
-        check_arms(arms, None if given is None else given.text)
+        check_arms(arms, has_text=given is not None)
         return arms, []
     if given is not None:
         return settings.evaluate.arms, []

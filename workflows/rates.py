@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,6 +22,8 @@ BATCHES = 3
 """Of conversations, and steps, in a calibration; the first of each only warms up."""
 PLANNED_BATCHES = 12
 """Of conversations that a calibration plans, so that as many share a chunk as in a build, and tries some of."""
+MOST_CHUNKS = 4096
+"""Of a corpus, that those conversations are about: its first ones."""
 WORKER_SLOWDOWN = 1.3
 """What a training step takes in Ray's worker, beside Ray's other processes, over what it takes here: measured
 on two cores (docs/log.md). Where a build has finished, its own rate stands instead."""
@@ -89,14 +92,14 @@ def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
 
     Raises `UserError` when the filters keep none of those conversations.
     """
-    from cartridges.chunking import chunk_corpus
+    from cartridges.chunking import Chunks
     from cartridges.distill.packing import own_lengths
     from cartridges.models import load_base_model
     from workflows.generation import check_generation
 
     check_generation(settings)
     base = load_base_model(settings.model)
-    chunks = chunk_corpus(corpus, base.tokenizer, settings.synthesize.chunk)
+    chunks = list(islice(Chunks(corpus, base.tokenizer, settings.synthesize.chunk), MOST_CHUNKS))
     conversations, conversation_seconds, kept = _time_synthesis(base, chunks, settings)
     if not conversations:
         raise UserError("no conversation of the calibration passed the filters, so a budget cannot be planned; give "
@@ -158,14 +161,14 @@ def _time_steps(base, corpus: Corpus, conversations: Sequence[Conversation],
                 settings: BuildSettings) -> float:
     """Seconds for a pack of a training step, of the first epoch and of later ones, whose states are known."""
     from cartridges.distill.course import Course
-    from cartridges.distill.initialize import initialize
+    from cartridges.distill.initialize import MOST_CHARACTERS, initialize
     from cartridges.distill.student import Student
     from cartridges.distill.trainer import TorchStepper, Trainer
 
     # Any start will do, so one that takes no time; what packs with distractors cost more is not known.
     start = "prefix" if settings.train.init == "attention_matching" else settings.train.init
     wanted = settings.train.model_copy(update={"steps": BATCHES, "init": start, "distractors": ()})
-    student = Student(base.model, initialize(base, corpus.text, wanted, settings.seed), wanted.loss)
+    student = Student(base.model, initialize(base, corpus.spread(MOST_CHARACTERS), wanted, settings.seed), wanted.loss)
     trainer = Trainer(TorchStepper([student], wanted), [Course(conversations, wanted, settings.seed)], base.device)
     passes: list[float] = []
     for _ in range(2):

@@ -1,7 +1,7 @@
 """Self-study on Ray Data: corpus -> chunks -> planned tasks -> actors -> Parquet shards.
 
     DIR/plan.json                     what is to be done, with its fingerprint
-    DIR/chunks.parquet                the corpus in chunks
+    DIR/chunks.parquet                the chunks that are asked about
     DIR/work/{tasks,parts,checkpoint} Ray Data's input, output and what it has committed
     DIR/shards/part-*.parquet         the finished conversations, kept and dropped, in order of id
     DIR/data_card.json                what is in them (`cartridges inspect DIR`)
@@ -16,10 +16,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property, lru_cache, reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,20 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
 
 
 def corpus_tokens(corpus: Corpus, settings: BuildSettings) -> int:
-    """Length of the corpus in the model's tokens."""
+    """Length of the corpus in the model's tokens, what stands between documents included."""
     from cartridges.models import resolve_model_dir
 
-    tokenizer = _tokenizer(resolve_model_dir(settings.model))
-    return len(tokenizer.encode(corpus.text, add_special_tokens=False, verbose=False))
+    model = resolve_model_dir(settings.model)
+    if (model, corpus.fingerprint) not in _TOKENS:
+        tokenizer = _tokenizer(model)
+        _TOKENS[model, corpus.fingerprint] = sum(
+            len(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+            for text in chain(["\n\n"] * (len(corpus.documents) - 1), (one.text for one in corpus.documents)))
+    return _TOKENS[model, corpus.fingerprint]
+
+
+_TOKENS: dict[tuple[Path, str], int] = {}
+"""Counted once: the stages of a build all ask."""
 
 
 @lru_cache(maxsize=4)
@@ -135,19 +145,19 @@ def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected
     require_match(planned, expected, output)
     if planned is not None:
         return planned
-    from cartridges.chunking import chunk_corpus
+    from cartridges.chunking import Chunks
     from cartridges.models import resolve_model_dir
-    from cartridges.selfstudy.plan import plan
+    from cartridges.selfstudy.plan import Task, plan
 
-    tokenizer = _tokenizer(resolve_model_dir(settings.model))
-    chunks = chunk_corpus(corpus, tokenizer, settings.synthesize.chunk)
+    chunks = Chunks(corpus, _tokenizer(resolve_model_dir(settings.model)), settings.synthesize.chunk)
     tasks = plan(chunks, settings.synthesize, settings.seed, weights)
     if not tasks:
         raise UserError("no conversations are planned: the corpus has no text, or every share in "
                         "synthesize.families is 0")
     (output / "work").mkdir(exist_ok=True)
-    write_rows(output / "chunks.parquet", chunks)
-    write_rows(output / "work" / "tasks.parquet", tasks)
+    asked = {task.chunk_id for task in tasks}
+    write_rows(output / "chunks.parquet", Chunk, chunks.with_ids(asked))
+    write_rows(output / "work" / "tasks.parquet", Task, tasks)
     planned = {
         "fingerprint": expected, "chunks": len(chunks), "conversations": len(tasks), "seed": settings.seed,
         "corpus": {"id": corpus.corpus_id, "fingerprint": corpus.fingerprint,
@@ -158,12 +168,15 @@ def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected
     return planned
 
 
-def write_rows(path: Path, rows: Sequence[Any]) -> None:
+def write_rows(path: Path, kind: type, rows: Iterable[Any]) -> None:
+    """Records of one `kind`, as Parquet; there may be none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    types = {str: pa.string(), int: pa.int64()}
+    schema = pa.schema([(field.name, types[field.type]) for field in fields(kind)])
     temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), temporary)
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
     temporary.rename(path)
 
 

@@ -151,7 +151,7 @@ def _echo(pupils: Sequence[Pupil]) -> Callable[[Any], None]:
 
 def _pupil(config: dict[str, Any], base: BaseModel, rank: int, world: int, resumed: bool) -> Pupil:
     """The member's cartridge at its start and what it is taught; the first worker writes its questions down."""
-    from cartridges.distill.initialize import initialize
+    from cartridges.distill.initialize import MOST_CHARACTERS, initialize
     from cartridges.distill.packing import unshared
     from cartridges.selfstudy.held_out import split, without
     from cartridges.selfstudy.storage import load_conversations
@@ -166,7 +166,8 @@ def _pupil(config: dict[str, Any], base: BaseModel, rank: int, world: int, resum
     if rank == 0:
         write_held_out(output / HELD_OUT, questions)
     corpus = load_corpus(config["corpus"], settings.corpus.corpus_id)
-    cartridge = initialize(base, corpus.text, _start(settings.train, rank, resumed), settings.seed)
+    text = corpus.spread(MOST_CHARACTERS)
+    cartridge = initialize(base, text, _start(settings.train, rank, resumed), settings.seed)
     if settings.train.zero_stage == 3:
         conversations = unshared(conversations)
     course = Course(conversations, settings.train, settings.seed, rank, world, config["partners"])

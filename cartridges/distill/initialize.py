@@ -17,6 +17,8 @@ from cartridges.models import BaseModel
 UNRELATED = ("Water boils when it is hot enough, and what rises from the pot is steam. A kettle that has no "
              "lid loses heat to the room. Bread keeps longer in a cloth than in the open air. ")
 CHUNK_TOKENS = 64
+MOST_CHARACTERS = 2**22
+"""Of a corpus, that a start is made from (`Corpus.spread`): every start reads fewer tokens than are in them."""
 
 
 def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -> Cartridge:

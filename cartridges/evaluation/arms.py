@@ -18,10 +18,15 @@ from cartridges.engines.base import CartridgePrefix, Prefix, TextPrefix
 from cartridges.errors import UserError
 from cartridges.evaluation.decoy import DECOY
 from cartridges.models import BaseModel
+from cartridges.records import Corpus
 from cartridges.template import ChatTemplate
 
 CORPUS_ARMS = frozenset({"full_context", "truncated", "exact_kv"})
 """Arms that need the corpus' text."""
+
+
+CHARACTERS_A_TOKEN = 64
+"""Most, on the average of a window: of a longer corpus more cannot be in it."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: Cart
     `wrong` None takes the decoy. Raises `UserError` when an arm of `CORPUS_ARMS` has no `corpus_text`,
     or the window no room.
     """
-    check_arms([arm], corpus_text)
+    check_arms([arm], has_text=corpus_text is not None)
     if arm == "closed_book":
         return ArmPrefix(arm, None, len(base.template.default_ids()))
     if arm == "cartridge":
@@ -59,10 +64,15 @@ def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: Cart
     return ArmPrefix(arm, TextPrefix(text), len(base.template.system_ids(text)), cut)
 
 
-def check_arms(arms: Sequence[Arm], corpus_text: str | None) -> None:
+def text_for_arms(corpus: Corpus, base: BaseModel) -> str:
+    """As much of the corpus' text as any arm may need."""
+    return corpus.beginning(CHARACTERS_A_TOKEN * base.identity.max_position_embeddings)
+
+
+def check_arms(arms: Sequence[Arm], has_text: bool) -> None:
     """Raise `UserError` for an arm that needs a corpus text where there is none."""
     needy = [arm for arm in arms if arm in CORPUS_ARMS]
-    if needy and corpus_text is None:
+    if needy and not has_text:
         raise UserError(f"arm {needy[0]} needs the corpus text; give it with --corpus, or leave the arm "
                         "out with --arms")
 

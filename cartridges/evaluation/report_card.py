@@ -29,8 +29,8 @@ QuestionsSource = Literal["user", "held_out_self_study"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is under test. `corpus_text` is None where only the cartridge is at hand: then the arms
-    that read the corpus cannot run. `version` is None before it is known."""
+    """What is under test. `corpus_text` (`arms.text_for_arms`) is None where only the cartridge is at hand: then
+    the arms that read the corpus cannot run. `version` is None before it is known."""
 
     name: str
     cartridge: CartridgePrefix
@@ -68,7 +68,7 @@ def report_card(engine: Engine, base: BaseModel, subject: Subject, questions: Se
     """
     if not questions:
         raise UserError("there are no questions to ask; give some with --questions")
-    check_arms(settings.arms, subject.corpus_text)
+    check_arms(settings.arms, has_text=subject.corpus_text is not None)
     items = plan_items(questions, base.template, seed, settings.max_questions)
     arms, answered, seconds = {}, {}, {}
     tick = _Ticker(progress, total=num_requests(items) * len(settings.arms))

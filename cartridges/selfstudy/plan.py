@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,14 +31,14 @@ class Task:
     ordinal: int = 0
 
 
-def plan(chunks: Sequence[Chunk], settings: SynthesizeSettings, seed: int,
+def plan(chunks: Iterable[Chunk], settings: SynthesizeSettings, seed: int,
          weights: Mapping[str, float] | None = None) -> list[Task]:
     """`settings.num_conversations` tasks; a function of its arguments and of nothing else.
 
     Every chunk gets conversations in proportion to its length in tokens, times its weight where `weights` has one
     by its id (systematic sampling: edges as often as the middle), every family its share. Tasks of a
     chunk stand together, so that those in flight share its prefill; those for which a model has to
-    write come last, the general ones at the end.
+    write come last, the general ones at the end. One pass over `chunks`, of which none is kept.
     Raises `UserError` for a family that does not exist.
     """
     count = round(settings.num_conversations * settings.general_share)
@@ -53,19 +53,22 @@ def _general(count: int, seed: int) -> list[Task]:
             for i in range(count)]
 
 
-def _about_chunks(chunks: Sequence[Chunk], settings: SynthesizeSettings, total: int, seed: int,
+def _about_chunks(chunks: Iterable[Chunk], settings: SynthesizeSettings, total: int, seed: int,
                   weights: Mapping[str, float]) -> list[Task]:
     shares = settings.families or DEFAULT_MIXTURE
     unknown = sorted(set(shares) - set(FAMILIES))
     if unknown:
         raise UserError(f"seed family {unknown[0]!r} does not exist; there are {', '.join(sorted(FAMILIES))}")
-    if not chunks or not sum(shares.values()):
+    ids, lengths = [], []
+    for chunk in chunks:
+        ids.append(chunk.chunk_id)
+        lengths.append(len(_PIECE.findall(chunk.text)) * weights.get(chunk.chunk_id, 1.0))
+    if not ids or not sum(shares.values()):
         return []
     rng = np.random.default_rng(seed)
-    lengths = [len(_PIECE.findall(chunk.text)) * weights.get(chunk.chunk_id, 1.0) for chunk in chunks]
     ends = np.cumsum(lengths) / sum(lengths)
     points = (np.arange(total) + rng.random()) / max(total, 1)
-    owners = np.minimum(np.searchsorted(ends, points, side="right"), len(chunks) - 1)
+    owners = np.minimum(np.searchsorted(ends, points, side="right"), len(ids) - 1)
     names = sorted(shares)
     weights = np.array([shares[name] for name in names], float)
     families = rng.choice(len(names), size=total, p=weights / weights.sum())
@@ -73,7 +76,7 @@ def _about_chunks(chunks: Sequence[Chunk], settings: SynthesizeSettings, total: 
     tasks: list[Task] = []
     made: Counter[tuple[str, str]] = Counter()
     for i, (owner, family, task_seed) in enumerate(zip(owners, families, seeds, strict=True)):
-        of = (chunks[owner].chunk_id, names[family])
+        of = (ids[owner], names[family])
         tasks.append(Task(_task_id(seed, i, *of), *of, int(task_seed), made[of]))
         made[of] += 1
     return sorted(tasks, key=lambda task: decodes(task.seed_family))

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cartridges.corpus import JSONL_SUFFIXES, corpus_ids, load_corpus
+from cartridges import jsonl
+from cartridges.corpus import corpus_ids, load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Corpus
 from workflows.serving.passages import PassageIndex, cut
@@ -37,7 +38,7 @@ def bench_route(sources: list[str], tokenizer, max_questions: int, seed: int = 0
 
 def _load(source: str) -> list[Corpus]:
     path, _, corpus_id = source.partition("::")
-    if corpus_id or Path(path).suffix.lower() not in JSONL_SUFFIXES:
+    if corpus_id or Path(path).suffix.lower() not in jsonl.SUFFIXES:
         return [load_corpus(path, corpus_id or None)]
     return [load_corpus(path, row) for row in dict.fromkeys(corpus_ids(path))]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from cartridges.chunking import chunk_document
 from cartridges.config import ChunkSettings
+from cartridges.documents import stretches
 from cartridges.records import Document
 
 PASSAGE_TOKENS = 128
@@ -58,8 +59,9 @@ class PassageIndex:
 
 def cut(text: str, tokenizer) -> list[str]:
     """The passages of a text, in order; they end where paragraphs or sentences do."""
-    chunks = chunk_document(Document("", "", text), tokenizer, ChunkSettings(max_tokens=PASSAGE_TOKENS))
-    return [chunk.text for chunk in chunks]
+    settings = ChunkSettings(max_tokens=PASSAGE_TOKENS)
+    return [chunk.text for part in stretches([text])
+            for chunk in chunk_document(Document("", "", part), tokenizer, settings)]
 
 
 def _words(texts: list[str]) -> list[list[str]]:

@@ -1,0 +1,52 @@
+"""Rows of a JSONL file, a line at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from cartridges.errors import UserError
+from cartridges.readers import not_utf8
+
+SUFFIXES = {".jsonl", ".ndjson"}
+BOM = b"\xef\xbb\xbf"
+
+Row = tuple[str, dict]
+"""Where it stands (`line 3` of a JSONL, `row 3` of a table; from 1) and what stands there."""
+
+
+def rows(where: Path) -> Iterator[Row]:
+    """The objects in order; blank lines are passed over. Raises `UserError` for an empty file and for a line that is
+    not UTF-8 or not an object."""
+    empty = True
+    for number, line in enumerate(_lines(where), start=1):
+        if line.strip():
+            empty = False
+            yield f"line {number}", _parse(line, number, where)
+    if empty:
+        raise UserError(f"{where} is empty")
+
+
+def _lines(where: Path) -> Iterator[str]:
+    """Without their ends, which are those of any system."""
+    at = 0
+    try:
+        with where.open("rb") as file:
+            for raw in file:
+                try:
+                    yield from raw.removeprefix(BOM if at == 0 else b"").rstrip(b"\r\n").decode().split("\r")
+                except UnicodeDecodeError as error:
+                    raise not_utf8(where, at + error.start) from None
+                at += len(raw)
+    except OSError as error:
+        raise UserError(f"cannot read {where}: {error.strerror}") from None
+
+
+def _parse(line: str, number: int, where: Path) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} line {number} is not JSON ({error.msg} at column {error.colno}); "
+                        "one object a line is expected") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} line {number} is not a JSON object")
+    return row
