@@ -16,7 +16,7 @@ from cartridges import jsonl
 from cartridges.documents import LONGEST_CHARACTERS, Documents, gather, ids_of
 from cartridges.errors import UserError
 from cartridges.jsonl import Row
-from cartridges.readers import hash_bytes, read_file, split, walk
+from cartridges.readers import check_unicode, hash_bytes, read_file, split, walk
 from cartridges.records import Corpus, Document, Question
 from cartridges.tables import Table, is_table, open_table
 
@@ -108,7 +108,12 @@ def _build(corpus_id: str, documents: Documents, where: Path, questions: tuple[Q
 
 def _from_folder(folder: Path, corpus_id: str | None) -> Corpus:
     skipped: Counter = Counter()
-    documents = gather(lambda: walk(folder, skipped))
+
+    def read() -> Iterator[Document]:
+        skipped.clear()
+        return walk(folder, skipped)
+
+    documents = gather(read)
     if skipped:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
         logger.warning("corpus %s: skipped %d files (%s)", folder, skipped.total(), counts)
@@ -133,20 +138,19 @@ def _from_jsonl(where: Path, corpus_id: str | None) -> Corpus:
 
 
 def _from_table(table: Table, corpus_id: str | None) -> Corpus:
-    """Of the rows that are left out no text is read."""
     where, places, picked = table.where, None, corpus_id or table.where.stem
     if "corpus_id" in table.columns:
         ids = list(_numbered(table, "corpus_id"))
         one_corpus = corpus_id is None and len({row.get("corpus_id") for _, row in ids}) == 1
         chosen = ids if one_corpus else _select(ids, corpus_id, where)
         places, picked = {place for place, _ in chosen}, corpus_id or str(chosen[0][1].get("corpus_id", picked))
-    skipped: list[str] = []
+    skipped: set[str] = set()
 
     def read() -> Iterator[Document]:
         for place, row in _at(places, _numbered(table, table.text_column)):
             text = row.get(table.text_column, "")
             if isinstance(text, str) and not text.strip():
-                skipped.append(place)
+                skipped.add(place)
                 continue
             yield from _documents(_row_text({"text": text}, f"{where} {place}"),
                                   f"{where.name}:{place.removeprefix('row ')}")
@@ -185,7 +189,7 @@ def _row_text(row: dict, place: str) -> str:
     text = row["text"]
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{place}: \"text\" is empty or not a string")
-    _check_unicode(text, place)
+    check_unicode(text, place)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -194,14 +198,6 @@ def _check_has_text(row: dict, place: str) -> None:
         fields = ", ".join(list(row)[:6]) or "none"
         raise UserError(f"{place} has no \"text\" (its fields: {fields}); a JSONL corpus has rows with "
                         "corpus_id and text")
-
-
-def _check_unicode(text: str, place: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place}: half of a surrogate pair at character {error.start}; "
-                        "write the file again as UTF-8") from None
 
 
 def _select(rows: list[Row], corpus_id: str | None, where: Path) -> list[Row]:
@@ -261,7 +257,7 @@ def _unique(questions: list[Question], where: Path) -> tuple[Question, ...]:
 def _parse_question(raw, place: str, default_id: str) -> Question:
     if not isinstance(raw, dict) or not _is_text(raw.get("question")):
         raise UserError(f"{place} has no \"question\" text")
-    _check_unicode(json.dumps(raw, ensure_ascii=False), place)
+    check_unicode(json.dumps(raw, ensure_ascii=False), place)
     question_id = str(raw.get("id", default_id))
     if "options" in raw:
         options, gold = raw["options"], raw.get("gold")

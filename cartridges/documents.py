@@ -20,21 +20,26 @@ HELD_CHARACTERS = 2**26
 
 def stretches(blocks: Iterable[str]) -> Iterator[str]:
     """The text of `blocks` in parts of at most `LONGEST_CHARACTERS`, cut behind the last paragraph that fits, else
-    behind a line, a word, or anywhere. Where blocks begin and end makes no difference."""
-    rest = ""
+    behind a line, a word, or anywhere; the last ones alike. Where blocks begin and end makes no difference."""
+    rest, at = "", 0
     for block in blocks:
-        rest += block
-        while len(rest) > LONGEST_CHARACTERS:
-            cut = _last_cut(rest[:LONGEST_CHARACTERS])
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest
+        rest, at = rest[at:] + block, 0
+        while len(rest) - at > 2 * LONGEST_CHARACTERS:
+            begun, at = at, _cut(rest, at, LONGEST_CHARACTERS)
+            yield rest[begun:at]
+    while at < len(rest):
+        left = len(rest) - at
+        begun, at = at, _cut(rest, at, -(-left // 2)) if left > LONGEST_CHARACTERS else len(rest)
+        yield rest[begun:at]
 
 
-def _last_cut(text: str) -> int:
-    ends = (text.rfind(mark) + len(mark) for mark in ("\n\n", "\n", " "))
-    return next((end for end in ends if end > len(text) // 2), len(text))
+def _cut(text: str, start: int, most: int) -> int:
+    """Where a part of at most `most` characters, and more than half of them, ends best."""
+    for mark in ("\n\n", "\n", " "):
+        end = text.rfind(mark, start, start + most) + len(mark)
+        if end > start + most // 2:
+            return end
+    return start + most
 
 
 class Reread:
@@ -50,10 +55,14 @@ class Reread:
         expected = iter(self.ids)
         for document in distinct(self._read()):
             if next(expected, None) != document.document_id:
-                raise UserError(f"{document.source} changed while the corpus was read; leave it as it is and run again")
+                raise _changed(f"at {document.source}")
             yield document
         if next(expected, None) is not None:
-            raise UserError("a part of the corpus went away while it was read; put it back and run again")
+            raise _changed("at its end")
+
+
+def _changed(where: str) -> UserError:
+    return UserError(f"the corpus changed while it was read ({where}); leave it as it is and run again")
 
 
 Documents = tuple[Document, ...] | Reread

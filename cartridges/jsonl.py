@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cartridges.errors import UserError
-from cartridges.readers import not_utf8
+from cartridges.readers import BOM, not_utf8
 
 SUFFIXES = {".jsonl", ".ndjson"}
-BOM = b"\xef\xbb\xbf"
 
 Row = tuple[str, dict]
 """Where it stands (`line 3` of a JSONL, `row 3` of a table; from 1) and what stands there."""
@@ -33,9 +32,10 @@ def _lines(where: Path) -> Iterator[str]:
         with where.open("rb") as file:
             for raw in file:
                 try:
-                    yield from raw.removeprefix(BOM if at == 0 else b"").rstrip(b"\r\n").decode().split("\r")
+                    text = raw.rstrip(b"\r\n").decode()
                 except UnicodeDecodeError as error:
                     raise not_utf8(where, at + error.start) from None
+                yield from (text if at else text.removeprefix(BOM)).split("\r")
                 at += len(raw)
     except OSError as error:
         raise UserError(f"cannot read {where}: {error.strerror}") from None

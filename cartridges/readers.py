@@ -27,6 +27,7 @@ CODE_SUFFIXES = {".py", ".js", ".ts", ".tsx", ".jsx", ".java", ".c", ".h", ".cc"
 PROBE_BYTES = 8192
 BLOCK_BYTES = 2**20
 PDF = b"%PDF-"
+BOM = "\ufeff"
 
 
 class NoText(UserError):
@@ -39,7 +40,7 @@ class NoText(UserError):
 
 def read_file(path: Path, source: str | None = None) -> Iterator[Document]:
     """One file as a document, or a long one as several. `document_id` is the SHA-256 (32 hex digits) of the file's
-    bytes, or of its stretch's.
+    bytes, or of a stretch's number and text.
 
     Raises `UserError` (`NoText` when the file is binary, damaged or without any text layer).
     """
@@ -50,6 +51,7 @@ def read_file(path: Path, source: str | None = None) -> Iterator[Document]:
         else:
             data = path.read_bytes()
             text = _extract(data, path)
+            check_unicode(text, str(path))
             if len(text) > LONGEST_CHARACTERS:
                 yield from split([text], source)
             else:
@@ -59,10 +61,10 @@ def read_file(path: Path, source: str | None = None) -> Iterator[Document]:
 
 
 def split(blocks: Iterable[str], source: str) -> Iterator[Document]:
-    """A long text as several documents of one source."""
-    for text in stretches(blocks):
+    """A long text as several documents of one source. They are numbered, as a text may say the same twice."""
+    for number, text in enumerate(stretches(blocks)):
         if text.strip():
-            yield Document(hash_bytes(text.encode()), source, text)
+            yield Document(hash_bytes(f"{number}\n{text}".encode()), source, text)
 
 
 def walk(root: Path, skipped: Counter) -> Iterator[Document]:
@@ -74,23 +76,27 @@ def walk(root: Path, skipped: Counter) -> Iterator[Document]:
     """
     seen: set[str] = set()
     for path in _files(root):
+        without = "empty"
         try:
             for document in read_file(path, source=path.relative_to(root).as_posix()):
                 if not document.text.strip():
-                    skipped["empty"] += 1
-                elif document.document_id in seen:
-                    skipped["duplicate"] += 1
-                else:
-                    seen.add(document.document_id)
-                    yield document
+                    continue
+                if document.document_id in seen:
+                    without = without and "duplicate"
+                    continue
+                without = ""
+                seen.add(document.document_id)
+                yield document
         except NoText as error:
-            skipped[error.kind] += 1
+            without = error.kind
+        if without:
+            skipped[without] += 1
 
 
 def decode(data: bytes, path: Path) -> str:
     """UTF-8 text with `\\n` line ends; `UserError` names the file, the byte and the cure."""
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode().removeprefix(BOM)
     except UnicodeDecodeError as error:
         raise not_utf8(path, error.start) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -99,6 +105,15 @@ def decode(data: bytes, path: Path) -> str:
 def not_utf8(path: Path, byte: int) -> UserError:
     return UserError(f"{path} is not UTF-8 text (byte {byte} cannot be decoded); convert it, "
                      f"for example: iconv -f LATIN1 -t UTF-8 '{path.name}'")
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Raise `UserError` for half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: half of a surrogate pair at character {error.start}; "
+                        "write the file again as UTF-8") from None
 
 
 def _is_plain(path: Path) -> bool:
@@ -115,9 +130,9 @@ def _is_plain(path: Path) -> bool:
 
 def _blocks(path: Path) -> Iterator[str]:
     """`decode`, a block of the file at a time."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(None, translate=True)
-    at, data = 0, b"more"
+    at, begun, data = 0, False, b"more"
     with path.open("rb") as file:
         while data:
             data, waiting = file.read(BLOCK_BYTES), len(decoder.getstate()[0])
@@ -125,8 +140,8 @@ def _blocks(path: Path) -> Iterator[str]:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 raise not_utf8(path, at - waiting + error.start) from None
-            yield lines.decode(text, final=not data)
-            at += len(data)
+            yield lines.decode(text if begun else text.removeprefix(BOM), final=not data)
+            at, begun = at + len(data), begun or bool(text)
 
 
 def hash_bytes(data: bytes) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from cartridges.errors import UserError
 
 PARQUET_SUFFIX = ".parquet"
-BATCH_ROWS = 1024
+BATCH_ROWS = 32
+"""Read at once: a row may be a book."""
 
 
 @dataclass(frozen=True)

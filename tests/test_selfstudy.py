@@ -302,6 +302,16 @@ def test_filters():
     assert filters.ungrounded_numbers("It has 84 berths and 3 cranes.", PROSE, "How many?") == ["3"]
 
 
+class Pointing:
+    """An earlier question is about a text that the reader has not."""
+
+    decodes = False
+
+    def propose(self, chunk, rng, ordinal):
+        return Proposal(user="Who founded the Light Service?", answer="Perrin Voss", short=True,
+                        earlier=(("Who is named in this passage?", "Perrin Voss"),))
+
+
 class Silent:
     """A family that never finds anything to ask."""
 
@@ -385,6 +395,21 @@ def test_rounds_by_rule_ask_different_things():
         told = [*one.earlier, (one.user, one.answer)]
         assert len(told) > 1 and len(dict(told)) == len({answer for _, answer in told}) == len(told)
         assert all(answer in PROSE for _, answer in told)
+
+
+def test_every_question_of_several_rounds_is_filtered(tiny_base_model):
+    register("pointing", Pointing())
+    try:
+        for off in ((), ("refers_to_text",)):
+            wanted = settings(count=2, families={"pointing": 1}, filters_off=off)
+            results = Synthesizer(TransformersEngine(tiny_base_model), tiny_base_model.template,
+                                  {chunk.chunk_id: chunk for chunk in CHUNKS}, wanted).run(plan(CHUNKS, wanted, seed=0))
+            if off:
+                assert all(isinstance(one, Conversation) for one in results)
+            else:
+                assert {one.reason for one in results} == {"refers_to_text"}
+    finally:
+        del FAMILIES["pointing"]
 
 
 def test_the_asking_side_asks_on(tiny_base_model):

@@ -16,6 +16,7 @@ import pytest
 
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
+from cartridges.prompts import example_messages
 from cartridges.records import Conversation
 from cartridges.selfstudy.finish import finish
 from cartridges.selfstudy.held_out import split, without
@@ -172,6 +173,9 @@ def test_held_out_questions_are_not_trained_on():
                                      {"role": "assistant", "content": "Here."})) for one in conversations]
     assert split(rounds, 3, seed=0) == (rounds, [])
     assert len(without(rounds, list(asked))) == len(rounds) - 2 * len(asked)
+    # The example turns that short ones begin with are nobody's question.
+    shown = [replace(one, messages=(*example_messages(), *one.messages), shared_tokens=4) for one in conversations]
+    assert without(shown, [example_messages()[0]["content"]]) == shown
 
 
 def test_the_clock_counts_killed_runs(tmp_path):

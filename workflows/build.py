@@ -93,7 +93,7 @@ def _kept_text(job: Job) -> str | None:
     if not job.settings.corpus.keep_text:
         return None
     if isinstance(job.loaded.documents, Reread):
-        say("the corpus is too long to be kept beside the cartridge: the service will not answer from its text")
+        say("the corpus is too long for its text to be kept beside the cartridge (as with corpus.keep_text=false)")
         return None
     return job.loaded.text
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cartridges.prompts import example_messages
 from cartridges.records import Conversation, Question
 
 MAX_ANSWER_WORDS = 12
@@ -50,7 +51,9 @@ def _as_question(conversation: Conversation) -> Question:
 
 
 def _asked(conversation: Conversation) -> set[str]:
-    return {_folded(message["content"]) for message in conversation.messages if message["role"] == "user"}
+    """But for the example turns that it begins with."""
+    own = conversation.messages[len(example_messages()) if conversation.shared_tokens else 0:]
+    return {_folded(message["content"]) for message in own if message["role"] == "user"}
 
 
 def _folded(text: str) -> str:

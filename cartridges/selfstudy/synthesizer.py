@@ -7,6 +7,7 @@ side the chunk only). Ours: answers known from the text, which the teacher score
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -113,7 +114,7 @@ class Synthesizer:
             if isinstance(question, Exception):
                 results[draft.task.conversation_id] = _drop(draft.task, error_reason(question))
                 continue
-            reason = self._first(self._question_faults(draft, question))
+            reason = self._first(chain(self._earlier_faults(draft.proposal), self._question_faults(draft, question)))
             draft = replace(draft, question=question)
             if reason:
                 results[draft.task.conversation_id] = _drop(draft.task, reason, draft.turns())
@@ -124,6 +125,13 @@ class Synthesizer:
     def _first(self, reasons: Iterable[str]) -> str | None:
         """The first of `reasons` whose filter is on."""
         return next((reason for reason in reasons if reason not in self.settings.filters_off), None)
+
+    def _earlier_faults(self, proposal: Proposal) -> Iterator[str]:
+        """Of the questions by rule that stand before the last one."""
+        for question, answer in proposal.earlier:
+            yield from filters.question_faults(question, short=False)
+            if filters.gives_answer_away(question, answer):
+                yield "answer_in_question"
 
     def _question_faults(self, draft: _Draft, question: str) -> Iterator[str]:
         proposal = draft.proposal
