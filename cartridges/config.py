@@ -95,9 +95,10 @@ class SynthesizeSettings(Settings):
     only the first is kept; null switches the filter off."""
     filters_off: tuple[Filter, ...] = ()
     """Filters that drop nothing, by the reasons they would give, such as `[duplicate, truncated]`."""
-    general_share: float = Field(0.0, ge=0, lt=1)
+    general_share: float = Field(0.01, ge=0, lt=1)
     """Share of the planned conversations that are everyday requests about no chunk, answered by the
-    model without any: they hold a cartridge to the model's behaviour off the corpus."""
+    model without any: they hold a cartridge to the model's behaviour off the corpus. Their answers are long: of a
+    hundredth 5 % of the loss, and what more of them costs is in docs/log.md."""
     asking: AskingSettings = AskingSettings()
     """Another model for the asking side; the teacher answers and scores in any case."""
     engine: EngineName = "auto"
