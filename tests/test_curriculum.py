@@ -56,7 +56,7 @@ def test_weights_follow_the_remaining_kl_within_bounds():
 
 def test_a_chunk_gets_conversations_by_its_weight():
     chunks = [Chunk(name * 16, "d", 0, 100, name * 100) for name in "abc"]
-    wanted = SynthesizeSettings(num_conversations=400, families={"cloze": 1})
+    wanted = SynthesizeSettings(num_conversations=400, families={"cloze": 1}, general_share=0.0)
     counts = Counter(task.chunk_id[0] for task in plan(chunks, wanted, 0, {"a" * 16: 2.0, "b" * 16: 0.5}))
     assert counts == {"a": pytest.approx(400 * 2 / 3.5, abs=1), "b": pytest.approx(400 * 0.5 / 3.5, abs=1),
                       "c": pytest.approx(400 / 3.5, abs=1)}
