@@ -21,6 +21,7 @@ from cartridges.errors import UserError
 from cartridges.evaluation.bootstrap import interval, paired_interval
 from cartridges.registry import Registry
 from workflows.build import REPORT_CARD, Job, examine, make, prepare
+from workflows.local_ray import one_local_ray
 from workflows.planning import say, settle
 from workflows.stage import read_manifest, write_manifest
 
@@ -48,19 +49,12 @@ def ablate(corpus: str, given: BuildSettings, varied: Sequence[Variation], regis
     """
     start, work = time.monotonic(), Path(workdir or f"runs/{NAME}")
     jobs = _jobs(corpus, [Variation(GIVEN, given), *varied], Registry(registry), questions, work)
-    base = _try(GIVEN, jobs.pop(GIVEN), given)
-    tried, failed = [base], []
-    for number, (label, job) in enumerate(jobs.items(), 1):
-        say(f"{label} ({number} of {len(varied)} variations)")
-        try:
-            tried.append(_try(label, _as_many(job, base["settings"], given), given))
-        except (UserError, RuntimeError) as error:  # a loss that is not finite, too many conversations that raise
-            failed.append({"label": label, "error": str(error)})
-            say(f"{label}: {error}")
-    card = base["card"]
+    with one_local_ray():
+        tried, failed = _try_each(jobs, given)
+    card = tried[0]["card"]
     full = card["arms"].get("full_context", {"metrics": {}})["metrics"]
     result = {"full_context": {metric: full[metric] for metric in METRICS if metric in full},
-              "variations": [_against(base, one, given) for one in tried], "failed": failed,
+              "variations": [_against(tried[0], one, given) for one in tried], "failed": failed,
               "questions": card["questions"], "machine": card["machine"], "workdir": str(work),
               "seconds": time.monotonic() - start}
     write_manifest(work / "ablation.json", result)
@@ -91,6 +85,20 @@ def _jobs(corpus: str, all_of_them: Sequence[Variation], store: Registry, questi
             raise UserError(f"{one.label}: {error}") from None
         seen.append(what)
     return jobs
+
+
+def _try_each(jobs: dict[str, Job], given: BuildSettings) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """What was made, the given settings first, and what could not be."""
+    base = _try(GIVEN, jobs.pop(GIVEN), given)
+    tried, failed = [base], []
+    for number, (label, job) in enumerate(jobs.items(), 1):
+        say(f"{label} ({number} of {len(jobs)} variations)")
+        try:
+            tried.append(_try(label, _as_many(job, base["settings"], given), given))
+        except (UserError, RuntimeError) as error:  # a loss that is not finite, too many conversations that raise
+            failed.append({"label": label, "error": str(error)})
+            say(f"{label}: {error}")
+    return tried, failed
 
 
 def _as_many(job: Job, settled: BuildSettings, given: BuildSettings) -> Job:

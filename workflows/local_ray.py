@@ -4,11 +4,23 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Enough for the batches in flight; Ray's default takes a third of a laptop's memory."""
 START_ATTEMPTS = 10
+_keeping: ExitStack | None = None
+
+
+@contextmanager
+def one_local_ray() -> Iterator[None]:
+    """Within it, the first `local_ray` that starts or joins a Ray leaves it to the later ones; gone when it ends."""
+    global _keeping
+    with ExitStack() as _keeping:
+        try:
+            yield
+        finally:
+            _keeping = None
 
 
 @contextmanager
@@ -18,7 +30,7 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
     `num_cpus` is how many *logical* CPUs a Ray started here offers; None offers at least four, so
     that on a small machine the light tasks (reading, writing, filtering) are scheduled beside the
     one actor that computes. Threads are set by each actor, not by this number. Whatever was started
-    here is gone when the context ends, by an error or Ctrl-C too.
+    here is gone when the context ends, by an error or Ctrl-C too; inside `one_local_ray`, when that one ends.
     """
     join = bool(os.environ.get("RAY_ADDRESS"))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -38,10 +50,9 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         _start(num_cpus)
-    try:
+    with ExitStack() as own:
+        (_keeping or own).callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
