@@ -117,6 +117,15 @@ def tiny_base_model(tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
+def one_ray():
+    """One Ray for whatever a module's tests run in this process, where each command would start its own."""
+    from workflows.local_ray import one_local_ray
+
+    with one_local_ray():
+        yield
+
+
+@pytest.fixture(scope="module")
 def base(tiny_model_dir):
     """A copy of the tiny model of its own, as a service loads it."""
     from tests.serve_support import load_stock

@@ -175,7 +175,8 @@ def test_who_asks_is_part_of_the_conversations_and_the_engine_is_not(tiny_model_
 
 
 @pytest.mark.slow
-def test_a_key_that_is_refused_on_the_way_is_one_line_and_the_run_goes_on(tiny_model_dir, tmp_path, monkeypatch):
+def test_a_key_that_is_refused_on_the_way_is_one_line_and_the_run_goes_on(tiny_model_dir, tmp_path, monkeypatch,
+                                                                          one_ray):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     asked, allowed = [], [1]
 

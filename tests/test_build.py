@@ -19,6 +19,7 @@ from workflows.build import build
 from workflows.rates import calibrate, keep, measured, remembered
 from workflows.registry_commands import list_cartridges, print_list, print_shown, show
 
+pytestmark = pytest.mark.usefixtures("one_ray")
 FAMILIES = {"anchored": 0.5, "cloze": 0.3, "recall": 0.2}
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 3, "threads_per_worker": 1}
 EVALUATE = {"arms": ["closed_book", "full_context", "cartridge", "exact_kv"], "max_questions": 4,

@@ -91,7 +91,7 @@ def test_mistakes_are_named_with_their_corpus_before_anything_begins(settings, r
 
 @pytest.mark.slow
 def test_a_collection_is_built_as_each_alone_and_resumes(settings, rows, tmp_path, capsys, tiny_base_model,
-                                                         monkeypatch):
+                                                         monkeypatch, one_ray):
     """Killed in the second of two waves, gone on with other waves in mind, and one member fails the first time. The
     cartridges differ in length, and two corpora are the same text."""
     settings = settings.model_copy(update={"cohort": settings.cohort.model_copy(update={"compression": 8})})

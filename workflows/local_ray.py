@@ -16,11 +16,12 @@ _keeping: ExitStack | None = None
 def one_local_ray() -> Iterator[None]:
     """Within it, the first `local_ray` that starts or joins a Ray leaves it to the later ones; gone when it ends."""
     global _keeping
+    before = _keeping
     with ExitStack() as _keeping:
         try:
             yield
         finally:
-            _keeping = None
+            _keeping = before
 
 
 @contextmanager
