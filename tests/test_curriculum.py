@@ -1,6 +1,7 @@
 """Rounds: more where the cartridge knows least, nothing twice, held-out questions never seen."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from cartridges.records import Chunk, Conversation
 from cartridges.selfstudy.finish import finish
 from cartridges.selfstudy.held_out import without
 from cartridges.selfstudy.plan import plan
-from cartridges.selfstudy.storage import load_conversations
+from cartridges.selfstudy.storage import count_tasks, load_conversations
 from cartridges.selfstudy.synthesizer import Synthesizer
 from tests.test_synthesize import CORPUS, conversation, shard_rows, tiny_settings, write_part
 from workflows.curriculum import joined, run_rounds
@@ -60,6 +61,19 @@ def test_a_chunk_gets_conversations_by_its_weight():
     counts = Counter(task.chunk_id[0] for task in plan(chunks, wanted, 0, {"a" * 16: 2.0, "b" * 16: 0.5}))
     assert counts == {"a": pytest.approx(400 * 2 / 3.5, abs=1), "b": pytest.approx(400 * 0.5 / 3.5, abs=1),
                       "c": pytest.approx(400 / 3.5, abs=1)}
+
+
+def test_a_family_goes_on_through_a_chunk_where_the_round_before_left_it(tmp_path):
+    chunks = [Chunk(name * 16, "d", 0, len(CORPUS), CORPUS) for name in "ab"]
+    wanted = SynthesizeSettings(num_conversations=40, families=FAMILIES, general_share=0.0)
+    first = plan(chunks, wanted, 0)
+    write_part(tmp_path / "first", "a.parquet", [replace(conversation(0), chunk_id=task.chunk_id,
+                                                         seed_family=task.seed_family) for task in first])
+    both = [first, plan(chunks, wanted, 1, before=count_tasks([tmp_path / "first"]))]
+    seen = Counter((task.chunk_id, task.seed_family, task.ordinal) for tasks in both for task in tasks)
+    assert set(seen.values()) == {1} and len(seen) == 80
+    for of in {task[:2] for task in seen}:
+        assert sorted(task[2] for task in seen if task[:2] == of) == list(range(sum(t[:2] == of for t in seen)))
 
 
 def test_what_an_earlier_round_has_is_a_duplicate(tmp_path):

@@ -64,7 +64,7 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
 
     check_generation(settings)
     output.mkdir(parents=True, exist_ok=True)
-    planned = plan_dataset(loaded, output, settings, expected, weights)
+    planned = plan_dataset(loaded, output, settings, expected, weights, earlier)
     with track("synthesize", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
         speed = generate(output, settings, planned["conversations"], progress)
         manifest = finish_dataset(output, settings, planned, speed, earlier)
@@ -124,7 +124,8 @@ def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mappin
         asks = {"asking": [asking.endpoint, asking.endpoint_model]} if asking.endpoint else {}
     if settings.synthesize.engine == "vllm":
         asks["vllm"] = settings.vllm.dtype  # It draws differently, and may compute in another dtype.
-    follows = {"weights": dict(weights or {}), "earlier": fingerprints(earlier)} if earlier or weights else {}
+    follows = {"weights": dict(weights or {}), "earlier": fingerprints(earlier), "ordinals": "go on"} \
+        if earlier or weights else {}
     return fingerprint({
         **follows, **asks, "corpus": corpus.fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
         "synthesize": settings.synthesize.model_dump(mode="json", exclude=how | off),
@@ -139,8 +140,9 @@ def fingerprints(datasets: Sequence[str]) -> list[str]:
 
 
 def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected: str,
-          weights: Mapping[str, float] | None) -> dict[str, Any]:
-    """Chunks and tasks on disk; `plan.json` last. Found there already, it is taken as it is."""
+                 weights: Mapping[str, float] | None = None, earlier: Sequence[str] = ()) -> dict[str, Any]:
+    """Chunks and tasks on disk; `plan.json` last. Found there already, it is taken as it is. Families go on through a
+    chunk where the data sets `earlier` left it."""
     planned = read_manifest(output / "plan.json")
     require_match(planned, expected, output)
     if planned is not None:
@@ -148,9 +150,11 @@ def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected
     from cartridges.chunking import Chunks
     from cartridges.models import resolve_model_dir
     from cartridges.selfstudy.plan import Task, plan
+    from cartridges.selfstudy.storage import count_tasks
 
     chunks = Chunks(corpus, _tokenizer(resolve_model_dir(settings.model)), settings.synthesize.chunk)
-    tasks = plan(chunks, settings.synthesize, settings.seed, weights)
+    before = count_tasks(Path(dataset) / "shards" for dataset in earlier)
+    tasks = plan(chunks, settings.synthesize, settings.seed, weights, before)
     if not tasks:
         raise UserError("no conversations are planned: the corpus has no text, or every share in "
                         "synthesize.families is 0")

@@ -90,7 +90,7 @@ def _make(todo: Sequence[Wanted], expected: Sequence[str], work: Path, label: st
 def _plan(one: Wanted, expected: str) -> dict[str, Any]:
     loaded = load_corpus(one.corpus, one.settings.corpus.corpus_id)
     one.output.mkdir(parents=True, exist_ok=True)
-    return plan_dataset(loaded, one.output, one.settings, expected, None)
+    return plan_dataset(loaded, one.output, one.settings, expected)
 
 
 def _begun(places: Sequence[str], work: Path) -> Path | None:

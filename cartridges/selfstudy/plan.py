@@ -32,17 +32,20 @@ class Task:
 
 
 def plan(chunks: Iterable[Chunk], settings: SynthesizeSettings, seed: int,
-         weights: Mapping[str, float] | None = None) -> list[Task]:
+         weights: Mapping[str, float] | None = None,
+         before: Mapping[tuple[str, str], int] | None = None) -> list[Task]:
     """`settings.num_conversations` tasks; a function of its arguments and of nothing else.
 
     Every chunk gets conversations in proportion to its length in tokens, times its weight where `weights` has one
     by its id (systematic sampling: edges as often as the middle), every family its share. Tasks of a
     chunk stand together, so that those in flight share its prefill; those for which a model has to
-    write come last, the general ones at the end. One pass over `chunks`, of which none is kept.
-    Raises `UserError` for a family that does not exist.
+    write come last, the general ones at the end. `before` counts the tasks that there were already, by chunk and
+    family: ordinals go on from there, and so does a family's way through the chunk. One pass over `chunks`, of which
+    none is kept. Raises `UserError` for a family that does not exist.
     """
     count = round(settings.num_conversations * settings.general_share)
-    about_chunks = _about_chunks(chunks, settings, settings.num_conversations - count, seed, weights or {})
+    about_chunks = _about_chunks(chunks, settings, settings.num_conversations - count, seed, weights or {},
+                                 Counter(before or {}))
     return about_chunks + (_general(count, seed) if about_chunks else [])
 
 
@@ -54,7 +57,7 @@ def _general(count: int, seed: int) -> list[Task]:
 
 
 def _about_chunks(chunks: Iterable[Chunk], settings: SynthesizeSettings, total: int, seed: int,
-                  weights: Mapping[str, float]) -> list[Task]:
+                  weights: Mapping[str, float], made: Counter[tuple[str, str]]) -> list[Task]:
     shares = settings.families or DEFAULT_MIXTURE
     unknown = sorted(set(shares) - set(FAMILIES))
     if unknown:
@@ -74,7 +77,6 @@ def _about_chunks(chunks: Iterable[Chunk], settings: SynthesizeSettings, total: 
     families = rng.choice(len(names), size=total, p=weights / weights.sum())
     seeds = rng.integers(0, 2**62, size=total)
     tasks: list[Task] = []
-    made: Counter[tuple[str, str]] = Counter()
     for i, (owner, family, task_seed) in enumerate(zip(owners, families, seeds, strict=True)):
         of = (ids[owner], names[family])
         tasks.append(Task(_task_id(seed, i, *of), *of, int(task_seed), made[of]))

@@ -5,6 +5,8 @@ Per position, so that row `i` of `topk_ids` and `topk_logprobs` is about predict
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,15 @@ def from_row(row: dict) -> Conversation | Dropped:
         np.asarray(row["input_ids"], np.int32), np.asarray(row["loss_mask"], bool),
         _gather(row["topk_ids"], np.int32), _gather(row["topk_logprobs"], np.float32),
         int(row["shared_tokens"]), json.loads(row["info"]))
+
+
+def count_tasks(directories: Iterable[str | Path]) -> Counter[tuple[str, str]]:
+    """Conversations below `directories`, dropped ones too, by chunk and family."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for file in (file for directory in directories for file in Path(directory).rglob("*.parquet")):
+        table = pq.read_table(file, columns=["chunk_id", "seed_family"])
+        counts.update(zip(*(table[name].to_pylist() for name in ("chunk_id", "seed_family")), strict=True))
+    return counts
 
 
 def load_conversations(directory: str | Path) -> list[Conversation]:
