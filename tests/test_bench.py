@@ -215,7 +215,7 @@ def test_mistakes_are_one_line(tiny_model_dir, tmp_path, monkeypatch, capfd, opt
 def test_without_peft_it_says_how_to_install_it(tiny_model_dir, capfd, monkeypatch):
     monkeypatch.setattr("workflows.bench.train.find_spec", lambda name: None)
     assert main(["bench", "train", "--model", str(tiny_model_dir)]) == 2
-    assert "pip install 'cartridges[bench]'" in capfd.readouterr().err
+    assert ".venv/bin/pip install -e '.[bench]'" in capfd.readouterr().err
 
 
 def test_batches_fill_the_budget_and_no_more():

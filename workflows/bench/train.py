@@ -30,7 +30,7 @@ def bench_train(settings: BuildSettings, rounds: int, steps: int, conversations:
     planned by rule on the sample corpus. Raises `UserError` without PEFT.
     """
     if find_spec("peft") is None:
-        raise UserError("PEFT, the peer, is not installed; run: pip install 'cartridges[bench]'")
+        raise UserError("PEFT, the peer, is not installed; run: .venv/bin/pip install -e '.[bench]'")
     # The schedule's steps are the round's; a data set or settings of few steps would cut our round short.
     settings = settings.model_copy(update={"train": settings.train.model_copy(
         update={"steps": steps, "distractors": ()})})
