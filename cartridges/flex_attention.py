@@ -7,18 +7,30 @@ skipped, forwards and backwards; the kernels are compiled once for each shape of
 The fused kernels have not been run, for want of a GPU: tests run the same calls unfused.
 """
 
+import logging
 from collections.abc import Callable
 from functools import cache
 
 import torch
 
+log = logging.getLogger(__name__)
+
 Blocks = tuple[object | None, object]
 """FlexAttention's block masks over prefix (None: all of it is seen) and own part."""
 
 
+MOST_SHAPES = 256
+"""Compiled kernels kept at once. A pack's shape is its rows, its prefix and how many cartridges are read together;
+beyond torch's own limit of 8 it would go on unfused, with the whole scores in memory and only a warning."""
+
+
 def supports(query: torch.Tensor, prefix_key: torch.Tensor) -> bool:
-    """On a GPU, where there is a gradient: what only reads has shapes of many lengths, each a compilation."""
-    return query.is_cuda and torch.is_grad_enabled() and (query.requires_grad or prefix_key.requires_grad)
+    """Whether to take these kernels: on a GPU with Triton, where there is a gradient.
+
+    Passes without one have prefixes of many lengths, and each would be a compilation.
+    """
+    needs_gradient = torch.is_grad_enabled() and (query.requires_grad or prefix_key.requires_grad)
+    return needs_gradient and query.is_cuda and _can_compile()
 
 
 def flex_attention(query, key, value, prefix_key, prefix_value, blocks: Blocks, scaling: float,
@@ -70,7 +82,20 @@ def _over_own(bias: torch.Tensor):
 
 
 @cache
+def _can_compile() -> bool:
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        log.warning("Triton is not usable here: attention in training keeps whole score matrices, which is slower and "
+                    "takes more memory; install the triton that belongs to this torch")
+    return has_triton()
+
+
+@cache
 def _fused() -> Callable:
+    from torch._dynamo import config
     from torch.nn.attention.flex_attention import flex_attention as unfused
 
+    config.recompile_limit = max(config.recompile_limit, MOST_SHAPES)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, MOST_SHAPES)
     return torch.compile(unfused, dynamic=False)

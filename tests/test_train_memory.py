@@ -1,5 +1,7 @@
 """What saves memory in training changes nothing: FlexAttention in place of whole scores, layers computed again."""
 
+import functools
+
 import pytest
 import torch
 from torch.nn.attention import flex_attention as flex
@@ -91,6 +93,28 @@ def test_layers_computed_again_give_the_same_gradients(any_tiny_model, shared, n
     assert loss_again == pytest.approx(loss, rel=1e-6)
     assert once < twice <= 2 * once  # what no gradient goes through is not computed again
     torch.testing.assert_close(grads_again, grads, atol=1e-6, rtol=1e-4)
+
+
+def test_compiled_attention_keeps_many_shapes(monkeypatch):
+    """Torch's own limit is 8 shapes of a compiled function; what comes after runs unfused."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    flex_attention._fused.cache_clear()
+    attend = flex_attention._fused()
+    try:
+        for tokens in range(16, 16 + 12 * 8, 8):
+            query = torch.randn(1, 2, tokens, 16)
+            attend(query, query, query)
+    finally:
+        flex_attention._fused.cache_clear()
+        torch._dynamo.reset()
+    assert len(compiled) == 12
 
 
 def test_on_a_cpu_training_does_not_take_it():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cartridges.config import TrainSettings
 from cartridges.distill.losses import LossSums
-from cartridges.distill.packing import Pack, collate
+from cartridges.distill.packing import Pack, collate, plan_size
 from cartridges.distill.schedule import Order, learning_rate
 from cartridges.records import Conversation
 
@@ -53,12 +53,13 @@ class Course:
         return self.order.steps
 
     def step(self, step: int) -> Step:
-        # Every worker knows every pack, so the global count of loss tokens needs no communication.
+        plans = self.order.plans(step)
         packs = [collate(self.conversations, plan, self.settings.pack_tokens, self.settings.label_share)
-                 for plan in self.order.plans(step)]
-        return Step(step, learning_rate(step, self.steps, self.settings.optimizer), packs[self.rank::self.world],
-                    sum(pack.num_loss_tokens for pack in packs),
-                    sum(int((pack.segment_ids > 0).sum()) for pack in packs))
+                 for plan in plans[self.rank::self.world]]
+        # Every worker knows every plan, so the global counts need neither communication nor the others' packs.
+        sizes = [plan_size(self.conversations, plan) for plan in plans]
+        return Step(step, learning_rate(step, self.steps, self.settings.optimizer), packs,
+                    sum(size.loss_tokens for size in sizes), sum(size.tokens for size in sizes))
 
     def metrics(self, member: int, step: Step, sums: Sequence[LossSums], grad_norm: float,
                 seconds: float) -> StepMetrics:

@@ -28,7 +28,7 @@ def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -
     Raises `UserError` where the corpus is shorter than p (compaction would be expansion).
     """
     if settings.init == "cartridge":
-        before = artifact.load(settings.init_cartridge).cartridge
+        before = artifact.load(settings.init_cartridge).cartridge.to(base.device)
         return before.with_frozen_layers(frozen_layers(before.shape.num_layers, settings))
     if settings.init == "attention_matching":
         _check_length(len(base.template.system_ids(text)), settings.num_tokens)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cartridges.distill.losses import SLICE
-from cartridges.distill.packing import Pack, PackPlan, own_lengths
+from cartridges.distill.packing import Pack, PackPlan, own_lengths, plan_size
 from cartridges.forward import round_up
 from cartridges.models import BaseModel
 from cartridges.records import Conversation
@@ -38,10 +38,9 @@ def planned(conversations: Sequence[Conversation], plan: PackPlan, num_tokens: i
     lengths = [min(length, plan.row_tokens) for length in own_lengths(members)]
     before = num_tokens + plan.shared_tokens
     own = sum(length * before + length * (length + 1) // 2 for length in lengths)
-    losses = sum(int(one.loss_mask[:plan.shared_tokens + length - 1].sum())
-                 for one, length in zip(members, lengths, strict=True))
     shared = plan.shared_tokens
-    return Counts(sum(lengths) + shared, own + shared * num_tokens + shared * (shared + 1) // 2, losses)
+    return Counts(sum(lengths) + shared, own + shared * num_tokens + shared * (shared + 1) // 2,
+                  plan_size(conversations, plan).loss_tokens)
 
 
 def computed(pack: Pack, num_tokens: int) -> Counts:
@@ -129,12 +128,17 @@ def _attention(base: BaseModel, batch: int, queries: int, keys: int, D: int):
 
 
 def _time(products: list[Product], device: str) -> float:
+    _synchronize(device)  # the operands may still be in the making
     started = time.perf_counter()
     for left, right in products:
         torch.matmul(left, right)
+    _synchronize(device)
+    return time.perf_counter() - started
+
+
+def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def _random(base: BaseModel, *shape: int) -> torch.Tensor:

@@ -78,6 +78,24 @@ def plan_packs(conversations: Sequence[Conversation], row_tokens: int, pack_toke
     return [plans[i] for i in np.random.default_rng([seed, 1]).permutation(len(plans))]
 
 
+@dataclass(frozen=True)
+class PlanSize:
+    """Real tokens in the rows of a pack (shared ones and padding are not counted), and those with a loss."""
+
+    tokens: int
+    loss_tokens: int
+
+
+def plan_size(conversations: Sequence[Conversation], plan: PackPlan) -> PlanSize:
+    """The size of the pack that `collate` makes of `plan`, without making it."""
+    members = [conversations[index] for row in plan.rows for index in row]
+    lengths = [min(length, plan.row_tokens) for length in own_lengths(members)]
+    # The last token that fits has nothing to predict.
+    losses = sum(int(one.loss_mask[plan.shared_tokens:plan.shared_tokens + length - 1].sum())
+                 for one, length in zip(members, lengths, strict=True))
+    return PlanSize(sum(lengths), losses)
+
+
 def with_label(topk_ids: np.ndarray, topk_logprobs: np.ndarray, targets: np.ndarray,
                share: float) -> tuple[np.ndarray, np.ndarray]:
     """Top-k rows `[m, k]` with `share` of their mass moved to the known next token.
