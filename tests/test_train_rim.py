@@ -2,10 +2,14 @@
 
 import json
 import os
+import random
 import signal
 import socket
+import threading
+from contextlib import contextmanager
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -182,11 +186,35 @@ def _in_this_process(base, settings, dataset, distractor, packed=list):
     return cartridge, [(step.step, step.loss, step.grad_norm, step.lr) for step in steps]
 
 
+@contextmanager
+def a_worker_killed(output):
+    """SIGKILL one of this process' training workers, whichever step it is at. Yields the killed ones' process ids."""
+    killed, over = [], threading.Event()
+
+    def kill():
+        begun = len(curve(output))
+        while not over.wait(0.05):
+            workers = [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in one.name()]
+            if len(workers) == 2 and len(curve(output)) > begun:
+                victim = random.choice(workers)
+                victim.kill()
+                killed.append(victim.pid)
+                return
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
 @pytest.mark.slow
 def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, corpus_file, settings, tmp_path,
                                                     monkeypatch):
-    """Two workers end where this process alone ends, killed on the way or with the base model spread over them. With a
-    distractor in some of the packs, and held-out answers on the way."""
+    """Two workers end where this process alone ends: with the driver and then a worker killed on the way, or with the
+    base model spread over them. With a distractor in some of the packs, and held-out answers on the way."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     update = {"distractors": (str(a_cartridge(tiny_base_model, tmp_path / "other", OTHER)),), "distractor_share": 0.5}
     settings = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
@@ -200,7 +228,9 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
     from workflows.local_ray import local_ray
 
     with local_ray():
-        done = train(str(dataset), str(corpus_file), str(output), two)
+        with a_worker_killed(output) as killed:
+            done = train(str(dataset), str(corpus_file), str(output), two)
+        assert killed
         train(str(dataset), str(corpus_file), str(tmp_path / "spread"), spread)
 
     assert [row["step"] for row in rows(output)] == list(range(12))
