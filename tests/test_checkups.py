@@ -8,8 +8,8 @@ import torch
 from cartridges.config import TrainSettings
 from cartridges.distill.initialize import initialize
 from cartridges.records import Question
-from workflows.checkups import Checkups
-from workflows.held_out import choosing, reporting
+from workflows.training.checkups import Checkups
+from workflows.training.held_out import choosing, reporting
 
 TEXT = "The harbour master of Quell is Ida Brand. The toll is 41 crowns a ship, and the orchard has 730 trees."
 QUESTIONS = (Question("a", "Who is the harbour master?", ("Ida Brand",)), Question("b", "What is the toll?", ("41",)))
@@ -38,7 +38,7 @@ def test_the_best_is_kept_and_restored_by_a_run_that_was_killed(tiny_base_model,
         contains, nll = told[int(prefix.digest.removeprefix("step "))]
         return [SimpleNamespace(values={"contains": contains, "nll_per_token": nll})]
 
-    monkeypatch.setattr("workflows.checkups.ask", answer)
+    monkeypatch.setattr("workflows.training.checkups.ask", answer)
     assert Checkups(tiny_base_model, cartridge, QUESTIONS, SETTINGS, tmp_path).best() is None
     start = cartridge.trainable_values.detach().clone()
     for step in told:

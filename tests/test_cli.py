@@ -15,9 +15,8 @@ from cartridges import artifact
 from cartridges.errors import UserError
 from cartridges.registry import Registry
 from test_artifact import make_cartridge, save
-from workflows import commands
-from workflows.cli import build_parser, main
-from workflows.console import Progress, human_bytes, human_seconds, print_report_card, print_table, to_json
+from workflows.cli import build_parser, commands, main
+from workflows.runtime.console import Progress, human_bytes, human_seconds, print_report_card, print_table, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = {
@@ -87,7 +86,8 @@ def test_exit_codes_of_the_process(tmp_path):
     assert unknown.returncode == 2 and unknown.stdout == "" and "Traceback" not in unknown.stderr
     assert unknown.stderr.count("\n") == 1
     defect = run_cli("list", cwd=tmp_path, code=(
-        "from workflows import cli, commands; commands.run_list = lambda args: 1 / 0; sys.exit(cli.main())"))
+        "from workflows import cli; from workflows.cli import commands\n"
+        "commands.run_list = lambda args: 1 / 0; sys.exit(cli.main())"))
     assert defect.returncode == 1 and "ZeroDivisionError" in defect.stderr
 
 
@@ -190,7 +190,7 @@ def test_dials_are_settings(tmp_path):
 def test_json_stdout_is_clean(tmp_path):
     """What a stage, a library or a child process prints does not reach stdout under --json."""
     noisy = run_cli("list", "--json", cwd=tmp_path, code=(
-        "import subprocess; from workflows import cli, commands\n"
+        "import subprocess; from workflows import cli; from workflows.cli import commands\n"
         "def noisy(args):\n"
         "    print('from python'); subprocess.run(['echo', 'from a child'])\n"
         "    return {'x': float('nan')}\n"
@@ -202,7 +202,7 @@ def test_json_stdout_is_clean(tmp_path):
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
 def test_interrupt_is_one_line_and_130(tmp_path, signal_name):
     stopped = run_cli("build", "corpus", "--name", "x", cwd=tmp_path, code=(
-        "import os, signal, time; from workflows import cli, commands\n"
+        "import os, signal, time; from workflows import cli; from workflows.cli import commands\n"
         # Children of a shell's background job inherit an ignored SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def killed(args):\n"
@@ -214,7 +214,7 @@ def test_interrupt_is_one_line_and_130(tmp_path, signal_name):
 
 def test_full_disk_is_one_line(tmp_path):
     full = run_cli("build", "corpus", "--name", "x", cwd=tmp_path, code=(
-        "import errno; from workflows import cli, commands\n"
+        "import errno; from workflows import cli; from workflows.cli import commands\n"
         "def full(args):\n"
         "    raise OSError(errno.ENOSPC, 'No space left on device', 'runs/x')\n"
         "commands.run_build = full; sys.exit(cli.main())"))
@@ -260,7 +260,7 @@ def test_progress_lines_off_a_terminal():
 
 def test_what_comes_before_the_first_step_is_not_in_the_rate(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("workflows.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("workflows.runtime.console.time.monotonic", lambda: now[0])
     progress = Progress(100, "train", "steps", stream=io.StringIO())
     for now[0], done in ((100.0, 10), (105.0, 20)):
         progress.set(done)

@@ -20,9 +20,10 @@ import yaml
 
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
-from workflows import cli, commands
-from workflows import submit as submission
-from workflows.submit import FLAGS, JobLog, auth_token, connect, stage_inputs
+from workflows import cli
+from workflows.cli import commands
+from workflows.cli import submit as submission
+from workflows.cli.submit import FLAGS, JobLog, auth_token, connect, stage_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"

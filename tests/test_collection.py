@@ -21,9 +21,9 @@ from cartridges.selfstudy.held_out import split
 from cartridges.selfstudy.storage import load_conversations
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for
-from workflows.cohort import Member, acquainted, waves
-from workflows.collection import build_each
-from workflows.console import print_collection
+from workflows.building.collection import build_each
+from workflows.runtime.console import print_collection
+from workflows.training.cohort import Member, acquainted, waves
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 6, "threads_per_worker": 1,
          "checkpoint_every": 2, "held_out": 4}
@@ -170,8 +170,8 @@ def _alone(base, settings, seed, text, conversations):
 _BUILD = """
 import json, sys
 from cartridges.config import BuildSettings
-from workflows.cohort import Member, acquainted, waves
-from workflows.collection import build_each
+from workflows.training.cohort import Member, acquainted, waves
+from workflows.building.collection import build_each
 corpus, name, settings, registry, work = sys.argv[1:]
 build_each(corpus, name, BuildSettings.model_validate(json.loads(settings)), registry, None, work)
 """

@@ -16,8 +16,8 @@ from cartridges.errors import UserError
 from cartridges.models import load_base_model, rope_frequencies
 from cartridges.registry import Registry
 from tests.serve_support import TEXTS, exact_cartridge, listening, load_stock, make_service, publish
-from workflows import kept_answers
-from workflows.compose_test import compose_test, print_card
+from workflows.evaluation import kept_answers
+from workflows.evaluation.compose_test import compose_test, print_card
 
 ASK = [{"role": "user", "content": "What is known?"}]
 MORE = TEXTS | {"mill": "The mill of Tarn grinds 12 sacks a day for Ove Lind."}

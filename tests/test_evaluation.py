@@ -244,7 +244,7 @@ def published(tmp_path, tiny_base_model, subject):
 
 def test_evaluate_a_published_cartridge(published, tiny_model_dir):
     from cartridges.config import BuildSettings, ModelSettings
-    from workflows.evaluate import evaluate
+    from workflows.evaluation.evaluate import evaluate
 
     root, questions, version = published
     settings = BuildSettings(model=ModelSettings(name=str(tiny_model_dir), dtype="float32"), evaluate=QUICK)

@@ -13,12 +13,12 @@ from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from tests.serve_support import make_service
 from workflows.cli import main
-from workflows.serve import start_service
 from workflows.serving import access
 from workflows.serving.access import Gate, is_loopback
 from workflows.serving.app import create_app
 from workflows.serving.errors import ApiError
 from workflows.serving.keys import add_key, read_keys, revoke_key
+from workflows.serving.serve import start_service
 
 ASK = {"messages": [{"role": "user", "content": "A secret question?"}], "max_tokens": 3}
 

@@ -24,10 +24,10 @@ from cartridges.selfstudy.near import near_duplicates
 from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
 from cartridges.selfstudy.synthesizer import Dropped
-from workflows.budget import Rates, estimate, fit, parse_time, steps_within
-from workflows.failures import forget_failed, require_few, run_with_retry
-from workflows.stage import Clock, write_manifest
-from workflows.synthesize import synthesize
+from workflows.building.budget import Rates, estimate, fit, parse_time, steps_within
+from workflows.runtime.stage import Clock, write_manifest
+from workflows.synthesis.failures import forget_failed, require_few, run_with_retry
+from workflows.synthesis.synthesize import synthesize
 
 CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by {name}son. It has {i + 20} steps."
                      for i, name in enumerate(("Arl", "Bem", "Cod", "Dun", "Eck", "Fen", "Gos", "Hul")))
@@ -210,7 +210,7 @@ def test_steps_take_what_the_conversations_left_and_an_epoch_at_least():
 _SYNTHESIZE = """
 import json, sys
 from cartridges.config import BuildSettings
-from workflows.synthesize import synthesize
+from workflows.synthesis.synthesize import synthesize
 synthesize(sys.argv[1], sys.argv[2], BuildSettings.model_validate(json.loads(sys.argv[3])))
 """
 

@@ -29,9 +29,9 @@ from cartridges.selfstudy.storage import load_conversations
 from cartridges.selfstudy.synthesizer import Synthesizer
 from tests.serve_support import load_stock
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for, write_part
-from workflows.stage import write_manifest
-from workflows.synthesize import corpus_tokens, dataset_fingerprint
-from workflows.train import train
+from workflows.runtime.stage import write_manifest
+from workflows.synthesis.synthesize import corpus_tokens, dataset_fingerprint
+from workflows.training.train import train
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "packs_per_step": 2, "steps": 12,
          "checkpoint_every": 2, "held_out": 4, "evaluate_every": 5}
@@ -89,7 +89,7 @@ def process_group():
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_model, settings, dataset,
                                                     corpus_file, tmp_path, stage):
-    from workflows.deepspeed_stepper import DeepSpeedStepper
+    from workflows.training.deepspeed_stepper import DeepSpeedStepper
 
     corpus = load_corpus(str(corpus_file))
     optimizer = OptimizerSettings(name="adam") if stage else OptimizerSettings()
@@ -118,8 +118,8 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
 @pytest.mark.parametrize("trained_layers", [0.5, 1.0])
 def test_a_base_spread_over_workers_gives_the_same_steps(process_group, tiny_base_model, settings, dataset,
                                                          trained_layers):
-    from workflows.deepspeed_stepper import DeepSpeedStepper
-    from workflows.partition import gathered, load_partitioned
+    from workflows.training.deepspeed_stepper import DeepSpeedStepper
+    from workflows.training.partition import gathered, load_partitioned
 
     spread = load_partitioned(settings.model)
     assert sum(weight.numel() for weight in spread.model.parameters()) == 0
@@ -197,7 +197,7 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
         wait_for(lambda: list(output.glob("work/run/checkpoint_*")), process)
     assert not (output / "train.json").exists()
 
-    from workflows.local_ray import local_ray
+    from workflows.runtime.local_ray import local_ray
 
     with local_ray():
         done = train(str(dataset), str(corpus_file), str(output), two)
@@ -256,7 +256,7 @@ sys.exit(main(sys.argv[1:]))
 _TRAIN = """
 import json, sys
 from cartridges.config import BuildSettings
-from workflows.train import train
+from workflows.training.train import train
 train(*sys.argv[1:4], BuildSettings.model_validate(json.loads(sys.argv[4])))
 """
 

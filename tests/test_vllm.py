@@ -27,7 +27,7 @@ from cartridges.selfstudy.synthesizer import Synthesizer
 from tests.test_selfstudy import CHUNKS, settings
 from tests.test_selfstudy_filters import UNUSABLE
 from tests.test_synthesize import CORPUS, tiny_settings
-from workflows.synthesize import synthesize
+from workflows.synthesis.synthesize import synthesize
 
 pytestmark = [pytest.mark.vllm,
               pytest.mark.skipif(not is_installed(), reason="vLLM is not installed (make vllm)")]

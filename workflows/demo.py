@@ -11,16 +11,16 @@ from pathlib import Path
 
 from cartridges.config import BuildSettings
 from cartridges.settings import load
-from workflows.exits import exit_code
+from workflows.cli.exits import exit_code
 
 QUESTIONS = 2
 WORK = Path("runs/demo")
 
 
 def main() -> None:
-    from workflows.build import build
-    from workflows.console import print_report_card
-    from workflows.stage import write_manifest
+    from workflows.building.build import build
+    from workflows.runtime.console import print_report_card
+    from workflows.runtime.stage import write_manifest
 
     settings = _settings()
     sample = files("workflows") / "sample"
@@ -53,7 +53,7 @@ def ask_over_http(settings: BuildSettings, questions: list[str]) -> list[str]:
     """Start the service, ask `sample` with the `openai` client, streamed to stdout; stop the service."""
     from openai import OpenAI
 
-    from workflows.serve import start_service, stop_service
+    from workflows.serving.serve import start_service, stop_service
 
     print("starting the service", file=sys.stderr, flush=True)
     try:
