@@ -107,7 +107,7 @@ def test_variations_of_training_have_the_conversations_that_a_budget_came_to(abl
         return NO_DATASET, *draft(job.loaded, job.settings, job.work)
 
     monkeypatch.setattr("workflows.building.ablate.make", make_draft)
-    monkeypatch.setattr("workflows.building.rates.calibrate", lambda corpus, settings: Rates(
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda corpus, settings: Rates(
         0.1, settings.train.num_tokens / 32, 0.9, 30.0))
     code, _, said = ablate("train.num_tokens=64", "train.num_tokens=64; synthesize.topk=2")
     assert code == 0, said

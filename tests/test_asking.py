@@ -25,7 +25,7 @@ from tests.test_selfstudy import CHUNKS, settings
 from tests.test_selfstudy_filters import UNUSABLE
 from tests.test_synthesize import CORPUS, tiny_settings
 from workflows.synthesis.failures import run_with_retry
-from workflows.synthesis.generation import check_generation, make_asker
+from workflows.synthesis.open_synthesizer import check_generation, make_asker
 from workflows.synthesis.synthesize import dataset_fingerprint, synthesize
 
 TEXT = "The toll is 41 crowns a ship."

@@ -16,7 +16,7 @@ from tests.test_synthesize import CORPUS, tiny_settings
 from tests.test_tracking import records
 from workflows.building.budget import Rates
 from workflows.building.build import build
-from workflows.building.rates import calibrate, keep, measured, remembered
+from workflows.building.machine_rates import calibrate, keep, measured, remembered
 from workflows.cli.registry_commands import list_cartridges, print_list, print_shown, show
 
 pytestmark = pytest.mark.usefixtures("one_ray")
@@ -121,7 +121,7 @@ def test_a_remembered_rate_stands_while_a_measurement_agrees(settings, corpus_fi
     """A build beside which the machine was busy must not make every later plan a third as long."""
     corpus, now = load_corpus(str(corpus_file)), Rates(0.1, 0.8, 0.9, 30.0)
     calls = []
-    monkeypatch.setattr("workflows.building.rates.calibrate", lambda *of: calls.append(of) or now)
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda *of: calls.append(of) or now)
     for number, (before, expected) in enumerate(((Rates(0.12, 2.4, 0.5, 20.0), Rates(0.12, 0.8, 0.9, 30.0)),
                                                  (Rates(0.02, 1.0, 0.5, 20.0), Rates(0.1, 1.0, 0.9, 30.0)),
                                                  (None, now))):
@@ -136,8 +136,8 @@ def test_a_remembered_rate_stands_while_a_measurement_agrees(settings, corpus_fi
 @pytest.mark.slow
 def test_a_budget_is_planned_spent_and_kept(settings, corpus_file, tmp_path, capsys, monkeypatch):
     """Steps are decided when it is known what the conversations took; a build that goes on keeps both numbers."""
-    monkeypatch.setattr("workflows.building.rates.calibrate", lambda *of: Rates(0.5, 30.0, 0.9, 30.0))
-    monkeypatch.setattr("workflows.building.rates.time", SimpleNamespace(monotonic=iter((0.0, 40.0)).__next__))
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda *of: Rates(0.5, 30.0, 0.9, 30.0))
+    monkeypatch.setattr("workflows.building.machine_rates.time", SimpleNamespace(monotonic=iter((0.0, 40.0)).__next__))
     open_steps = settings.train.model_copy(update={"steps": 0, "held_out": 8})
     synthesize = settings.synthesize.model_copy(update={"num_conversations": 0})
     settings = settings.model_copy(update={"budget": "5m", "train": open_steps, "synthesize": synthesize})
@@ -153,8 +153,8 @@ def test_a_budget_is_planned_spent_and_kept(settings, corpus_file, tmp_path, cap
     took = first["report_card"]["build"]["seconds"]["synthesize"]
     assert steps == max(1, int((300 - 40 - took - 60) / 30))  # 40 for the calibration
     # In another process, on a machine that is slower by now, and examined in another way.
-    monkeypatch.setattr("workflows.building.rates._MEASURED", {})
-    monkeypatch.setattr("workflows.building.rates.calibrate", lambda *of: Rates(5.0, 300.0, 0.5, 20.0))
+    monkeypatch.setattr("workflows.building.machine_rates._MEASURED", {})
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda *of: Rates(5.0, 300.0, 0.5, 20.0))
     keep(settings, Rates(5.0, 300.0, 0.5, 20.0))
     fewer = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"max_answer_tokens": 2})})
     again = build(arguments[0], "timed", fewer, *arguments[3:])

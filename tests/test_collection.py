@@ -23,7 +23,7 @@ from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for
 from workflows.building.collection import build_each
 from workflows.runtime.console import print_collection
-from workflows.training.cohort import Member, acquainted, waves
+from workflows.training.cohort import Member, waves, with_wave_distractors
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 6, "threads_per_worker": 1,
          "checkpoint_every": 2, "held_out": 4}
@@ -150,13 +150,13 @@ def test_company_changes_what_a_member_becomes(settings, tmp_path):
         own = settings.model_copy(update={"train": settings.train.model_copy(update=train)})
         return [Member(tmp_path / str(i), f"f{i}", own, size, {"partners": 0}) for i, size in enumerate(sizes)]
 
-    found = acquainted(members([5, 9, 7]))
+    found = with_wave_distractors(members([5, 9, 7]))
     assert waves(found) == [[1, 2], [0]]
     assert [member.config["partners"] for member in found] == [0, 1, 1] and found[0].fingerprint == "f0"
     assert found[1].fingerprint not in ("f1", found[2].fingerprint)
-    assert found[1].fingerprint != acquainted(members([5, 9, 7], distractor_share=1.0))[1].fingerprint
+    assert found[1].fingerprint != with_wave_distractors(members([5, 9, 7], distractor_share=1.0))[1].fingerprint
     with pytest.raises(UserError, match="leave no room"):
-        acquainted(members([5, 9], num_tokens=1 << 20))
+        with_wave_distractors(members([5, 9], num_tokens=1 << 20))
 
 
 def _alone(base, settings, seed, text, conversations):
@@ -170,7 +170,7 @@ def _alone(base, settings, seed, text, conversations):
 _BUILD = """
 import json, sys
 from cartridges.config import BuildSettings
-from workflows.training.cohort import Member, acquainted, waves
+from workflows.training.cohort import Member, waves, with_wave_distractors
 from workflows.building.collection import build_each
 corpus, name, settings, registry, work = sys.argv[1:]
 build_each(corpus, name, BuildSettings.model_validate(json.loads(settings)), registry, None, work)

@@ -16,8 +16,8 @@ from cartridges.errors import UserError
 from cartridges.models import load_base_model, rope_frequencies
 from cartridges.registry import Registry
 from tests.serve_support import TEXTS, exact_cartridge, listening, load_stock, make_service, publish
-from workflows.evaluation import kept_answers
-from workflows.evaluation.compose_test import compose_test, print_card
+from workflows.evaluation import answer_cache
+from workflows.evaluation.composition import compose_test, print_card
 
 ASK = [{"role": "user", "content": "What is known?"}]
 MORE = TEXTS | {"mill": "The mill of Tarn grinds 12 sacks a day for Ove Lind."}
@@ -120,7 +120,7 @@ def test_a_cartridge_that_collapses_is_not_recorded(base, registry, questions):
 
 def test_a_test_that_is_interrupted_asks_only_what_is_left(base, registry, questions, monkeypatch):
     undisturbed = run(registry, base, questions, share=0.9)
-    asked, really = [], kept_answers.ask
+    asked, really = [], answer_cache.ask
 
     def ask_or_interrupt(*of):
         asked.append(of)
@@ -128,7 +128,7 @@ def test_a_test_that_is_interrupted_asks_only_what_is_left(base, registry, quest
             raise KeyboardInterrupt
         return really(*of)
 
-    monkeypatch.setattr(kept_answers, "ask", ask_or_interrupt)
+    monkeypatch.setattr(answer_cache, "ask", ask_or_interrupt)
     registry.annotate("harbour", composition=7, composition_card=None)
     with pytest.raises(KeyboardInterrupt):
         run(registry, base, questions, share=0.9)

@@ -25,7 +25,7 @@ from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
 from cartridges.selfstudy.synthesizer import Dropped
 from workflows.building.budget import Rates, estimate, fit, parse_time, steps_within
-from workflows.runtime.stage import Clock, write_manifest
+from workflows.runtime.manifests import Clock, write_manifest
 from workflows.synthesis.failures import forget_failed, require_few, run_with_retry
 from workflows.synthesis.synthesize import synthesize
 

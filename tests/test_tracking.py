@@ -14,9 +14,9 @@ import pytest
 from cartridges.errors import UserError
 from cartridges.evaluation import report_card
 from workflows.runtime import tracking
-from workflows.runtime.stage import Clock
+from workflows.runtime.manifests import Clock
 from workflows.runtime.tracking import METRICS, Run, card_summary, logged_in, track
-from workflows.training.step_log import STEPS, Following
+from workflows.training.step_log import STEPS, StepLogFollower
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
 CARD = {
@@ -178,7 +178,7 @@ def test_progress_of_a_run_that_goes_on_is_its_own(tmp_path):
         new.replace(file)
 
     write(5)
-    with Following(file, Run(None), lambda *told: said.append(told), Clock(tmp_path / "clock.json"), 9):
+    with StepLogFollower(file, Run(None), lambda *told: said.append(told), Clock(tmp_path / "clock.json"), 9):
         for count in (5, 3):
             write(count)
             before, deadline = len(said), time.monotonic() + 60

@@ -29,7 +29,7 @@ from cartridges.selfstudy.storage import load_conversations
 from cartridges.selfstudy.synthesizer import Synthesizer
 from tests.serve_support import load_stock
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for, write_part
-from workflows.runtime.stage import write_manifest
+from workflows.runtime.manifests import write_manifest
 from workflows.synthesis.synthesize import corpus_tokens, dataset_fingerprint
 from workflows.training.train import train
 
@@ -119,7 +119,7 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
 def test_a_base_spread_over_workers_gives_the_same_steps(process_group, tiny_base_model, settings, dataset,
                                                          trained_layers):
     from workflows.training.deepspeed_stepper import DeepSpeedStepper
-    from workflows.training.partition import gathered, load_partitioned
+    from workflows.training.zero3 import gathered, load_partitioned
 
     spread = load_partitioned(settings.model)
     assert sum(weight.numel() for weight in spread.model.parameters()) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cartridges.config import BuildSettings
 from cartridges.settings import load
-from workflows.cli.exits import exit_code
+from workflows.cli.exit_codes import exit_code
 
 QUESTIONS = 2
 WORK = Path("runs/demo")
@@ -20,7 +20,7 @@ WORK = Path("runs/demo")
 def main() -> None:
     from workflows.building.build import build
     from workflows.runtime.console import print_report_card
-    from workflows.runtime.stage import write_manifest
+    from workflows.runtime.manifests import write_manifest
 
     settings = _settings()
     sample = files("workflows") / "sample"

@@ -34,7 +34,7 @@ def bench_synthesize(settings: BuildSettings, corpus: str | None, engines: Seque
     from cartridges.models import load_base_model
     from workflows.bench.conversations import SAMPLE
     from workflows.runtime.local_ray import local_ray
-    from workflows.synthesis.generation import check_generation
+    from workflows.synthesis.open_synthesizer import check_generation
 
     sides = [(engine, count) for engine in engines for count in (0, *actors)]
     chosen = {side: _settings(settings, *side) for side in sides}
@@ -106,7 +106,7 @@ def _run_loop(chunks: list[Chunk], settings: BuildSettings) -> dict[str, Any]:
     import torch
 
     from cartridges.selfstudy.plan import plan
-    from workflows.synthesis.generation import open_synthesizer
+    from workflows.synthesis.open_synthesizer import open_synthesizer
 
     torch.set_num_threads(os.cpu_count() or 1)
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)

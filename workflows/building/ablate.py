@@ -23,7 +23,7 @@ from cartridges.registry import Registry
 from workflows.building.build import REPORT_CARD, Job, examine, make, prepare
 from workflows.building.planning import say, settle
 from workflows.runtime.local_ray import one_local_ray
-from workflows.runtime.stage import read_manifest, write_manifest
+from workflows.runtime.manifests import read_manifest, write_manifest
 
 NAME = "ablation"
 GIVEN = "as given"

@@ -24,9 +24,9 @@ from cartridges.errors import UserError
 from cartridges.records import Corpus, Question
 from cartridges.registry import Registry, check_name
 from workflows.building.planning import say, settle, with_steps
-from workflows.runtime.stage import fingerprint, read_manifest, write_manifest
+from workflows.runtime.manifests import fingerprint, read_manifest, write_manifest
 from workflows.training.draft import NO_DATASET, draft
-from workflows.training.held_out import HELD_OUT, read_held_out, reporting
+from workflows.training.held_out_questions import HELD_OUT, read_held_out, reporting
 
 REPORT_CARD = "report_card.json"
 HELD_OUT_QUESTIONS = 64
@@ -106,7 +106,7 @@ def make(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
 
 
 def _make_at_once(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    from workflows.building import rates
+    from workflows.building import machine_rates
     from workflows.runtime.local_ray import local_ray
     from workflows.synthesis.synthesize import MANIFEST as DATASET
     from workflows.synthesis.synthesize import synthesize
@@ -123,7 +123,7 @@ def _make_at_once(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
         if not (train_dir / TRAINING).is_file():
             stack.enter_context(local_ray())
         trained = train(str(dataset_dir), job.corpus, str(train_dir), settings, job=job.name)
-    rates.remember(settings, dataset, trained)
+    machine_rates.remember(settings, dataset, trained)
     return dataset, trained, train_dir / "cartridge"
 
 
@@ -136,13 +136,13 @@ def dataset_place(job: Job) -> tuple[str, Path]:
 
 
 def _make_by_rounds(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    from workflows.building import rates
+    from workflows.building import machine_rates
     from workflows.building.curriculum import joined, run_rounds
     from workflows.runtime.local_ray import local_ray
 
     with local_ray():  # one Ray for all rounds
         rounds = run_rounds(job.corpus, job.loaded, job.name, job.settings, job.work, say)
-    rates.remember(job.settings, rounds[0].dataset, rounds[0].trained)
+    machine_rates.remember(job.settings, rounds[0].dataset, rounds[0].trained)
     return *joined(rounds), rounds[-1].train_dir / "cartridge"
 
 

@@ -23,11 +23,11 @@ from cartridges.errors import UserError
 from cartridges.registry import Registry, check_name
 from workflows.building.build import Job, dataset_place, finish, prepare
 from workflows.building.planning import say, settle
-from workflows.runtime.stage import fingerprint, write_manifest
+from workflows.runtime.manifests import fingerprint, write_manifest
 from workflows.synthesis.synthesize import MANIFEST as DATASET
 from workflows.synthesis.synthesize import corpus_tokens
-from workflows.synthesis.synthesize_many import Wanted, synthesize_many
-from workflows.training.cohort import Member, acquainted, train_cohort
+from workflows.synthesis.synthesize_many import DatasetSpec, synthesize_many
+from workflows.training.cohort import Member, train_cohort, with_wave_distractors
 
 STEP = 32
 """Cartridges that are sized by their corpora are of a multiple of so many slots: engines share whole blocks."""
@@ -134,7 +134,7 @@ def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
 
     failed: list[tuple[Job, str]] = []
     ready: list[tuple[Job, dict[str, Any], Member]] = []
-    wanted = [Wanted(job.corpus, dataset_place(job)[1], job.settings) for job in jobs]
+    wanted = [DatasetSpec(job.corpus, dataset_place(job)[1], job.settings) for job in jobs]
     with ExitStack() as stack:
         if not all((one.output / DATASET).is_file() for one in wanted):
             stack.enter_context(local_ray())  # one Ray for both stages
@@ -151,7 +151,7 @@ def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
         members = [member for _, _, member in ready]
         if settings.cohort.acquainted:
             members = [replace(member, output=job.work / f"train-{member.fingerprint}")
-                       for (job, _, _), member in zip(ready, acquainted(members), strict=True)]
+                       for (job, _, _), member in zip(ready, with_wave_distractors(members), strict=True)]
         todo = [member.fingerprint for member in members if member.manifest is None]
         together = work / f"cohort-{fingerprint(todo)}"
         manifests = train_cohort(members, together, name, job=name)

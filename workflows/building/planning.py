@@ -13,7 +13,7 @@ from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.records import Corpus
-from workflows.runtime.stage import fingerprint, read_manifest, write_manifest
+from workflows.runtime.manifests import fingerprint, read_manifest, write_manifest
 from workflows.synthesis.plan_size import with_counts, with_plan
 
 CALIBRATION = "calibration.json"
@@ -52,7 +52,7 @@ def _settle_draft(settings: BuildSettings) -> BuildSettings:
 
 
 def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: float | None) -> BuildSettings:
-    from workflows.building import budget, rates
+    from workflows.building import budget, machine_rates
 
     open_steps, shared = _steps_follow(settings, seconds), seconds is not None
     seconds = seconds or budget.parse_time(settings.budget)
@@ -60,8 +60,8 @@ def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: fl
     decided = read_manifest(file)
     if decided is None:
         say("measuring this machine's rates for the budget")
-        known = rates.measured(corpus, settings)
-        spent = 0.0 if shared else rates.calibration_seconds(settings)
+        known = machine_rates.measured(corpus, settings)
+        spent = 0.0 if shared else machine_rates.calibration_seconds(settings)
         fitted = budget.fit(settings, known, (seconds - spent) / settings.curriculum.rounds, spent)
         write_manifest(work / CALIBRATION, {"seconds": spent})
         decided = {"num_conversations": fitted.synthesize.num_conversations,
@@ -84,7 +84,7 @@ def _steps_follow(settings: BuildSettings, seconds: float | None = None) -> bool
 
 def with_steps(corpus: Corpus, settings: BuildSettings, dataset: dict[str, Any], work: Path) -> BuildSettings:
     """`settings` with the steps that fill what the conversations of the manifest `dataset` left of the budget."""
-    from workflows.building import budget, rates
+    from workflows.building import budget, machine_rates
     from workflows.runtime.console import human_seconds
 
     if not _steps_follow(settings):
@@ -92,7 +92,7 @@ def with_steps(corpus: Corpus, settings: BuildSettings, dataset: dict[str, Any],
     file = work / f"steps-{_plan_key(dataset['fingerprint'], settings)}.json"
     decided = read_manifest(file)
     if decided is None:
-        known = rates.remembered(settings) or rates.measured(corpus, settings)
+        known = machine_rates.remembered(settings) or machine_rates.measured(corpus, settings)
         spent = (read_manifest(work / CALIBRATION) or {"seconds": 0.0})["seconds"]
         left = budget.parse_time(settings.budget) - dataset["seconds"] - spent
         decided = {"steps": budget.steps_within(settings, known, dataset["conversations"]["kept"], left)}
@@ -105,10 +105,10 @@ def with_steps(corpus: Corpus, settings: BuildSettings, dataset: dict[str, Any],
 
 
 def _in_words(settings: BuildSettings) -> str:
-    from workflows.building import budget, rates
+    from workflows.building import budget, machine_rates
     from workflows.runtime.console import human_seconds
 
-    count, known = settings.synthesize.num_conversations, rates.remembered(settings)
+    count, known = settings.synthesize.num_conversations, machine_rates.remembered(settings)
     each = f" a round, at most {settings.curriculum.rounds} rounds" if settings.curriculum.rounds > 1 else ""
     if known is None:
         steps = f"{settings.train.steps} steps" if settings.train.steps else f"{settings.train.epochs:g} epochs"

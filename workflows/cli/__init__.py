@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from workflows.cli import commands
-from workflows.cli.exits import PartlyDone, exit_code
+from workflows.cli.exit_codes import PartialFailure, exit_code
 from workflows.cli.results import report
 
 RESUMABLE = ("build", "ablate", "synthesize", "train", "compose-test")
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             result = args.run(args)
         report(args, result)
         if result and result.get("failed"):
-            raise PartlyDone(f"{len(result['failed'])} of the cartridges could not be built; the same command tries "
+            raise PartialFailure(
+                f"{len(result['failed'])} of the cartridges could not be built; the same command tries "
                              "them again")
 
     return exit_code(run, resumable=args.command in RESUMABLE)

@@ -103,7 +103,7 @@ def _in_process(name: str, registry: str, model: str | None) -> Ask:
     from cartridges.engines.stream import TransformersStreamingEngine
     from cartridges.models import load_base_model
     from cartridges.registry import Registry
-    from workflows.serving.parts import decoding_model
+    from workflows.serving.factory import decoding_model
 
     artifact = load(Registry(registry).get(name))
     built_for = ModelSettings(name=model or artifact.manifest.model.name)

@@ -109,7 +109,7 @@ def _check_arms(arms: tuple[str, ...]) -> None:
 def run_compose_test(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_from(args)
     partners = [name.strip() for name in args.partners.split(",") if name.strip()]
-    from workflows.evaluation.compose_test import compose_test
+    from workflows.evaluation.composition import compose_test
 
     return compose_test(args.name, partners, args.questions, args.registry, settings, args.workdir)
 

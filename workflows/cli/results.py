@@ -27,7 +27,7 @@ def report(args: argparse.Namespace, result: dict[str, Any] | None) -> None:
 
         print_keys(result, sys.stdout)
     elif args.command == "compose-test":
-        from workflows.evaluation.compose_test import print_card as print_composition
+        from workflows.evaluation.composition import print_card as print_composition
 
         print_composition(result, sys.stdout)
     elif args.command == "bench":

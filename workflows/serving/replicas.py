@@ -12,8 +12,8 @@ from cartridges.config import BuildSettings, ReplicaSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.engines.vllm_setup import gpus_of_an_engine
 from workflows.serving.backend import EngineCall
+from workflows.serving.factory import build_backend
 from workflows.serving.metrics import Family
-from workflows.serving.parts import build_backend
 
 DEDICATED = "corpus-"
 """Beginning of the names of applications that serve one cartridge."""

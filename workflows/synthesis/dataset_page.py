@@ -31,7 +31,7 @@ class Token:
     note: str
 
     @property
-    def doubt(self) -> float:
+    def uncertainty(self) -> float:
         """0 for a certain token, 1 for one of 0.1 % or less, even in logarithms."""
         return 1.0 if self.probability is None else min(1.0, -math.log10(max(self.probability, 1e-3)) / 3)
 

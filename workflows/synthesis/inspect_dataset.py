@@ -5,7 +5,7 @@ from typing import Any, TextIO
 
 from cartridges.errors import UserError
 from workflows.runtime.console import print_table
-from workflows.runtime.stage import read_manifest
+from workflows.runtime.manifests import read_manifest
 from workflows.synthesis.synthesize import CARD
 
 DISTRIBUTIONS = {

@@ -28,7 +28,7 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Chunk, Corpus
-from workflows.runtime.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
+from workflows.runtime.manifests import Clock, fingerprint, read_manifest, require_match, write_manifest
 from workflows.synthesis.plan_size import with_counts
 
 MANIFEST = "dataset.json"
@@ -60,7 +60,7 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
     if done is not None:
         return done
     from workflows.runtime.tracking import track
-    from workflows.synthesis.generation import check_generation
+    from workflows.synthesis.open_synthesizer import check_generation
 
     check_generation(settings)
     output.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ class SynthesisActor:
         import pyarrow.parquet as pq
         import torch
 
-        from workflows.synthesis.generation import open_synthesizer
+        from workflows.synthesis.open_synthesizer import open_synthesizer
 
         torch.set_num_threads(self.threads)
         chunks = {row["chunk_id"]: Chunk(**row) for row in pq.read_table(self.chunks_file).to_pylist()}

@@ -17,7 +17,7 @@ from typing import Any
 from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
-from workflows.runtime.stage import fingerprint, read_manifest, require_match, write_manifest
+from workflows.runtime.manifests import fingerprint, read_manifest, require_match, write_manifest
 from workflows.synthesis.synthesize import (
     MANIFEST,
     ProgressCallback,
@@ -32,7 +32,7 @@ TOGETHER, FAILED, ID = "together.json", "failed.json", "conversation_id"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DatasetSpec:
     """One data set, its number of conversations decided. All have one model and one way to synthesize."""
 
     corpus: str
@@ -40,7 +40,7 @@ class Wanted:
     settings: BuildSettings
 
 
-def synthesize_many(wanted: Sequence[Wanted], work: Path, label: str, progress: ProgressCallback | None = None,
+def synthesize_many(wanted: Sequence[DatasetSpec], work: Path, label: str, progress: ProgressCallback | None = None,
                     job: str | None = None) -> list[dict[str, Any]]:
     """The manifests of all, in order; of one that could not be made `{"failed": why}`. Resumes; done is done. The data
     sets are below `work`.
@@ -56,14 +56,14 @@ def synthesize_many(wanted: Sequence[Wanted], work: Path, label: str, progress: 
     return [read_manifest(one.output / MANIFEST) or read_manifest(one.output / FAILED) for one in wanted]
 
 
-def _expected(one: Wanted) -> str:
+def _expected(one: DatasetSpec) -> str:
     return dataset_fingerprint(load_corpus(one.corpus, one.settings.corpus.corpus_id), one.settings)
 
 
-def _make(todo: Sequence[Wanted], expected: Sequence[str], work: Path, label: str,
+def _make(todo: Sequence[DatasetSpec], expected: Sequence[str], work: Path, label: str,
           progress: ProgressCallback | None, job: str | None) -> None:
     from workflows.runtime.tracking import track
-    from workflows.synthesis.generation import check_generation
+    from workflows.synthesis.open_synthesizer import check_generation
 
     settings = todo[0].settings
     check_generation(settings)
@@ -87,7 +87,7 @@ def _make(todo: Sequence[Wanted], expected: Sequence[str], work: Path, label: st
         shutil.rmtree(directory)
 
 
-def _plan(one: Wanted, expected: str) -> dict[str, Any]:
+def _plan(one: DatasetSpec, expected: str) -> dict[str, Any]:
     loaded = load_corpus(one.corpus, one.settings.corpus.corpus_id)
     one.output.mkdir(parents=True, exist_ok=True)
     return plan_dataset(loaded, one.output, one.settings, expected)
@@ -102,7 +102,7 @@ def _begun(places: Sequence[str], work: Path) -> Path | None:
     return None
 
 
-def _join(todo: Sequence[Wanted], places: Sequence[str], plans: Sequence[dict[str, Any]],
+def _join(todo: Sequence[DatasetSpec], places: Sequence[str], plans: Sequence[dict[str, Any]],
           directory: Path) -> dict[str, Any]:
     """Tasks and chunks of all in one place: `{datasets: their places in order, conversations}`."""
     import pyarrow as pa
@@ -145,7 +145,7 @@ def _require_few_errors(work: Path, settings: BuildSettings, planned: int) -> No
     require_few(failed, planned, settings.synthesize.max_failed_share, work)
 
 
-def _split(todo: Sequence[Wanted], numbers: Sequence[int], parts: Path) -> None:
+def _split(todo: Sequence[DatasetSpec], numbers: Sequence[int], parts: Path) -> None:
     """To each data set the rows that are its own, under the ids that they have there."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -164,7 +164,7 @@ def _split(todo: Sequence[Wanted], numbers: Sequence[int], parts: Path) -> None:
                 pq.write_table(table.filter(pc.equal(owners, owner)), places[int(owner)] / file.name)
 
 
-def _finish(one: Wanted, plan: dict[str, Any], speed: dict[str, float], work: Path) -> dict[str, Any]:
+def _finish(one: DatasetSpec, plan: dict[str, Any], speed: dict[str, float], work: Path) -> dict[str, Any]:
     """The data set's manifest, or why it has none: then its batches are done again by the next run."""
     from workflows.synthesis.failures import forget_failed
 

@@ -28,9 +28,9 @@ from typing import Any
 
 from cartridges.config import BuildSettings, TrainSettings
 from cartridges.errors import UserError
-from workflows.runtime.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
+from workflows.runtime.manifests import Clock, fingerprint, read_manifest, require_match, write_manifest
 from workflows.synthesis.synthesize import ProgressCallback
-from workflows.training.step_log import STEPS, TRAINED, Following, read_rows
+from workflows.training.step_log import STEPS, TRAINED, StepLogFollower, read_rows
 
 MANIFEST = "train.json"
 Size = tuple[int, int]
@@ -112,7 +112,7 @@ def waves(members: Sequence[Member]) -> list[list[int]]:
     return [order[first:first + active] for first in range(0, len(order), active)]
 
 
-def acquainted(members: Sequence[Member]) -> list[Member]:
+def with_wave_distractors(members: Sequence[Member]) -> list[Member]:
     """The members, each with the others of its wave as distractors while they are trained, which changes what it
     becomes; so their fingerprints are in its own. Raises `UserError` where the model's window has no room for them."""
     from cartridges.models import load_identity, resolve_model_dir
@@ -164,7 +164,7 @@ def _fit(members: Sequence[Member], directory: Path, run, progress: ProgressCall
         if progress is None:
             progress = stack.enter_context(Progress(None, "train", "steps")).callback
         stack.enter_context(local_ray())
-        stack.enter_context(Following(followed, run, progress, clock,
+        stack.enter_context(StepLogFollower(followed, run, progress, clock,
                                       members[0].settings.train.steps if len(members) == 1 else 0))
         try:
             with _own_interrupt():

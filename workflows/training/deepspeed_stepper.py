@@ -6,7 +6,7 @@ What is specific to training a cartridge before a frozen base:
   gradients and moments stay float32 whatever the base computes in.
 
 Stages 1 and 2 cut up the optimiser's state. What stage 3 is for is the base, which has an engine of its own then
-(`workflows.training.partition`); cartridge and moments, small beside it, stay whole.
+(`workflows.training.zero3`); cartridge and moments, small beside it, stay whole.
 """
 
 import math

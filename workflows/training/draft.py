@@ -10,7 +10,7 @@ from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.records import Corpus
-from workflows.runtime.stage import read_manifest, write_manifest
+from workflows.runtime.manifests import read_manifest, write_manifest
 from workflows.synthesis.synthesize import corpus_tokens, dataset_fingerprint
 from workflows.training.train import MANIFEST, train_fingerprint
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from workflows.runtime.stage import Clock
+from workflows.runtime.manifests import Clock
 from workflows.synthesis.synthesize import ProgressCallback
 
 STEPS = "metrics.jsonl"
@@ -26,7 +26,7 @@ class StepLog:
             _rewrite(path, [row for row in read_rows(path) if row["step"] < next_step])
 
     def write(self, metrics, more: dict[str, Any]) -> dict[str, Any]:
-        """`more` fields of the row: the machine's (`gauge`), and `held_out`, the figures of the held-out questions
+        """`more` fields of the row: the machine's (`meter`), and `held_out`, the figures of the held-out questions
         after this step, where they were asked."""
         row = {name: value for name, value in asdict(metrics).items() if name != "member"} | more
         if self.keeps:
@@ -88,7 +88,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
 
 
-class Following:
+class StepLogFollower:
     """Follows `metrics.jsonl` while the workers write it: progress (of `steps`; 0 where not known), and W&B."""
 
     def __init__(self, path: Path, run, progress: ProgressCallback, clock: Clock, steps: int):

@@ -9,7 +9,7 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Corpus
-from workflows.runtime.stage import fingerprint, read_manifest
+from workflows.runtime.manifests import fingerprint, read_manifest
 from workflows.synthesis.synthesize import MANIFEST as DATASET_MANIFEST
 from workflows.synthesis.synthesize import ProgressCallback, corpus_tokens, fingerprints
 from workflows.training.cohort import MANIFEST, Member, check_window, train_cohort

@@ -18,9 +18,9 @@ from cartridges.corpus import load_corpus
 from cartridges.distill.course import Course, StepMetrics
 from cartridges.distill.trainer import NonFiniteLoss, Trainer
 from cartridges.models import BaseModel
-from workflows.runtime.stage import read_manifest, write_manifest
-from workflows.training.checkups import Checkups
-from workflows.training.held_out import HELD_OUT, read_held_out, write_held_out
+from workflows.runtime.manifests import read_manifest, write_manifest
+from workflows.training.held_out_evaluation import HeldOutEvaluation
+from workflows.training.held_out_questions import HELD_OUT, read_held_out, write_held_out
 from workflows.training.step_log import STEPS, TRAINED, CohortLog, StepLog
 
 
@@ -32,7 +32,7 @@ class Pupil:
     settings: BuildSettings
     cartridge: Cartridge
     course: Course
-    checkups: Checkups
+    evaluation: HeldOutEvaluation
 
     @property
     def output(self) -> Path:
@@ -45,7 +45,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch
 
     from cartridges.models import load_base_model
-    from workflows.training.partition import load_partitioned
+    from workflows.training.zero3 import load_partitioned
 
     torch.set_num_threads(config["threads"])
     settings = BuildSettings.model_validate(config["members"][0]["settings"])
@@ -85,8 +85,8 @@ def _train_wave(number: int, pupils: Sequence[Pupil], base: BaseModel, rank: int
     from cartridges.distill.lower_layers import MOST_BYTES
     from cartridges.distill.student import Student
     from workflows.training.deepspeed_stepper import DeepSpeedStepper
-    from workflows.training.gauge import Gauge
-    from workflows.training.partition import gathered
+    from workflows.training.step_meter import StepMeter
+    from workflows.training.zero3 import gathered
 
     settings = pupils[0].settings
     spread = settings.train.zero_stage == 3
@@ -104,8 +104,8 @@ def _train_wave(number: int, pupils: Sequence[Pupil], base: BaseModel, rank: int
         trainer.failed = {int(member): message for member, message in reached["failed"].items()}
     if settings.train.loss != "none":
         if rank == 0:
-            gauge = Gauge(base, [pupil.course for pupil in pupils], [pupil.cartridge for pupil in pupils], beside)
-            report = _reporter(pupils, trainer, gauge, joint)
+            meter = StepMeter(base, [pupil.course for pupil in pupils], [pupil.cartridge for pupil in pupils], beside)
+            report = _reporter(pupils, trainer, meter, joint)
         else:
             report = _echo(pupils) if spread else lambda _: None
         try:
@@ -125,14 +125,14 @@ def _train_wave(number: int, pupils: Sequence[Pupil], base: BaseModel, rank: int
                 _save(pupil, base)
 
 
-def _reporter(pupils: Sequence[Pupil], trainer: Trainer, gauge, joint: CohortLog | None) -> Callable[[Any], None]:
+def _reporter(pupils: Sequence[Pupil], trainer: Trainer, meter, joint: CohortLog | None) -> Callable[[Any], None]:
     """Writes a row a step; the other workers wait at the next step's gradients while this one looks."""
     logs = [StepLog(pupil.output / STEPS, trainer.next_step, keeps=not pupil.config["done"]) for pupil in pupils]
 
     def report(metrics: StepMetrics) -> None:
-        done, checkups = metrics.step + 1, pupils[metrics.member].checkups
-        held_out = {"held_out": checkups.run(done)} if checkups.due(done, metrics.steps) else {}
-        row = logs[metrics.member].write(metrics, gauge.read(metrics) | held_out)
+        done, evaluation = metrics.step + 1, pupils[metrics.member].evaluation
+        held_out = {"held_out": evaluation.run(done)} if evaluation.due(done, metrics.steps) else {}
+        row = logs[metrics.member].write(metrics, meter.read(metrics) | held_out)
         if joint is not None:
             joint.write(row, trainer.steps)
 
@@ -142,9 +142,9 @@ def _reporter(pupils: Sequence[Pupil], trainer: Trainer, gauge, joint: CohortLog
 def _echo(pupils: Sequence[Pupil]) -> Callable[[Any], None]:
     """Of a worker that holds a part of the base: the first one cannot look at the answers without it."""
     def report(metrics: StepMetrics) -> None:
-        checkups = pupils[metrics.member].checkups
-        if checkups.due(metrics.step + 1, metrics.steps):
-            checkups.run(metrics.step + 1)
+        evaluation = pupils[metrics.member].evaluation
+        if evaluation.due(metrics.step + 1, metrics.steps):
+            evaluation.run(metrics.step + 1)
 
     return report
 
@@ -172,7 +172,8 @@ def _pupil(config: dict[str, Any], base: BaseModel, rank: int, world: int, resum
         conversations = unshared(conversations)
     course = Course(conversations, settings.train, settings.seed, rank, world, config["partners"])
     return Pupil(config, settings, cartridge, course,
-                 Checkups(base, cartridge, questions, settings.train, output, keeps=rank == 0 and not config["done"]))
+                 HeldOutEvaluation(base, cartridge, questions, settings.train, output,
+                                   keeps=rank == 0 and not config["done"]))
 
 
 def _start(wanted: TrainSettings, rank: int, resumed: bool) -> TrainSettings:
@@ -212,9 +213,9 @@ def _save(pupil: Pupil, base: BaseModel) -> None:
     from cartridges import artifact
     from cartridges.distill.packing import count_truncated, own_lengths
 
-    best = pupil.checkups.best()
+    best = pupil.evaluation.best()
     if best:
-        pupil.checkups.restore()
+        pupil.evaluation.restore()
     settings, conversations = pupil.settings, pupil.course.conversations
     lengths = own_lengths(conversations)
     artifact.save(

@@ -1,4 +1,4 @@
-"""During training: generation on the held-out self-study questions, and the cartridge that did best at it.
+"""Evaluates the cartridge on the held-out self-study questions during training, and keeps the best one.
 
 A falling loss does not say that the answers get better, so the cartridge that is published can be the one that
 answered most held-out questions. `best.safetensors` in the run's directory is that cartridge so far, and tells
@@ -18,13 +18,13 @@ from cartridges.engines.base import CartridgePrefix
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.evaluation.asking import Item, ask, plan_items
 from cartridges.records import Question
-from workflows.training.held_out import choosing
+from workflows.training.held_out_questions import choosing
 
 BEST = "best.safetensors"
 MAX_ANSWER_TOKENS = 24
 
 
-class Checkups:
+class HeldOutEvaluation:
     """Every `evaluate_every` steps and after the last. A resumed run goes on from the best that is there.
 
     Half of `questions` are asked; the others are left for a report card. Only who `keeps` writes.

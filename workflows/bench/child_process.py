@@ -15,7 +15,7 @@ from cartridges.errors import UserError
 WATCH_SECONDS = 0.05
 
 
-class Child:
+class ChildProcess:
     """`python -m module`, given `job`. Use as a context manager: it ends with the block.
 
     `peak_bytes` is the most resident memory seen while it was answering, since `forget_peak`.
@@ -58,7 +58,7 @@ class Child:
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
 
-    def __enter__(self) -> "Child":
+    def __enter__(self) -> "ChildProcess":
         return self
 
     def __exit__(self, *exception: object) -> None:

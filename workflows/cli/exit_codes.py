@@ -1,4 +1,4 @@
-"""How a command ends: a user's mistake is one line, Ctrl-C stops what was started, defects keep their traceback."""
+"""Exit codes: one line for a user's mistake and for Ctrl-C; defects keep their traceback."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from cartridges.errors import UserError
 
 
-class PartlyDone(Exception):
+class PartialFailure(Exception):
     """Some of what was asked for is done, and the rest is not."""
 
 
@@ -26,7 +26,7 @@ def exit_code(command: Callable[[], None], resumable: bool) -> int:
     except UserError as error:
         print(f"cartridges: {_one_line(error)}", file=sys.stderr)
         return 2
-    except PartlyDone as error:
+    except PartialFailure as error:
         print(f"cartridges: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a training worker takes of its machine: memory, and the share of the matrix-product rate that it reaches."""
+"""Measures a training worker: its memory, and the share of the matrix-product rate that its steps reach."""
 
 import resource
 import sys
@@ -14,7 +14,7 @@ from cartridges.distill.packing import PackPlan
 from cartridges.models import BaseModel
 
 
-class Gauge:
+class StepMeter:
     """Measures the rate once, on the products of the first step's first pack; the share is of this worker's packs.
 
     Layers that are not trained are not counted, so in the first epoch, which still reads them, it is too low. Where

@@ -53,7 +53,7 @@ def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]]
     from cartridges.evaluation.asking import num_requests, plan_items
     from cartridges.evaluation.composition import LOADED, collapse_test, pooled
     from cartridges.models import load_base_model, load_identity, resolve_model_dir
-    from workflows.evaluation.kept_answers import KeptAnswers
+    from workflows.evaluation.answer_cache import AnswerCache
     from workflows.runtime.console import Progress
 
     used = model_of(subjects[0][0].manifest, settings)
@@ -68,7 +68,7 @@ def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]]
                 raise UserError(f"{one.name}: {error}") from None
     base = load_base_model(used)
     how = settings.evaluate
-    kept = KeptAnswers(work, TransformersEngine(base), base, how)
+    kept = AnswerCache(work, TransformersEngine(base), base, how)
     items = [plan_items(asked, base.template, settings.seed, how.max_questions) for _, asked in subjects]
     counts = [2 + 2 * sum(count <= len(beside[_ref(entry)]) + 1 for count in LOADED) for entry, _ in subjects]
     total = sum(arms * num_requests(of) for arms, of in zip(counts, items, strict=True))

@@ -1,4 +1,4 @@
-"""The door of the HTTP service: who comes in, and a line in the audit log when they leave."""
+"""Middleware of the HTTP service: authenticates the caller, and writes a line of the audit log for each request."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from workflows.serving.access import NOBODY, Gate
+from workflows.serving.access import NOBODY, Authenticator
 from workflows.serving.errors import ApiError
 
 OPEN = ("/", "/healthz", "/favicon.ico")
 OPEN_FOLDER = "/web/"
-"""What needs no caller: health, and the web page's own files. Everything else does."""
+"""Paths that need no key: health, and the web page's own files."""
 
 
 class AuditLog:
@@ -35,12 +35,12 @@ class AuditLog:
             os.close(file)
 
 
-class Entrance:
+class AccessMiddleware:
     """ASGI middleware. Puts the `Caller` into `request.state.caller`, and into `request.state.note` a
     dictionary whose entries go into the audit log."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, audit: AuditLog | None):
-        self.app, self.gate, self.audit = app, gate, audit
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, audit: AuditLog | None):
+        self.app, self.authenticator, self.audit = app, authenticator, audit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,7 +59,7 @@ class Entrance:
         try:
             try:
                 headers = Headers(scope=scope)
-                caller = self.gate.admit(peer, headers.get("authorization"), headers.get("host", ""))
+                caller = self.authenticator.admit(peer, headers.get("authorization"), headers.get("host", ""))
             except ApiError as error:
                 # The body is not read, so the connection cannot be used again.
                 refusal = JSONResponse(error.body(), error.status, headers=error.headers | {"Connection": "close"})

@@ -1,4 +1,4 @@
-"""Rates of this machine: measured by a short calibration, and remembered from finished stages."""
+"""Rates of this machine, measured by a short calibration and remembered from finished stages."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from cartridges.errors import UserError
 from cartridges.records import Chunk, Conversation, Corpus
 from cartridges.selfstudy.plan import Task
 from workflows.building.budget import Rates
-from workflows.runtime.stage import fingerprint
+from workflows.runtime.manifests import fingerprint
 
 BATCHES = 3
 """Of conversations, and steps, in a calibration; the first of each only warms up."""
@@ -95,7 +95,7 @@ def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
     from cartridges.chunking import Chunks
     from cartridges.distill.packing import own_lengths
     from cartridges.models import load_base_model
-    from workflows.synthesis.generation import check_generation
+    from workflows.synthesis.open_synthesizer import check_generation
 
     check_generation(settings)
     base = load_base_model(settings.model)
@@ -114,7 +114,7 @@ def _time_synthesis(base, chunks: Sequence[Chunk],
     """`(kept conversations, seconds for a planned one, share kept)`."""
     from cartridges.selfstudy.families import decodes
     from cartridges.selfstudy.plan import plan
-    from workflows.synthesis.generation import open_synthesizer
+    from workflows.synthesis.open_synthesizer import open_synthesizer
 
     size = settings.synthesize.batch_size
     wanted = settings.synthesize.model_copy(update={"num_conversations": PLANNED_BATCHES * size})

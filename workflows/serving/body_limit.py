@@ -1,4 +1,4 @@
-"""What a request body may be: read whole, at most so long, within so many seconds."""
+"""Limits on a request body: its length, and the seconds in which it must arrive."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What every stage shares: fingerprints, and a manifest written last by rename.
+"""Fingerprints, and manifests that a stage writes last, by rename.
 
 A stage is done when its manifest is there and holds the fingerprint of what it would do now.
 """

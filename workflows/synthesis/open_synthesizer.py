@@ -1,4 +1,4 @@
-"""What synthesis runs on, from settings: the teacher's engine, and who asks."""
+"""Opens a `Synthesizer` from settings: the teacher's engine, and the model or service that asks the questions."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Answers on disk for as long as a run takes, so that one which was killed asks only what it had not asked."""
+"""Answers on disk while a run lasts, so that a killed run asks only what it had not asked."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,10 +7,10 @@ from cartridges.config import EvaluateSettings
 from cartridges.engines.base import Engine, Prefix
 from cartridges.evaluation.asking import Answered, Item, ask, num_requests
 from cartridges.models import BaseModel
-from workflows.runtime.stage import fingerprint, read_manifest, write_manifest
+from workflows.runtime.manifests import fingerprint, read_manifest, write_manifest
 
 
-class KeptAnswers:
+class AnswerCache:
     """`ask` through `engine`, with a file in `directory` for each prefix and its questions."""
 
     def __init__(self, directory: Path, engine: Engine, base: BaseModel, settings: EvaluateSettings):

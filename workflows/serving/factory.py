@@ -1,4 +1,4 @@
-"""Builds the service's parts from settings, for one process or for several."""
+"""Builds the service and its backend from settings, for one process or for several."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""ZeRO stage 3: the frozen base model spread over the workers, each of whose layers is whole only while it is used.
+"""ZeRO stage 3: the frozen base model is partitioned over the workers; a layer is whole only while it is used.
 
 DeepSpeed gathers a layer's weights when the layer is called and lets them go after it, in the backward pass too. That
 is a collective: every worker must call the same layers in the same order (`distill.student.Student`).

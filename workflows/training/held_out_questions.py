@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cartridges.records import Question
-from workflows.runtime.stage import read_manifest, write_manifest
+from workflows.runtime.manifests import read_manifest, write_manifest
 
 HELD_OUT = "held_out.json"
 
