@@ -11,7 +11,7 @@ from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, tiny_settings
 from workflows.building.budget import Rates
 from workflows.cli import main
-from workflows.runtime.console import print_ablation
+from workflows.cli.commands.ablate import print_ablation
 from workflows.training.draft import NO_DATASET, draft
 
 

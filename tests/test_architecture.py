@@ -29,7 +29,8 @@ RANK = {place: rank for rank, line in enumerate(FLOW) for place in line.split()}
 RIM_ONLY = {"ray", "workflows"}
 
 # The packages of `workflows`, in the order of the flow. A package imports from itself and from those before it.
-STAGES = ("runtime", "synthesis", "training", "evaluation", "building", "serving", "bench", "cli", "demo")
+STAGES = ("runtime", "synthesis", "training", "evaluation", "building", "serving", "bench", "job", "cli",
+          "demo")
 
 
 def modules(package: str) -> dict[str, Path]:

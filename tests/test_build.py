@@ -1,7 +1,6 @@
 """The whole chain on a tiny model: published with its report card; run again, nothing is done twice."""
 
 import json
-import sys
 import time
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from tests.test_tracking import records
 from workflows.building.budget import Rates
 from workflows.building.build import build
 from workflows.building.machine_rates import calibrate, keep, measured, remembered
-from workflows.cli.registry_commands import list_cartridges, print_list, print_shown, show
+from workflows.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_ray")
 FAMILIES = {"anchored": 0.5, "cloze": 0.3, "recall": 0.2}
@@ -84,11 +83,11 @@ def test_a_draft_is_published_as_one_without_ray_and_conversations(settings, cor
     assert not list((tmp_path / "work").glob("synthesize-*"))
     assert result["report_card"]["build"]["conversations"] == {"kept": 0, "dropped": {}}
     assert "published as a draft" in capsys.readouterr().err
-    (line,) = list_cartridges(registry)["cartridges"]
+    assert main(["list", "--registry", registry, "--json"]) == 0
+    (line,) = json.loads(capsys.readouterr().out)["cartridges"]
     assert line["draft"] and line["version"] == result["version"]
-    print_list({"cartridges": [line]}, sys.stderr)
-    print_shown(show("quick", registry), sys.stderr)
-    said = capsys.readouterr().err
+    assert main(["list", "--registry", registry]) == main(["show", "quick", "--registry", registry]) == 0
+    said = capsys.readouterr().out
     assert "quick (draft)" in said and "a draft: the start" in said
     made = next((tmp_path / "work").glob("draft-*/cartridge/cartridge.safetensors"))
     before = made.stat().st_mtime_ns

@@ -22,7 +22,7 @@ from cartridges.selfstudy.storage import load_conversations
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for
 from workflows.building.collection import build_each
-from workflows.runtime.console import print_collection
+from workflows.cli.commands.build import print_collection
 from workflows.training.cohort import Member, waves, with_wave_distractors
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 6, "threads_per_worker": 1,

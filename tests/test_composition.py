@@ -16,8 +16,9 @@ from cartridges.errors import UserError
 from cartridges.models import load_base_model, rope_frequencies
 from cartridges.registry import Registry
 from tests.serve_support import TEXTS, exact_cartridge, listening, load_stock, make_service, publish
+from workflows.cli.commands.compose_test import print_composition
 from workflows.evaluation import answer_cache
-from workflows.evaluation.composition import compose_test, print_card
+from workflows.evaluation.composition import compose_test
 
 ASK = [{"role": "user", "content": "What is known?"}]
 MORE = TEXTS | {"mill": "The mill of Tarn grinds 12 sacks a day for Ove Lind."}
@@ -168,7 +169,7 @@ def test_a_pattern_tests_each_with_those_behind_it(base, questions, tiny_qwen3_d
     assert result["card"]["alone"]["nll_per_token"]["mean"] == pytest.approx((2 * mean["kb.a"] + mean["kb.b"]) / 3)
     assert registry.resolve("kb.b").manifest.composition_card == result["cartridges"][1]["card"]
     assert registry.resolve("kb.c").manifest.composition_card is None
-    print_card(result, sys.stdout)
+    print_composition(result, sys.stdout)
     assert "all 3 questions" in (said := capsys.readouterr().out) and "kb.c was not tested" in said
     named = run(registry, base, str(file), 0.5, partners=("kb.b", "kb.a"), name="kb.*")
     assert [[ref.split("@")[0] for ref in one["partners"]] for one in named["cartridges"]] == [["kb.b"], ["kb.a"]]

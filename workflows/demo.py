@@ -19,7 +19,7 @@ WORK = Path("runs/demo")
 
 def main() -> None:
     from workflows.building.build import build
-    from workflows.runtime.console import print_report_card
+    from workflows.evaluation.report_card_table import print_report_card
     from workflows.runtime.manifests import write_manifest
 
     settings = _settings()

@@ -19,7 +19,7 @@ import numpy as np
 from cartridges.config import BuildSettings, ReplicaSettings
 from workflows.bench.arms import Cartridges, questions
 from workflows.bench.serve import choose_engine
-from workflows.runtime.console import Progress
+from workflows.runtime.progress import Progress
 
 COLD = 5
 """Requests to a corpus that is not loaded, each followed by the same once more."""

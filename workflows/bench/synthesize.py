@@ -12,7 +12,7 @@ from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.records import Chunk, Conversation
-from workflows.runtime.console import Progress
+from workflows.runtime.progress import Progress
 
 LOOP = "loop"
 NOTES = (

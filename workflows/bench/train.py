@@ -17,7 +17,7 @@ from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from cartridges.models import load_config, resolve_model_dir
 from workflows.bench.child_process import ChildProcess
-from workflows.runtime.console import Progress
+from workflows.runtime.progress import Progress
 
 SIDES = ("ours", "upper", "peft", "padded")
 

@@ -179,7 +179,7 @@ def _report(job: Job, asked: tuple[Question, ...], cartridge: Path, source: str,
     from cartridges.evaluation.report_card import Subject, report_card
     from cartridges.models import load_base_model
     from workflows.evaluation.evaluate import wrong_cartridge
-    from workflows.runtime.console import Progress
+    from workflows.runtime.progress import Progress
 
     settings, corpus = job.settings, job.loaded
     loaded, base = artifact.load(cartridge), load_base_model(settings.model)

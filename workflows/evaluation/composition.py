@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.corpus import ids_with_questions, load_questions
@@ -54,7 +54,7 @@ def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]]
     from cartridges.evaluation.composition import LOADED, collapse_test, pooled
     from cartridges.models import load_base_model, load_identity, resolve_model_dir
     from workflows.evaluation.answer_cache import AnswerCache
-    from workflows.runtime.console import Progress
+    from workflows.runtime.progress import Progress
 
     used = model_of(subjects[0][0].manifest, settings)
     identity = load_identity(resolve_model_dir(used))
@@ -110,33 +110,6 @@ def _beside(entry: Entry, others: Sequence[Entry]) -> list[Entry]:
         return list(others)
     place = others.index(entry)
     return [*others[place + 1:], *others[:place]]
-
-
-def print_card(result: dict[str, Any], stream: TextIO) -> None:
-    """One cartridge's test; of several, all their questions together and a line for each."""
-    from workflows.runtime.console import print_table
-
-    card = result["card"]
-    rows = [["loaded", "place", "accuracy", "nll", "passed"]]
-    rows += [[label, "", *_cells(card[arm]), ""] for label, arm in (("none", "closed_book"), ("alone", "alone"))]
-    rows += [[str(row["loaded"]), place, *_cells(row[place]), "yes" if row["passed"] else "no"]
-             for row in card["loaded"] for place in ("first", "last")]
-    print_table(rows, stream)
-    if "cartridges" in result:
-        print(f"\nall {card['questions']} questions; what each may be served with:", file=stream)
-    elif card["alone"]["accuracy"]["mean"] <= card["closed_book"]["accuracy"]["mean"]:
-        print("alone it answers no better than the model without it: nothing to keep, so nothing was passed",
-              file=stream)
-    for one in result.get("cartridges", [result]):
-        print(f"{one['name']}@{one['version']} may be served with {one['composition']} others "
-              f"(it must keep {one['card']['share']:.0%} of its gain)", file=stream)
-    for name in result.get("skipped", []):
-        print(f"{name} was not tested: there are no questions about it", file=stream)
-
-
-def _cells(arm: dict[str, Any]) -> list[str]:
-    return [f"{arm[metric]['mean']:.2f} ({arm[metric]['low']:.2f} to {arm[metric]['high']:.2f})"
-            for metric in ("accuracy", "nll_per_token")]
 
 
 def _ref(entry: Entry) -> str:

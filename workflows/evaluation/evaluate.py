@@ -44,7 +44,7 @@ def _run(store, entry, loaded, asked, given, arms, notes, settings: BuildSetting
     from cartridges.evaluation.arms import text_for_arms
     from cartridges.evaluation.report_card import Subject, report_card
     from cartridges.models import load_base_model, load_identity, resolve_model_dir
-    from workflows.runtime.console import Progress
+    from workflows.runtime.progress import Progress
     from workflows.runtime.tracking import track
 
     model = model_of(loaded.manifest, settings)

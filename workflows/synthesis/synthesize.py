@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from functools import cached_property, lru_cache, reduce
@@ -29,15 +29,13 @@ from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Chunk, Corpus
 from workflows.runtime.manifests import Clock, fingerprint, read_manifest, require_match, write_manifest
+from workflows.runtime.progress import ProgressCallback
 from workflows.synthesis.plan_size import with_counts
 
 MANIFEST = "dataset.json"
 CARD = "data_card.json"
 POLL_SECONDS = 1.0
 logger = logging.getLogger(__name__)
-
-ProgressCallback = Callable[[int, int, str], None]
-"""`(done, total, label)`."""
 
 
 def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
@@ -187,8 +185,8 @@ def write_rows(path: Path, kind: type, rows: Iterable[Any]) -> None:
 def generate(output: Path, settings: BuildSettings, total: int,
               progress: ProgressCallback | None) -> dict[str, float]:
     """Run Ray Data until every task is committed; how fast it went."""
-    from workflows.runtime.console import Progress
     from workflows.runtime.local_ray import local_ray
+    from workflows.runtime.progress import Progress
 
     clock = Clock(output / "work" / "clock.json")
     with ExitStack() as stack:

@@ -18,9 +18,9 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from workflows.runtime.manifests import fingerprint, read_manifest, require_match, write_manifest
+from workflows.runtime.progress import ProgressCallback
 from workflows.synthesis.synthesize import (
     MANIFEST,
-    ProgressCallback,
     dataset_fingerprint,
     finish_dataset,
     generate,

@@ -29,7 +29,7 @@ from typing import Any
 from cartridges.config import BuildSettings, TrainSettings
 from cartridges.errors import UserError
 from workflows.runtime.manifests import Clock, fingerprint, read_manifest, require_match, write_manifest
-from workflows.synthesis.synthesize import ProgressCallback
+from workflows.runtime.progress import ProgressCallback
 from workflows.training.step_log import STEPS, TRAINED, StepLogFollower, read_rows
 
 MANIFEST = "train.json"
@@ -156,8 +156,8 @@ def _planned_waves(members: Sequence[Member], directory: Path) -> list[list[int]
 def _fit(members: Sequence[Member], directory: Path, run, progress: ProgressCallback | None, clock: Clock) -> None:
     from ray.train import TrainingFailedError
 
-    from workflows.runtime.console import Progress
     from workflows.runtime.local_ray import local_ray
+    from workflows.runtime.progress import Progress
 
     followed = (members[0].output if len(members) == 1 else directory / "work") / STEPS
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any
 
 from workflows.runtime.manifests import Clock
-from workflows.synthesis.synthesize import ProgressCallback
+from workflows.runtime.progress import ProgressCallback
 
 STEPS = "metrics.jsonl"
 TRAINED = "trained.json"

@@ -10,8 +10,9 @@ from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Corpus
 from workflows.runtime.manifests import fingerprint, read_manifest
+from workflows.runtime.progress import ProgressCallback
 from workflows.synthesis.synthesize import MANIFEST as DATASET_MANIFEST
-from workflows.synthesis.synthesize import ProgressCallback, corpus_tokens, fingerprints
+from workflows.synthesis.synthesize import corpus_tokens, fingerprints
 from workflows.training.cohort import MANIFEST, Member, check_window, train_cohort
 
 

@@ -1,5 +1,6 @@
 """`cartridges chat`: ask a served cartridge over HTTP, or a local one in this process."""
 
+import argparse
 import asyncio
 import os
 import sys
@@ -7,12 +8,27 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TextIO
 
 from cartridges.errors import UserError
+from workflows.cli.options import REFERENCE, add_command, registry_option
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 MAX_TOKENS = 256
 
 Ask = Callable[[list[dict[str, str]]], Iterator[str]]
 """The conversation so far -> the answer, in pieces."""
+
+
+def add_to(parsers: Any) -> None:
+    # The answer is printed as it comes, so nothing is shown at the end.
+    command = add_command(parsers, "chat", run, "ask a served or a local cartridge", show=lambda result, args: None)
+    command.add_argument("name", metavar="NAME", help=REFERENCE)
+    command.add_argument("message", nargs="?", metavar="MESSAGE", help="one question; without it, a dialogue")
+    command.add_argument("--url", metavar="URL", help="a running service, such as http://127.0.0.1:8000")
+    registry_option(command)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    # With --json stdout holds one JSON object and nothing else.
+    return chat(args.name, args.message, args.registry, args.url, out=sys.stderr if args.json else None)
 
 
 def chat(name: str, message: str | None, registry: str, url: str | None = None,
