@@ -10,9 +10,10 @@ from cartridges.distill.trainer import NonFiniteLoss
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, tiny_settings
 from workflows.building.budget import Rates
+from workflows.building.build import Made
 from workflows.cli import main
 from workflows.cli.commands.ablate import print_ablation
-from workflows.training.draft import NO_DATASET, draft
+from workflows.training.draft import draft
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_variations_of_training_have_the_conversations_that_a_budget_came_to(abl
 
     def make_draft(job):  # how many conversations there would be, without making them
         planned.append(job.settings.synthesize.num_conversations)
-        return NO_DATASET, *draft(job.loaded, job.settings, job.work)
+        return Made(None, *draft(job.loaded, job.settings, job.work))
 
     monkeypatch.setattr("workflows.building.ablate.make", make_draft)
     monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda corpus, settings: Rates(

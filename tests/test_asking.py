@@ -193,7 +193,7 @@ def test_a_key_that_is_refused_on_the_way_is_one_line_and_the_run_goes_on(tiny_m
     with listening_app(app) as url:
         build = tiny_settings(tiny_model_dir, num_conversations=8, families={"question": 1}, filters_off=UNUSABLE,
                               max_answer_tokens=4, asking={"endpoint": f"{url}/v1", "endpoint_model": "m"})
-        arguments = str(file), str(tmp_path / "out"), build
+        arguments = load_corpus(str(file)), str(tmp_path / "out"), build
         with pytest.raises(UserError, match=r"^synthesize.asking.endpoint .*this key has expired") as refused:
             synthesize(*arguments)
         assert "8 of 8 conversations failed" in str(refused.value)

@@ -200,8 +200,8 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
     from workflows.runtime.local_ray import local_ray
 
     with local_ray():
-        done = train(str(dataset), str(corpus_file), str(output), two)
-        train(str(dataset), str(corpus_file), str(tmp_path / "spread"), spread)
+        done = train(str(dataset), str(corpus_file), load_corpus(str(corpus_file)), str(output), two)
+        train(str(dataset), str(corpus_file), load_corpus(str(corpus_file)), str(tmp_path / "spread"), spread)
 
     assert [row["step"] for row in rows(output)] == list(range(12))
     undisturbed, expected = _in_this_process(tiny_base_model, settings, dataset, tmp_path / "other")
@@ -256,8 +256,10 @@ sys.exit(main(sys.argv[1:]))
 _TRAIN = """
 import json, sys
 from cartridges.config import BuildSettings
+from cartridges.corpus import load_corpus
 from workflows.training.train import train
-train(*sys.argv[1:4], BuildSettings.model_validate(json.loads(sys.argv[4])))
+train(sys.argv[1], sys.argv[2], load_corpus(sys.argv[2]), sys.argv[3],
+      BuildSettings.model_validate(json.loads(sys.argv[4])))
 """
 
 
@@ -265,7 +267,7 @@ def test_mistakes_are_named_before_ray_starts(tiny_base_model, tiny_qwen3_dir, d
                                             tmp_path):
     def attempt(**update):
         changed = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
-        train(str(dataset), str(corpus_file), str(tmp_path / "out"), changed)
+        train(str(dataset), str(corpus_file), load_corpus(str(corpus_file)), str(tmp_path / "out"), changed)
 
     with pytest.raises(UserError, match="not a multiple"):
         attempt(num_workers=3)
@@ -291,8 +293,8 @@ def test_mistakes_are_named_before_ray_starts(tiny_base_model, tiny_qwen3_dir, d
     with pytest.raises(UserError, match="set train.held_out"):
         attempt(held_out=0)
     with pytest.raises(UserError, match="no finished conversations"):
-        train(str(tmp_path), str(corpus_file), str(tmp_path / "out"), settings)
+        train(str(tmp_path), str(corpus_file), load_corpus(str(corpus_file)), str(tmp_path / "out"), settings)
     other = tmp_path / "other.txt"
     other.write_text("Another corpus.")
     with pytest.raises(UserError, match="another corpus"):
-        train(str(dataset), str(other), str(tmp_path / "out"), settings)
+        train(str(dataset), str(other), load_corpus(str(other)), str(tmp_path / "out"), settings)

@@ -70,10 +70,12 @@ def _measure(corpus: str, settings: BuildSettings, pipeline: bool) -> dict[str, 
 
 
 def _pipeline(corpus: str, settings: BuildSettings) -> dict[str, Any]:
+    from cartridges.corpus import load_corpus
     from workflows.synthesis.synthesize import synthesize
 
     with tempfile.TemporaryDirectory() as directory:
-        manifest = synthesize(corpus, directory, settings, progress=lambda done, total, note: None)
+        manifest = synthesize(load_corpus(corpus, settings.corpus.corpus_id), directory, settings,
+                              progress=lambda done, total, note: None)
     return {"conversations_per_s": manifest["conversations_per_s"], "kept": manifest["conversations"]["kept"],
             "prefix_hit_share": None}
 

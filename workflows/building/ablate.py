@@ -112,15 +112,15 @@ def _as_many(job: Job, settled: BuildSettings, given: BuildSettings) -> Job:
 
 def _try(label: str, job: Job, given: BuildSettings) -> dict[str, Any]:
     job = replace(job, settings=settle(job.loaded, job.settings, job.work))
-    dataset, trained, cartridge = make(job)
+    made = make(job)
     evaluate = given.evaluate
     if label != GIVEN:  # the other arms do not change
         evaluate = evaluate.model_copy(update={"arms": ("cartridge",)})
     examined = replace(job, settings=job.settings.model_copy(update={"evaluate": evaluate, "seed": given.seed}))
-    place = examine(examined, dataset, trained, cartridge)
+    place = examine(examined, made)
     return {"label": label, "card": read_manifest(place / REPORT_CARD), "rows": _rows(place / "rows.jsonl"),
-            "settings": job.settings, "kept": dataset["conversations"]["kept"], "steps": trained["steps"],
-            "seconds": {"synthesize": dataset["seconds"], "train": trained["seconds"]}}
+            "settings": job.settings, "kept": made.conversations["kept"], "steps": made.training["steps"],
+            "seconds": made.seconds}
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

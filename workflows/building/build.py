@@ -25,7 +25,7 @@ from cartridges.records import Corpus, Question
 from cartridges.registry import Registry, check_name
 from workflows.building.planning import say, settle, with_steps
 from workflows.runtime.manifests import fingerprint, read_manifest, write_manifest
-from workflows.training.draft import NO_DATASET, draft
+from workflows.training.draft import draft
 from workflows.training.held_out_questions import HELD_OUT, read_held_out, reporting
 
 REPORT_CARD = "report_card.json"
@@ -46,6 +46,36 @@ class Job:
     asked: tuple[Question, ...]
 
 
+@dataclass(frozen=True)
+class Made:
+    """A cartridge that is trained and not yet examined: the manifests of its stages, and the artifact's directory."""
+
+    dataset: dict[str, Any] | None
+    """None for a draft, which is made without conversations."""
+    training: dict[str, Any]
+    cartridge: Path
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage."""
+        return {"synthesize": self.dataset["seconds"] if self.dataset else 0.0, "train": self.training["seconds"]}
+
+    @property
+    def conversations(self) -> dict[str, Any]:
+        """`{kept, dropped {reason: n}}`."""
+        return self.dataset["conversations"] if self.dataset else {"kept": 0, "dropped": {}}
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Of the kept conversations: `{input, loss}`."""
+        return self.dataset["tokens"] if self.dataset else {"input": 0, "loss": 0}
+
+    def record(self) -> dict[str, Any]:
+        """`build` of the report card."""
+        rounds = {"rounds": self.training["rounds"]} if "rounds" in self.training else {}
+        return {"seconds": self.seconds, "conversations": self.conversations, "tokens": self.tokens, **rounds}
+
+
 def build(corpus: str, name: str, settings: BuildSettings, registry: str, questions: str | None = None,
           workdir: str | None = None) -> dict[str, Any]:
     """Build `name` from `corpus` and publish it: `{report_card, name, version, seconds, workdir}`.
@@ -59,7 +89,7 @@ def build(corpus: str, name: str, settings: BuildSettings, registry: str, questi
     asked = load_questions(questions, settings.corpus.corpus_id) if questions else loaded.questions
     job = prepare(corpus, loaded, name, settings, Registry(registry), asked, Path(workdir or f"runs/{name}"))
     job = replace(job, settings=settle(loaded, job.settings, job.work))
-    result = {"registry": registry, "workdir": str(job.work), **finish(job, *make(job)),
+    result = {"registry": registry, "workdir": str(job.work), **finish(job, make(job)),
               "seconds": time.monotonic() - start}
     write_manifest(job.work / "build.json", result)
     return result
@@ -81,10 +111,10 @@ def prepare(corpus: str, loaded: Corpus, name: str, settings: BuildSettings, sto
     return Job(corpus, loaded, name, settings, store, work, asked)
 
 
-def finish(job: Job, dataset: dict[str, Any], trained: dict[str, Any], cartridge: Path) -> dict[str, Any]:
+def finish(job: Job, made: Made) -> dict[str, Any]:
     """Examine the artifact and publish it: `{name, version, report_card}`."""
-    card = read_manifest(examine(job, dataset, trained, cartridge) / REPORT_CARD)
-    return {"name": job.name, "version": _publish(job.store, job.name, cartridge, card, _kept_text(job), job.work),
+    card = read_manifest(examine(job, made) / REPORT_CARD)
+    return {"name": job.name, "version": _publish(job.store, job.name, made.cartridge, card, _kept_text(job), job.work),
             "report_card": card}
 
 
@@ -98,14 +128,14 @@ def _kept_text(job: Job) -> str | None:
     return job.loaded.text
 
 
-def make(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """Synthesis and training: `(data set manifest, training manifest, artifact directory)`."""
+def make(job: Job) -> Made:
+    """Synthesis and training."""
     if job.asked and job.settings.train.loss == "none":
-        return NO_DATASET, *draft(job.loaded, job.settings, job.work)
+        return Made(None, *draft(job.loaded, job.settings, job.work))
     return _make_by_rounds(job) if job.settings.curriculum.rounds > 1 else _make_at_once(job)
 
 
-def _make_at_once(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def _make_at_once(job: Job) -> Made:
     from workflows.building import machine_rates
     from workflows.runtime.local_ray import local_ray
     from workflows.synthesis.synthesize import MANIFEST as DATASET
@@ -117,14 +147,14 @@ def _make_at_once(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     with ExitStack() as stack:  # one Ray for both stages
         if not (dataset_dir / DATASET).is_file():
             stack.enter_context(local_ray())
-        dataset = synthesize(job.corpus, str(dataset_dir), job.settings, job=job.name)
+        dataset = synthesize(job.loaded, str(dataset_dir), job.settings, job=job.name)
         settings = with_steps(job.loaded, job.settings, dataset, job.work)
         train_dir = job.work / f"train-{train_fingerprint(of_dataset, settings)}"
         if not (train_dir / TRAINING).is_file():
             stack.enter_context(local_ray())
-        trained = train(str(dataset_dir), job.corpus, str(train_dir), settings, job=job.name)
+        trained = train(str(dataset_dir), job.corpus, job.loaded, str(train_dir), settings, job=job.name)
     machine_rates.remember(settings, dataset, trained)
-    return dataset, trained, train_dir / "cartridge"
+    return Made(dataset, trained, train_dir / "cartridge")
 
 
 def dataset_place(job: Job) -> tuple[str, Path]:
@@ -135,7 +165,7 @@ def dataset_place(job: Job) -> tuple[str, Path]:
     return expected, job.work / f"synthesize-{expected}"
 
 
-def _make_by_rounds(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
+def _make_by_rounds(job: Job) -> Made:
     from workflows.building import machine_rates
     from workflows.building.curriculum import joined, run_rounds
     from workflows.runtime.local_ray import local_ray
@@ -143,35 +173,33 @@ def _make_by_rounds(job: Job) -> tuple[dict[str, Any], dict[str, Any], Path]:
     with local_ray():  # one Ray for all rounds
         rounds = run_rounds(job.corpus, job.loaded, job.name, job.settings, job.work, say)
     machine_rates.remember(job.settings, rounds[0].dataset, rounds[0].trained)
-    return *joined(rounds), rounds[-1].train_dir / "cartridge"
+    return Made(*joined(rounds), rounds[-1].train_dir / "cartridge")
 
 
-def examine(job: Job, dataset: dict, trained: dict, cartridge: Path) -> Path:
+def examine(job: Job, made: Made) -> Path:
     """The directory of the report card and its rows; held-out self-study questions where the job has none to ask."""
     from workflows.runtime.tracking import track
 
     settings = job.settings
     source = "user" if job.asked else "held_out_self_study"
-    asked = job.asked or _held_out_questions(cartridge.parent, settings)
-    expected = fingerprint([trained["fingerprint"], settings.evaluate.model_dump(mode="json"), settings.seed, source,
+    asked = job.asked or _held_out_questions(made.cartridge.parent, settings)
+    expected = fingerprint([made.training["fingerprint"], settings.evaluate.model_dump(mode="json"), settings.seed,
+                            source,
                             [[one.question_id, one.question, *one.answers, *one.options] for one in asked]])
     output = job.work / f"evaluate-{expected}"
     if read_manifest(output / REPORT_CARD) is not None:
         return output
-    made = {"seconds": {"synthesize": dataset["seconds"], "train": trained["seconds"]},
-            "conversations": dataset["conversations"], "tokens": dataset["tokens"],
-            **({"rounds": trained["rounds"]} if "rounds" in trained else {})}
     start = time.monotonic()
     with track("evaluate", job.name, settings.model_dump(mode="json"), job.work) as run:
-        report = _report(job, asked, cartridge, source, made)
-        made["seconds"]["evaluate"] = report.card["build"]["seconds"]["evaluate"] = time.monotonic() - start
+        report = _report(job, asked, made, source)
+        report.card["build"]["seconds"]["evaluate"] = time.monotonic() - start
         run.report_card(report.card)
-        run.artifact(cartridge, job.name, "cartridge")
+        run.artifact(made.cartridge, job.name, "cartridge")
     report.save(output)
     return output
 
 
-def _report(job: Job, asked: tuple[Question, ...], cartridge: Path, source: str, made: dict[str, Any]):
+def _report(job: Job, asked: tuple[Question, ...], made: Made, source: str):
     from cartridges import artifact
     from cartridges.engines.base import CartridgePrefix
     from cartridges.engines.transformers import TransformersEngine
@@ -182,14 +210,14 @@ def _report(job: Job, asked: tuple[Question, ...], cartridge: Path, source: str,
     from workflows.runtime.progress import Progress
 
     settings, corpus = job.settings, job.loaded
-    loaded, base = artifact.load(cartridge), load_base_model(settings.model)
+    loaded, base = artifact.load(made.cartridge), load_base_model(settings.model)
     subject = Subject(job.name, CartridgePrefix(loaded.cartridge, loaded.digest), corpus.corpus_id,
                       corpus.fingerprint, loaded.manifest.corpus.tokens, text_for_arms(corpus, base),
                       loaded.manifest.version)
     with Progress(None, "evaluate", "requests") as bar:
         return report_card(
             TransformersEngine(base), base, subject, asked, settings.evaluate, settings.seed,
-            wrong=wrong_cartridge(job.store, loaded, base, settings), questions_source=source, build=made,
+            wrong=wrong_cartridge(job.store, loaded, base, settings), questions_source=source, build=made.record(),
             progress=bar.callback)
 
 

@@ -21,13 +21,14 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import ids_with_questions, load_corpus, load_questions
 from cartridges.errors import UserError
 from cartridges.registry import Registry, check_name
-from workflows.building.build import Job, dataset_place, finish, prepare
+from workflows.building.build import Job, Made, dataset_place, finish, prepare
 from workflows.building.planning import say, settle
-from workflows.runtime.manifests import fingerprint, write_manifest
+from workflows.runtime.manifests import Failed, fingerprint, write_manifest
 from workflows.synthesis.synthesize import MANIFEST as DATASET
 from workflows.synthesis.synthesize import corpus_tokens
 from workflows.synthesis.synthesize_many import DatasetSpec, synthesize_many
-from workflows.training.cohort import Member, train_cohort, with_wave_distractors
+from workflows.training.cohort import train_cohort, with_wave_distractors
+from workflows.training.records import Member
 
 STEP = 32
 """Cartridges that are sized by their corpora are of a multiple of so many slots: engines share whole blocks."""
@@ -53,7 +54,7 @@ def build_each(corpus: str, name: str, settings: BuildSettings, registry: str, q
     published = []
     for job, one in made:
         try:
-            published.append({"corpus_id": job.loaded.corpus_id, **finish(job, *one)})
+            published.append({"corpus_id": job.loaded.corpus_id, **finish(job, one)})
         except UserError as error:  # no question to ask it
             failed.append((job, str(error)))
     result = {
@@ -123,26 +124,22 @@ def _with_plans(jobs: Sequence[Job], settings: BuildSettings) -> list[Job]:
     return planned
 
 
-Made = tuple[Job, tuple[dict[str, Any], dict[str, Any], Path]]
-
-
 def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
-          work: Path) -> tuple[list[Made], list[tuple[Job, str]]]:
-    """Synthesis and training: of each job `(data set manifest, training manifest, artifact directory)`, and of those
-    that failed why."""
+          work: Path) -> tuple[list[tuple[Job, Made]], list[tuple[Job, str]]]:
+    """Synthesis and training: the jobs with what was made, and those that failed with the reason."""
     from workflows.runtime.local_ray import local_ray
 
     failed: list[tuple[Job, str]] = []
     ready: list[tuple[Job, dict[str, Any], Member]] = []
-    wanted = [DatasetSpec(job.corpus, dataset_place(job)[1], job.settings) for job in jobs]
+    wanted = [DatasetSpec(job.loaded, dataset_place(job)[1], job.settings) for job in jobs]
     with ExitStack() as stack:
         if not all((one.output / DATASET).is_file() for one in wanted):
             stack.enter_context(local_ray())  # one Ray for both stages
         datasets = synthesize_many(wanted, work, name, job=name)
         for job, dataset in zip(jobs, datasets, strict=True):
             try:
-                if "failed" in dataset:
-                    raise UserError(dataset["failed"])
+                if isinstance(dataset, Failed):
+                    raise UserError(dataset.reason)
                 ready.append((job, dataset, _member(job)))
             except UserError as error:  # nothing to train on
                 failed.append((job, str(error)))
@@ -157,10 +154,10 @@ def _make(jobs: Sequence[Job], name: str, settings: BuildSettings,
         manifests = train_cohort(members, together, name, job=name)
     made = []
     for (job, dataset, _), member, manifest in zip(ready, members, manifests, strict=True):
-        if "failed" in manifest:
-            failed.append((job, manifest["failed"]))
+        if isinstance(manifest, Failed):
+            failed.append((job, manifest.reason))
         else:
-            made.append((job, (dataset, manifest, member.output / "cartridge")))
+            made.append((job, Made(dataset, manifest, member.output / "cartridge")))
     return made, failed
 
 
@@ -169,4 +166,4 @@ def _member(job: Job) -> Member:
 
     of_dataset, dataset_dir = dataset_place(job)
     output = job.work / f"train-{train_fingerprint(of_dataset, job.settings)}"
-    return member_of(str(dataset_dir), job.corpus, str(output), job.settings)
+    return member_of(str(dataset_dir), job.corpus, job.loaded, str(output), job.settings)

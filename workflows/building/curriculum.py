@@ -76,10 +76,10 @@ def _run_round(corpus: str, loaded: Corpus, name: str, settings: BuildSettings, 
     of_dataset = dataset_fingerprint(loaded, settings, weights, earlier)
     dataset_dir = work / f"synthesize-{of_dataset}"
     train_dir = work / f"train-{train_fingerprint(of_dataset, settings, earlier, held_out)}"
-    dataset = synthesize(corpus, str(dataset_dir), settings, job=name, weights=weights, earlier=earlier)
+    dataset = synthesize(loaded, str(dataset_dir), settings, job=name, weights=weights, earlier=earlier)
     if rounds and dataset["conversations"]["kept"] == 0:
         return None
-    trained = train(str(dataset_dir), corpus, str(train_dir), settings, job=name, earlier=earlier,
+    trained = train(str(dataset_dir), corpus, loaded, str(train_dir), settings, job=name, earlier=earlier,
                     held_out=held_out)
     told = read_manifest(train_dir / "remaining.json")
     if told is None:

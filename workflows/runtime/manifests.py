@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,23 @@ def require_match(found: dict[str, Any] | None, expected: str, directory: Path) 
     if found is not None and found["fingerprint"] != expected:
         raise UserError(f"{directory} was made with other settings, another corpus or another model; "
                         "give another directory, or delete this one")
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why one training or synthesis of several came to nothing; the others went on."""
+
+    reason: str
+
+
+def write_failed(file: Path, failed: Failed) -> None:
+    write_manifest(file, {"failed": failed.reason})
+
+
+def read_failed(file: Path) -> Failed | None:
+    """The failure that `file` tells of; None where there is none or no file."""
+    told = read_manifest(file) or {}
+    return Failed(told["failed"]) if "failed" in told else None
 
 
 class Clock:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from cartridges.config import BuildSettings
-from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Chunk, Corpus
 from workflows.runtime.manifests import Clock, fingerprint, read_manifest, require_match, write_manifest
@@ -38,7 +37,7 @@ POLL_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 
-def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
+def synthesize(corpus: Corpus, output_dir: str, settings: BuildSettings,
                progress: ProgressCallback | None = None, job: str | None = None,
                weights: Mapping[str, float] | None = None, earlier: Sequence[str] = ()) -> dict[str, Any]:
     """Conversations of `corpus` in `output_dir`; returns the manifest. Resumes; done is done.
@@ -50,9 +49,8 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
     `RuntimeError` where more than `synthesize.max_failed_share` of the conversations raised.
     """
     output = Path(output_dir)
-    loaded = load_corpus(corpus, settings.corpus.corpus_id)
-    settings = with_counts(settings, corpus_tokens(loaded, settings))
-    expected = dataset_fingerprint(loaded, settings, weights, earlier)
+    settings = with_counts(settings, corpus_tokens(corpus, settings))
+    expected = dataset_fingerprint(corpus, settings, weights, earlier)
     done = read_manifest(output / MANIFEST)
     require_match(done, expected, output)
     if done is not None:
@@ -62,8 +60,8 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
 
     check_generation(settings)
     output.mkdir(parents=True, exist_ok=True)
-    planned = plan_dataset(loaded, output, settings, expected, weights, earlier)
-    with track("synthesize", loaded.corpus_id, settings.model_dump(mode="json"), output, job) as run:
+    planned = plan_dataset(corpus, output, settings, expected, weights, earlier)
+    with track("synthesize", corpus.corpus_id, settings.model_dump(mode="json"), output, job) as run:
         speed = generate(output, settings, planned["conversations"], progress)
         manifest = finish_dataset(output, settings, planned, speed, earlier)
         run.log(metrics([manifest]))

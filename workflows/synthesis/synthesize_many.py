@@ -15,9 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from cartridges.config import BuildSettings
-from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
-from workflows.runtime.manifests import fingerprint, read_manifest, require_match, write_manifest
+from cartridges.records import Corpus
+from workflows.runtime.manifests import (
+    Failed,
+    fingerprint,
+    read_failed,
+    read_manifest,
+    require_match,
+    write_failed,
+    write_manifest,
+)
 from workflows.runtime.progress import ProgressCallback
 from workflows.synthesis.synthesize import (
     MANIFEST,
@@ -35,29 +43,25 @@ TOGETHER, FAILED, ID = "together.json", "failed.json", "conversation_id"
 class DatasetSpec:
     """One data set, its number of conversations decided. All have one model and one way to synthesize."""
 
-    corpus: str
+    corpus: Corpus
     output: Path
     settings: BuildSettings
 
 
 def synthesize_many(wanted: Sequence[DatasetSpec], work: Path, label: str, progress: ProgressCallback | None = None,
-                    job: str | None = None) -> list[dict[str, Any]]:
-    """The manifests of all, in order; of one that could not be made `{"failed": why}`. Resumes; done is done. The data
+                    job: str | None = None) -> list[dict[str, Any] | Failed]:
+    """The manifests of all, in order; `Failed` of one that could not be made. Resumes; done is done. The data
     sets are below `work`.
 
     Raises as `workflows.synthesis.synthesize.synthesize` does where it concerns all of them.
     """
-    expected = [_expected(one) for one in wanted]
+    expected = [dataset_fingerprint(one.corpus, one.settings) for one in wanted]
     for one, own in zip(wanted, expected, strict=True):
         require_match(read_manifest(one.output / MANIFEST), own, one.output)
     todo = [index for index, one in enumerate(wanted) if read_manifest(one.output / MANIFEST) is None]
     if todo:
         _make([wanted[index] for index in todo], [expected[index] for index in todo], work, label, progress, job)
-    return [read_manifest(one.output / MANIFEST) or read_manifest(one.output / FAILED) for one in wanted]
-
-
-def _expected(one: DatasetSpec) -> str:
-    return dataset_fingerprint(load_corpus(one.corpus, one.settings.corpus.corpus_id), one.settings)
+    return [read_manifest(one.output / MANIFEST) or read_failed(one.output / FAILED) for one in wanted]
 
 
 def _make(todo: Sequence[DatasetSpec], expected: Sequence[str], work: Path, label: str,
@@ -80,7 +84,7 @@ def _make(todo: Sequence[DatasetSpec], expected: Sequence[str], work: Path, labe
         for one, plan in zip(todo, plans, strict=True):
             seconds = speed["seconds"] * plan["conversations"] / joined["conversations"]
             made.append(_finish(one, plan, speed | {"seconds": seconds}, directory / "work"))
-        kept = [manifest for manifest in made if "failed" not in manifest]
+        kept = [manifest for manifest in made if not isinstance(manifest, Failed)]
         if kept:
             run.log(metrics(kept))
     if len(kept) == len(todo):
@@ -88,9 +92,8 @@ def _make(todo: Sequence[DatasetSpec], expected: Sequence[str], work: Path, labe
 
 
 def _plan(one: DatasetSpec, expected: str) -> dict[str, Any]:
-    loaded = load_corpus(one.corpus, one.settings.corpus.corpus_id)
     one.output.mkdir(parents=True, exist_ok=True)
-    return plan_dataset(loaded, one.output, one.settings, expected)
+    return plan_dataset(one.corpus, one.output, one.settings, expected)
 
 
 def _begun(places: Sequence[str], work: Path) -> Path | None:
@@ -164,7 +167,7 @@ def _split(todo: Sequence[DatasetSpec], numbers: Sequence[int], parts: Path) -> 
                 pq.write_table(table.filter(pc.equal(owners, owner)), places[int(owner)] / file.name)
 
 
-def _finish(one: DatasetSpec, plan: dict[str, Any], speed: dict[str, float], work: Path) -> dict[str, Any]:
+def _finish(one: DatasetSpec, plan: dict[str, Any], speed: dict[str, float], work: Path) -> dict[str, Any] | Failed:
     """The data set's manifest, or why it has none: then its batches are done again by the next run."""
     from workflows.synthesis.failures import forget_failed
 
@@ -172,8 +175,8 @@ def _finish(one: DatasetSpec, plan: dict[str, Any], speed: dict[str, float], wor
         manifest = finish_dataset(one.output, one.settings, plan, speed, ())
     except (UserError, RuntimeError) as error:  # too many of its conversations raised; the others' did not
         forget_failed(work)
-        failed = {"failed": str(error)}
-        write_manifest(one.output / FAILED, failed)
+        failed = Failed(str(error))
+        write_failed(one.output / FAILED, failed)
         return failed
     (one.output / FAILED).unlink(missing_ok=True)
     return manifest

@@ -22,44 +22,35 @@ import statistics
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cartridges.config import BuildSettings, TrainSettings
+from cartridges.config import TrainSettings
 from cartridges.errors import UserError
-from workflows.runtime.manifests import Clock, fingerprint, read_manifest, require_match, write_manifest
+from workflows.runtime.manifests import (
+    Clock,
+    Failed,
+    fingerprint,
+    read_failed,
+    read_manifest,
+    require_match,
+    write_manifest,
+)
 from workflows.runtime.progress import ProgressCallback
-from workflows.training.step_log import STEPS, TRAINED, StepLogFollower, read_rows
+from workflows.training.records import MANIFEST, OUTCOME, Member, WorkerMember, WorkerRun
+from workflows.training.step_log import STEPS, StepLogFollower, read_rows
 
-MANIFEST = "train.json"
 Size = tuple[int, int]
 """Slots of a cartridge, and how many of them are frozen."""
 MAX_FAILURES = 2
 """Lost workers after which the run is given up; it goes on from the last checkpoint each time."""
 
 
-@dataclass(frozen=True)
-class Member:
-    """One cartridge to train. `size` orders the waves: members of like size end together."""
-
-    output: Path
-    fingerprint: str
-    settings: BuildSettings
-    size: int
-    config: dict[str, Any]
-    """Of the worker: `datasets`, `held_out`, `corpus`, `distractors` and their digests, how many `partners`,
-    `corpus_record`, `synthesize`."""
-
-    @property
-    def manifest(self) -> dict[str, Any] | None:
-        return read_manifest(self.output / MANIFEST)
-
-
 def train_cohort(members: Sequence[Member], directory: Path, label: str, progress: ProgressCallback | None = None,
-                 job: str | None = None) -> list[dict[str, Any]]:
-    """Train those of `members` that are not trained yet; the manifests of all, in order. That of a member whose
-    training failed while others went on has `failed`, a line that says why, and is not kept.
+                 job: str | None = None) -> list[dict[str, Any] | Failed]:
+    """Train those of `members` that are not trained yet; the manifests of all, in order, and `Failed` of a member whose
+    training failed while others went on: the next run tries it again.
 
     `label` names the run, `job` groups the W&B runs of one build. Raises `UserError` where a member's `output` holds
     another training.
@@ -69,19 +60,19 @@ def train_cohort(members: Sequence[Member], directory: Path, label: str, progres
     todo = [member for member in members if member.manifest is None]
     if todo:
         failed = _train(members, todo, directory, label, progress, job)
-    return [failed.get(member.output) if member.manifest is None else member.manifest for member in members]
+    return [failed[member.output] if member.manifest is None else member.manifest for member in members]
 
 
 def _train(members: Sequence[Member], todo: Sequence[Member], directory: Path, label: str,
-           progress: ProgressCallback | None, job: str | None) -> dict[Path, dict[str, Any]]:
-    """Train `todo`, and with them those of `members` that are in their company; what is told of those that failed."""
+           progress: ProgressCallback | None, job: str | None) -> dict[Path, Failed]:
+    """Train `todo`, and with them those of `members` that are in their company; the failures by output directory."""
     from workflows.runtime.tracking import track
 
     taken = _with_company(members, {member.output for member in todo})
     if not (directory / "work").is_dir():  # nothing to go on with, so those that failed are tried again
         for member in todo:
-            if "failed" in (read_manifest(member.output / TRAINED) or {}):
-                (member.output / TRAINED).unlink()
+            if read_failed(member.output / OUTCOME):
+                (member.output / OUTCOME).unlink()
     for member in todo:
         member.output.mkdir(parents=True, exist_ok=True)
         require_match(read_manifest(member.output / "started.json"), member.fingerprint, member.output)
@@ -90,8 +81,8 @@ def _train(members: Sequence[Member], todo: Sequence[Member], directory: Path, l
         clock = Clock(directory / "work" / "clock.json")
         _fit(taken, directory, run, progress, clock)
         seconds, shares = clock.seconds, _shares(todo)
-        failed = {member.output: told for member, share in zip(todo, shares, strict=True)
-                  if (told := _finish(member, seconds * share))}
+        failed = {member.output: failure for member, share in zip(todo, shares, strict=True)
+                  if (failure := _finish(member, seconds * share))}
         shutil.rmtree(directory / "work")
         run.log({"train/seconds": seconds})
     return failed
@@ -99,7 +90,7 @@ def _train(members: Sequence[Member], todo: Sequence[Member], directory: Path, l
 
 def _with_company(members: Sequence[Member], todo: set[Path]) -> list[Member]:
     """Those in `todo`, and who is in their company: these are trained once more, and what there is of them stays."""
-    if not any(member.config["partners"] for member in members):
+    if not any(member.inputs.partners for member in members):
         return [member for member in members if member.output in todo]
     return [members[index] for wave in waves(members) if any(members[index].output in todo for index in wave)
             for index in wave]
@@ -127,7 +118,7 @@ def with_wave_distractors(members: Sequence[Member]) -> list[Member]:
             others = [members[other].fingerprint for other in wave if other != index]
             if others:
                 found[index] = replace(
-                    members[index], config={**members[index].config, "partners": len(others)},
+                    members[index], inputs=replace(members[index].inputs, partners=len(others)),
                     fingerprint=fingerprint([members[index].fingerprint, others, wanted.distractor_share,
                                              wanted.max_distractors]))
     return found
@@ -208,13 +199,12 @@ def _torch_trainer(members: Sequence[Member], directory: Path):
     has_gpu = ray.cluster_resources().get("GPU", 0) > 0
     wanted = members[0].settings.train
     threads = wanted.threads_per_worker or max(1, (os.cpu_count() or 1) // wanted.num_workers)
-    config = {
-        "members": [{**member.config, "settings": member.settings.model_dump(mode="json"),
-                     "output": str(member.output.resolve()), "done": member.manifest is not None}
-                    for member in members],
-        "waves": _planned_waves(members, directory), "output": str(directory.resolve()), "threads": threads}
+    run = WorkerRun(
+        tuple(WorkerMember(member.output.resolve(), member.settings, member.inputs, member.manifest is not None)
+              for member in members),
+        tuple(map(tuple, _planned_waves(members, directory))), directory.resolve(), threads)
     return TorchTrainer(
-        train_worker, train_loop_config=config,
+        train_worker, train_loop_config={"run": run},
         scaling_config=ScalingConfig(num_workers=wanted.num_workers, use_gpu=has_gpu),
         torch_config=TorchConfig(backend="nccl" if has_gpu else "gloo"),
         run_config=RunConfig(
@@ -229,11 +219,12 @@ def _shares(members: Sequence[Member]) -> list[float]:
     return [one / sum(spent) if any(spent) else 1 / len(members) for one in spent]
 
 
-def _finish(member: Member, seconds: float) -> dict[str, Any] | None:
-    """Write the manifest; of one that failed return why."""
-    trained = read_manifest(member.output / TRAINED)
-    if "failed" in trained:
-        return trained
+def _finish(member: Member, seconds: float) -> Failed | None:
+    """Write the manifest, or return why the training failed."""
+    failed = read_failed(member.output / OUTCOME)
+    if failed:
+        return failed
+    trained = read_manifest(member.output / OUTCOME)
     rows = read_rows(member.output / STEPS)
     manifest = {"fingerprint": member.fingerprint, "seconds": seconds, **trained}
     if rows:

@@ -12,10 +12,8 @@ from cartridges.config import BuildSettings
 from cartridges.records import Corpus
 from workflows.runtime.manifests import read_manifest, write_manifest
 from workflows.synthesis.synthesize import corpus_tokens, dataset_fingerprint
-from workflows.training.train import MANIFEST, train_fingerprint
-
-NO_DATASET = {"seconds": 0.0, "conversations": {"kept": 0, "dropped": {}}, "tokens": {"input": 0, "loss": 0}}
-"""What a report card says of the conversations of a draft."""
+from workflows.training.records import MANIFEST
+from workflows.training.train import train_fingerprint
 
 
 def draft(corpus: Corpus, settings: BuildSettings, work: Path) -> tuple[dict[str, Any], Path]:

@@ -11,8 +11,6 @@ from workflows.runtime.manifests import Clock
 from workflows.runtime.progress import ProgressCallback
 
 STEPS = "metrics.jsonl"
-TRAINED = "trained.json"
-"""What the first worker tells of a cartridge when it is trained, or that it `failed`."""
 POLL_SECONDS = 0.5
 
 

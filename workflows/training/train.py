@@ -4,47 +4,49 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cartridges.artifact import CorpusRecord
 from cartridges.artifact import read_manifest as read_artifact_manifest
 from cartridges.config import BuildSettings
-from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Corpus
 from workflows.runtime.manifests import fingerprint, read_manifest
 from workflows.runtime.progress import ProgressCallback
 from workflows.synthesis.synthesize import MANIFEST as DATASET_MANIFEST
 from workflows.synthesis.synthesize import corpus_tokens, fingerprints
-from workflows.training.cohort import MANIFEST, Member, check_window, train_cohort
+from workflows.training.cohort import check_window, train_cohort
+from workflows.training.records import MANIFEST, Member, TrainingInputs
 
 
-def train(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSettings,
+def train(dataset_dir: str, corpus_path: str, corpus: Corpus, output_dir: str, settings: BuildSettings,
           progress: ProgressCallback | None = None, job: str | None = None,
           earlier: Sequence[str] = (), held_out: str | None = None) -> dict[str, Any]:
     """A cartridge from the conversations in `dataset_dir`, in `output_dir/cartridge`; returns the manifest.
 
-    `job` groups the W&B runs of one build. The conversations of the data sets `earlier` are trained on as
-    well; the questions of the file `held_out`, where one is given, are kept out in place of drawn ones.
+    The workers read `corpus` from `corpus_path`. `job` groups the W&B runs of one build. The conversations of the
+    data sets `earlier` are trained on as well; the questions of the file `held_out`, where one is given, are kept
+    out in place of drawn ones.
 
     Raises `UserError` where the data set is unfinished or of another corpus, or where `output_dir`
     holds another training.
     """
-    member = member_of(dataset_dir, corpus, output_dir, settings, earlier, held_out)
-    return train_cohort([member], member.output, member.config["corpus_record"]["id"], progress, job)[0]
+    member = member_of(dataset_dir, corpus_path, corpus, output_dir, settings, earlier, held_out)
+    return train_cohort([member], member.output, member.inputs.corpus_record.id, progress, job)[0]
 
 
-def member_of(dataset_dir: str, corpus: str, output_dir: str, settings: BuildSettings, earlier: Sequence[str] = (),
-              held_out: str | None = None) -> Member:
+def member_of(dataset_dir: str, corpus_path: str, corpus: Corpus, output_dir: str, settings: BuildSettings,
+              earlier: Sequence[str] = (), held_out: str | None = None) -> Member:
     """What is to be trained, checked."""
-    loaded = load_corpus(corpus, settings.corpus.corpus_id)
-    made_of = _dataset_manifest(Path(dataset_dir), loaded)
+    made_of = _dataset_manifest(Path(dataset_dir), corpus)
     expected = train_fingerprint(made_of["fingerprint"], settings, earlier, held_out)
     if read_manifest(Path(output_dir) / MANIFEST) is None:
-        check_training(loaded, settings)
-    config = {"datasets": [str(Path(one).resolve()) for one in (dataset_dir, *earlier)],
-              "held_out": held_out and str(Path(held_out).resolve()), "corpus": str(Path(corpus).resolve()),
-              "distractors": [str(Path(one).resolve()) for one in settings.train.distractors],
-              "distractor_digests": digests(settings.train.distractors), "partners": 0,
-              "corpus_record": made_of["corpus"], "synthesize": made_of["settings"]}
-    return Member(Path(output_dir), expected, settings, made_of["conversations"]["kept"], config)
+        check_training(corpus, settings)
+    inputs = TrainingInputs(
+        datasets=tuple(str(Path(one).resolve()) for one in (dataset_dir, *earlier)),
+        held_out=held_out and str(Path(held_out).resolve()), corpus=str(Path(corpus_path).resolve()),
+        corpus_record=CorpusRecord(**made_of["corpus"]), synthesize=made_of["settings"],
+        distractors=tuple(str(Path(one).resolve()) for one in settings.train.distractors),
+        distractor_digests=tuple(digests(settings.train.distractors)))
+    return Member(Path(output_dir), expected, settings, made_of["conversations"]["kept"], inputs)
 
 
 def _dataset_manifest(dataset: Path, corpus: Corpus) -> dict[str, Any]:

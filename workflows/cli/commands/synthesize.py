@@ -15,6 +15,7 @@ def add_to(parsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_from(args)
+    from cartridges.corpus import load_corpus
     from workflows.synthesis.synthesize import synthesize
 
-    return synthesize(args.corpus, args.output, settings)
+    return synthesize(load_corpus(args.corpus, settings.corpus.corpus_id), args.output, settings)

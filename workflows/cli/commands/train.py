@@ -16,6 +16,7 @@ def add_to(parsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_from(args)
+    from cartridges.corpus import load_corpus
     from workflows.training.train import train
 
-    return train(args.dataset, args.corpus, args.output, settings)
+    return train(args.dataset, args.corpus, load_corpus(args.corpus, settings.corpus.corpus_id), args.output, settings)
