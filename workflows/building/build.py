@@ -178,6 +178,8 @@ def _make_by_rounds(job: Job) -> Made:
 
 def examine(job: Job, made: Made) -> Path:
     """The directory of the report card and its rows; held-out self-study questions where the job has none to ask."""
+    from cartridges import artifact
+    from workflows.evaluation.report import Examination, report_on
     from workflows.runtime.tracking import track
 
     settings = job.settings
@@ -191,34 +193,14 @@ def examine(job: Job, made: Made) -> Path:
         return output
     start = time.monotonic()
     with track("evaluate", job.name, settings.model_dump(mode="json"), job.work) as run:
-        report = _report(job, asked, made, source)
+        examination = Examination(job.name, artifact.load(made.cartridge), job.loaded, asked, settings.model, settings,
+                                  job.store, source)
+        report = report_on(examination, made.record())
         report.card["build"]["seconds"]["evaluate"] = time.monotonic() - start
         run.report_card(report.card)
         run.artifact(made.cartridge, job.name, "cartridge")
     report.save(output)
     return output
-
-
-def _report(job: Job, asked: tuple[Question, ...], made: Made, source: str):
-    from cartridges import artifact
-    from cartridges.engines.base import CartridgePrefix
-    from cartridges.engines.transformers import TransformersEngine
-    from cartridges.evaluation.arms import text_for_arms
-    from cartridges.evaluation.report_card import Subject, report_card
-    from cartridges.models import load_base_model
-    from workflows.evaluation.evaluate import wrong_cartridge
-    from workflows.runtime.progress import Progress
-
-    settings, corpus = job.settings, job.loaded
-    loaded, base = artifact.load(made.cartridge), load_base_model(settings.model)
-    subject = Subject(job.name, CartridgePrefix(loaded.cartridge, loaded.digest), corpus.corpus_id,
-                      corpus.fingerprint, loaded.manifest.corpus.tokens, text_for_arms(corpus, base),
-                      loaded.manifest.version)
-    with Progress(None, "evaluate", "requests") as bar:
-        return report_card(
-            TransformersEngine(base), base, subject, asked, settings.evaluate, settings.seed,
-            wrong=wrong_cartridge(job.store, loaded, base, settings), questions_source=source, build=made.record(),
-            progress=bar.callback)
 
 
 def _held_out_questions(train_dir: Path, settings: BuildSettings) -> tuple[Question, ...]:

@@ -10,7 +10,9 @@ from cartridges.corpus import ids_with_questions, load_questions
 from cartridges.errors import UserError
 from cartridges.records import Question
 from cartridges.registry import Entry, Registry
-from workflows.evaluation.evaluate import load_prefix, model_of, row_id
+from workflows.evaluation.base_model import model_of
+from workflows.evaluation.evaluate import row_id
+from workflows.evaluation.report import load_prefix
 
 DIRECTORY = "runs/compose-test"
 
@@ -56,7 +58,7 @@ def _run(store: Registry, subjects: Sequence[tuple[Entry, tuple[Question, ...]]]
     from workflows.evaluation.answer_cache import AnswerCache
     from workflows.runtime.progress import Progress
 
-    used = model_of(subjects[0][0].manifest, settings)
+    used = model_of(subjects[0][0].manifest, settings.model)
     identity = load_identity(resolve_model_dir(used))
     for entry, _ in subjects:
         if not beside[_ref(entry)]:

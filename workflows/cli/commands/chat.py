@@ -119,11 +119,12 @@ def _in_process(name: str, registry: str, model: str | None) -> Ask:
     from cartridges.engines.stream import TransformersStreamingEngine
     from cartridges.models import load_base_model
     from cartridges.registry import Registry
+    from workflows.evaluation.base_model import model_of
     from workflows.serving.factory import decoding_model
 
     artifact = load(Registry(registry).get(name))
-    built_for = ModelSettings(name=model or artifact.manifest.model.name)
-    base = load_base_model(decoding_model(built_for))
+    base = load_base_model(decoding_model(model_of(
+        artifact.manifest, ModelSettings(name=model) if model else ModelSettings())))
     check_compatible(artifact.manifest, base.identity)
     engine = TransformersStreamingEngine(base)
     prefix = CartridgePrefix(artifact.cartridge, artifact.digest)
