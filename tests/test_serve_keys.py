@@ -18,7 +18,7 @@ from workflows.serving.access import Authenticator, is_loopback
 from workflows.serving.app import create_app
 from workflows.serving.errors import ApiError
 from workflows.serving.keys import add_key, read_keys, revoke_key
-from workflows.serving.serve import start_service
+from workflows.serving.serve import running_service
 
 ASK = {"messages": [{"role": "user", "content": "A secret question?"}], "max_tokens": 3}
 
@@ -162,11 +162,11 @@ def test_without_keys_only_this_machine_is_answered(base, engine, registry):
 
 def test_a_network_address_without_keys_is_refused_at_start(tmp_path):
     settings = BuildSettings.model_validate({"serve": {"host": "0.0.0.0"}})
-    with pytest.raises(UserError, match="without API keys"):
-        start_service(str(tmp_path), settings)
+    with pytest.raises(UserError, match="without API keys"), running_service(str(tmp_path), settings):
+        pass
     missing = BuildSettings.model_validate({"serve": {"keys_file": str(tmp_path / "none.yaml")}})
-    with pytest.raises(UserError, match="there is no keys file"):
-        start_service(str(tmp_path), missing)
+    with pytest.raises(UserError, match="there is no keys file"), running_service(str(tmp_path), missing):
+        pass
 
 
 def test_tenants_reach_the_engine(base, engine, registry, file):

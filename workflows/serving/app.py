@@ -118,8 +118,6 @@ def _add_state(app: FastAPI, service: CartridgeService) -> None:
 
     @app.get("/healthz")
     async def healthz():
-        if service.draining:
-            raise ApiError(503, "the service is shutting down", "draining")
         return {"status": "ok", "model": service.identity.name, "in_flight": service.in_flight}
 
     @app.get("/metrics")

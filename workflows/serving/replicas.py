@@ -64,6 +64,8 @@ def _scaling(replicas: ReplicaSettings) -> dict[str, Any]:
 
 
 def shared_options(settings: BuildSettings) -> dict[str, Any]:
+    """Options of every deployment. Serve itself lets running requests finish: a replica that stops gets no new ones,
+    and is ended once it is idle or after `drain_s`."""
     return {"max_ongoing_requests": settings.serve.max_queue + HEADROOM,
             "graceful_shutdown_timeout_s": settings.serve.drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2,
             "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False)}

@@ -26,52 +26,40 @@ class Service:
     models: tuple[str, ...]
 
 
-_running = ExitStack()
-
-
 def serve(registry: str, settings: BuildSettings) -> None:
     """Run the service until Ctrl-C or SIGTERM, then finish what runs and stop all that was started."""
-    with _interrupted_by_signals() as again:
+    with _interrupted_by_signals() as install_handlers, running_service(registry, settings) as service:
+        install_handlers()  # Ray has put its own there.
+        names = ", ".join(service.models[:20])
+        _say(f"serving {len(service.models)} models at {service.url}/v1: {names}")
         try:
-            service = start_service(registry, settings)
-            again()  # Ray has put its own handlers there.
-            names = ", ".join(service.models[:20])
-            _say(f"serving {len(service.models)} models at {service.url}/v1: {names}")
             threading.Event().wait()
         except KeyboardInterrupt:
             _say(f"stopping; running requests have {settings.serve.drain_s:g} s to finish")
-        finally:
-            stop_service()
 
 
-def start_service(registry: str, settings: BuildSettings) -> Service:
-    """Start the service in a Ray of its own (or that of RAY_ADDRESS) and wait until it answers.
+@contextmanager
+def running_service(registry: str, settings: BuildSettings) -> Iterator[Service]:
+    """The service in a Ray of its own (or that of RAY_ADDRESS), once it answers; stopped when the block ends.
 
-    One at a time in a process. Raises `UserError` for a wrong model, an unknown cartridge or a port
-    that is taken, before anything is started.
+    Raises `UserError` for a wrong model, an unknown cartridge or a port that is taken, before anything is
+    started.
     """
     registry, settings = _absolute(registry), _with_absolute_files(settings)
     _check_access(settings)
     models = _check(registry, settings)
     port = settings.serve.port or _free_port(settings.serve.host)
     _check_port(settings.serve.host, port)
-    try:
-        _running.enter_context(local_ray())
-        _deploy(registry, settings, port)
-    except BaseException:
-        stop_service()
-        raise
     url = f"http://{settings.serve.host}:{port}"
-    _wait(url)
-    return Service(url, models)
+    with ExitStack() as started:
+        started.enter_context(local_ray())
+        _deploy(registry, settings, port, started)
+        _wait(url)
+        yield Service(url, models)
 
 
-def stop_service() -> None:
-    """Stop what `start_service` started: the app, Serve, and Ray with all its processes."""
-    _running.close()
-
-
-def _deploy(registry: str, settings: BuildSettings, port: int) -> None:
+def _deploy(registry: str, settings: BuildSettings, port: int, started: ExitStack) -> None:
+    """Start Serve and the applications; `started` stops them."""
     from ray import serve as ray_serve
 
     from workflows.serving.deployments import build_app, run_dedicated
@@ -81,9 +69,9 @@ def _deploy(registry: str, settings: BuildSettings, port: int) -> None:
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": settings.serve.host, "port": port},
                     logging_config={"log_level": "WARNING", "enable_access_log": False})
     if ours:
-        _running.callback(ray_serve.shutdown)
+        started.callback(ray_serve.shutdown)
     # Before Serve itself, because deleting lets the running requests finish.
-    _running.callback(_delete_apps)
+    started.callback(_delete_apps)
     for name, replicas in settings.serve.dedicated.items():
         run_dedicated(name, registry, settings, replicas)
     plain = settings.model_dump(mode="json")

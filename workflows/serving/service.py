@@ -36,7 +36,6 @@ class CartridgeService:
         self.catalog, self.backend, self.template, self.settings = catalog, backend, template, settings
         self.metrics = Metrics("ingress")
         self.in_flight = 0
-        self.draining = False
         self.planner = Planner(catalog, template, settings)
         self._search_threads = ThreadPoolExecutor(2, "search")
         if settings.search_at_start:
@@ -71,7 +70,7 @@ class CartridgeService:
     async def generate(self, plan: Plan) -> Events:
         """(choice, event) as they come. Close it to stop at once.
 
-        ApiError 429 when too much is in flight, 503 while draining, 504 after the time limit.
+        ApiError 429 when too much is in flight, 504 after the time limit.
         """
         with self._admitted(plan), RequestTimer(self.metrics, plan) as timer:
             async with aclosing(self._events(plan, timer)) as events:
@@ -126,9 +125,6 @@ class CartridgeService:
 
     @contextmanager
     def _admitted(self, plan: Plan) -> Iterator[None]:
-        if self.draining:
-            self.metrics.add("cartridges_rejected_total", reason="draining")
-            raise ApiError(503, "the service is shutting down", "draining", retry_after=5)
         if self.in_flight + len(plan.calls) > self.settings.max_queue:
             self.metrics.add("cartridges_rejected_total", reason="queue_full")
             raise ApiError(429, f"{self.in_flight} requests are in flight; try again in a moment",
@@ -138,13 +134,6 @@ class CartridgeService:
             yield
         finally:
             self.in_flight -= len(plan.calls)
-
-    async def drain(self) -> None:
-        """Refuse new requests and wait, at most `drain_s` seconds, for those that run."""
-        self.draining = True
-        deadline = time.monotonic() + self.settings.drain_s
-        while self.in_flight and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
 
     async def exposition(self) -> bytes:
         """Prometheus text of this process and of the engine behind it."""
