@@ -24,9 +24,10 @@ from tests.serve_support import listening, listening_app, make_service
 from tests.test_selfstudy import CHUNKS, settings
 from tests.test_selfstudy_filters import UNUSABLE
 from tests.test_synthesize import CORPUS, tiny_settings
+from workflows.synthesis.dataset import dataset_fingerprint
 from workflows.synthesis.failures import run_with_retry
 from workflows.synthesis.open_synthesizer import check_generation, make_asker
-from workflows.synthesis.synthesize import dataset_fingerprint, synthesize
+from workflows.synthesis.synthesize import synthesize
 
 TEXT = "The toll is 41 crowns a ship."
 BY_HAND = {"families": {"question": 1, "anchored_asked": 1}, "asking_temperature": 0.0, "max_question_tokens": 8}

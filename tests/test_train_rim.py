@@ -30,7 +30,7 @@ from cartridges.selfstudy.synthesizer import Synthesizer
 from tests.serve_support import load_stock
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for, write_part
 from workflows.runtime.manifests import write_manifest
-from workflows.synthesis.synthesize import corpus_tokens, dataset_fingerprint
+from workflows.synthesis.dataset import corpus_tokens, dataset_fingerprint
 from workflows.training.train import train
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "packs_per_step": 2, "steps": 12,

@@ -138,7 +138,7 @@ def make(job: Job) -> Made:
 def _make_at_once(job: Job) -> Made:
     from workflows.building import machine_rates
     from workflows.runtime.local_ray import local_ray
-    from workflows.synthesis.synthesize import MANIFEST as DATASET
+    from workflows.synthesis.dataset import MANIFEST as DATASET
     from workflows.synthesis.synthesize import synthesize
     from workflows.training.train import MANIFEST as TRAINING
     from workflows.training.train import train, train_fingerprint
@@ -159,7 +159,7 @@ def _make_at_once(job: Job) -> Made:
 
 def dataset_place(job: Job) -> tuple[str, Path]:
     """Fingerprint and directory of the job's conversations."""
-    from workflows.synthesis.synthesize import dataset_fingerprint
+    from workflows.synthesis.dataset import dataset_fingerprint
 
     expected = dataset_fingerprint(job.loaded, job.settings)
     return expected, job.work / f"synthesize-{expected}"

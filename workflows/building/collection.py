@@ -24,8 +24,8 @@ from cartridges.registry import Registry, check_name
 from workflows.building.build import Job, Made, dataset_place, finish, prepare
 from workflows.building.planning import say, settle
 from workflows.runtime.manifests import Failed, fingerprint, write_manifest
-from workflows.synthesis.synthesize import MANIFEST as DATASET
-from workflows.synthesis.synthesize import corpus_tokens
+from workflows.synthesis.dataset import MANIFEST as DATASET
+from workflows.synthesis.dataset import corpus_tokens
 from workflows.synthesis.synthesize_many import DatasetSpec, synthesize_many
 from workflows.training.cohort import train_cohort, with_wave_distractors
 from workflows.training.records import Member

@@ -17,7 +17,8 @@ from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from cartridges.records import Corpus, Question
 from workflows.runtime.manifests import read_manifest, write_manifest
-from workflows.synthesis.synthesize import dataset_fingerprint, synthesize
+from workflows.synthesis.dataset import dataset_fingerprint
+from workflows.synthesis.synthesize import synthesize
 from workflows.training.held_out_questions import HELD_OUT, read_held_out
 from workflows.training.train import train, train_fingerprint
 

@@ -28,7 +28,7 @@ def say(line: str) -> None:
 def settle(corpus: Corpus, settings: BuildSettings, work: Path, seconds: float | None = None) -> BuildSettings:
     """Derive what was left open, and print the plan. `seconds` are this corpus' share of the budget; None: all of it,
     and then steps are left for `with_steps`, where one training follows one synthesis."""
-    from workflows.synthesis.synthesize import corpus_tokens
+    from workflows.synthesis.dataset import corpus_tokens
 
     tokens, p = corpus_tokens(corpus, settings), settings.train.num_tokens
     say(f"corpus {corpus.corpus_id}: {len(corpus.documents)} documents, {tokens} tokens; "

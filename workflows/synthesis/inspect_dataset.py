@@ -6,7 +6,7 @@ from typing import Any, TextIO
 from cartridges.errors import UserError
 from workflows.runtime.console import print_table
 from workflows.runtime.manifests import read_manifest
-from workflows.synthesis.synthesize import CARD
+from workflows.synthesis.dataset import CARD
 
 DISTRIBUTIONS = {
     "teacher_entropy": "entropy, nats an answer token", "topk_mass": "probability inside the top-k",

@@ -12,28 +12,27 @@ flight are done again, and the ids are those of the plan.
 """
 
 import logging
-import os
 import shutil
-import threading
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, fields
-from functools import cached_property, lru_cache, reduce
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from cartridges.config import BuildSettings
-from cartridges.errors import UserError
-from cartridges.records import Chunk, Corpus
-from workflows.runtime.manifests import Clock, fingerprint, read_manifest, require_match, write_manifest
+from cartridges.records import Corpus
+from workflows.runtime.manifests import read_manifest, require_match, write_manifest
 from workflows.runtime.progress import ProgressCallback
+from workflows.synthesis.dataset import (
+    CARD,
+    MANIFEST,
+    corpus_tokens,
+    dataset_fingerprint,
+    model_identity,
+    plan_dataset,
+)
 from workflows.synthesis.plan_size import with_counts
+from workflows.synthesis.ray_pipeline import generate
 
-MANIFEST = "dataset.json"
-CARD = "data_card.json"
-POLL_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 
@@ -68,245 +67,6 @@ def synthesize(corpus: Corpus, output_dir: str, settings: BuildSettings,
     return manifest
 
 
-def corpus_tokens(corpus: Corpus, settings: BuildSettings) -> int:
-    """Length of the corpus in the model's tokens, what stands between documents included."""
-    from cartridges.models import resolve_model_dir
-
-    model = resolve_model_dir(settings.model)
-    if (model, corpus.fingerprint) not in _TOKENS:
-        tokenizer = _tokenizer(model)
-        _TOKENS[model, corpus.fingerprint] = sum(
-            len(tokenizer.encode(text, add_special_tokens=False, verbose=False))
-            for text in chain(["\n\n"] * (len(corpus.documents) - 1), (one.text for one in corpus.documents)))
-    return _TOKENS[model, corpus.fingerprint]
-
-
-_TOKENS: dict[tuple[Path, str], int] = {}
-"""Counted once: the stages of a build all ask."""
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(directory: Path) -> Any:
-    """Read once: a collection asks for each of its corpora."""
-    from cartridges.models import load_tokenizer
-
-    return load_tokenizer(directory)
-
-
-@lru_cache(maxsize=4)
-def _identity(directory: Path) -> Any:
-    from cartridges.models import load_identity
-
-    return load_identity(directory)
-
-
-def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mapping[str, float] | None = None,
-                        earlier: Sequence[str] = ()) -> str:
-    """Changes with whatever changes the conversations, and with nothing else (but for what `engine=auto` comes to on
-    an actor's machine, which is not known here)."""
-    from cartridges.models import resolve_model_dir
-    from cartridges.selfstudy.families import DEFAULT_MIXTURE
-
-    identity = _identity(resolve_model_dir(settings.model))
-    how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine", "asking"}
-    # What came later and is off is left out, so that data sets made before it stay valid.
-    off = {name for name in ("drop_ungrounded_names", "near_duplicate", "filters_off", "general_share")
-           if not getattr(settings.synthesize, name)}
-    asking = settings.synthesize.asking
-    if asking.model:
-        asker = _identity(resolve_model_dir(asking.model))
-        asks = {"asking": [asker.weights_digest, asker.tokenizer_hash, asker.template_hash, asking.model.dtype]}
-    else:
-        asks = {"asking": [asking.endpoint, asking.endpoint_model]} if asking.endpoint else {}
-    if settings.synthesize.engine == "vllm":
-        asks["vllm"] = settings.vllm.dtype  # It draws differently, and may compute in another dtype.
-    follows = {"weights": dict(weights or {}), "earlier": fingerprints(earlier), "ordinals": "go on"} \
-        if earlier or weights else {}
-    return fingerprint({
-        **follows, **asks, "corpus": corpus.fingerprint, "seed": settings.seed, "dtype": settings.model.dtype,
-        "synthesize": settings.synthesize.model_dump(mode="json", exclude=how | off),
-        "families": settings.synthesize.families or DEFAULT_MIXTURE,
-        "model": [identity.weights_digest, identity.tokenizer_hash, identity.template_hash],
-    })
-
-
-def fingerprints(datasets: Sequence[str]) -> list[str]:
-    """Of finished data sets, in order."""
-    return [read_manifest(Path(dataset) / MANIFEST)["fingerprint"] for dataset in datasets]
-
-
-def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected: str,
-                 weights: Mapping[str, float] | None = None, earlier: Sequence[str] = ()) -> dict[str, Any]:
-    """Chunks and tasks on disk; `plan.json` last. Found there already, it is taken as it is. Families go on through a
-    chunk where the data sets `earlier` left it."""
-    planned = read_manifest(output / "plan.json")
-    require_match(planned, expected, output)
-    if planned is not None:
-        return planned
-    from cartridges.chunking import Chunks
-    from cartridges.models import resolve_model_dir
-    from cartridges.selfstudy.plan import Task, plan
-    from cartridges.selfstudy.storage import count_tasks
-
-    chunks = Chunks(corpus, _tokenizer(resolve_model_dir(settings.model)), settings.synthesize.chunk)
-    before = count_tasks(Path(dataset) / "shards" for dataset in earlier)
-    tasks = plan(chunks, settings.synthesize, settings.seed, weights, before)
-    if not tasks:
-        raise UserError("no conversations are planned: the corpus has no text, or every share in "
-                        "synthesize.families is 0")
-    (output / "work").mkdir(exist_ok=True)
-    asked = {task.chunk_id for task in tasks}
-    write_rows(output / "chunks.parquet", Chunk, chunks.with_ids(asked))
-    write_rows(output / "work" / "tasks.parquet", Task, tasks)
-    planned = {
-        "fingerprint": expected, "chunks": len(chunks), "conversations": len(tasks), "seed": settings.seed,
-        "corpus": {"id": corpus.corpus_id, "fingerprint": corpus.fingerprint,
-                   "tokens": corpus_tokens(corpus, settings)},
-        "settings": settings.synthesize.model_dump(mode="json"), "model": settings.model.name,
-    }
-    write_manifest(output / "plan.json", planned)
-    return planned
-
-
-def write_rows(path: Path, kind: type, rows: Iterable[Any]) -> None:
-    """Records of one `kind`, as Parquet; there may be none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    types = {str: pa.string(), int: pa.int64()}
-    schema = pa.schema([(field.name, types[field.type]) for field in fields(kind)])
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
-    temporary.rename(path)
-
-
-def generate(output: Path, settings: BuildSettings, total: int,
-              progress: ProgressCallback | None) -> dict[str, float]:
-    """Run Ray Data until every task is committed; how fast it went."""
-    from workflows.runtime.local_ray import local_ray
-    from workflows.runtime.progress import Progress
-
-    clock = Clock(output / "work" / "clock.json")
-    with ExitStack() as stack:
-        if progress is None:
-            progress = stack.enter_context(Progress(total, "synthesize", "conversations")).callback
-        stack.enter_context(local_ray())
-        reporting = stack.enter_context(_Reporting(output / "work" / "checkpoint", total, progress, clock))
-        _run_pipeline(output.resolve(), settings)
-    wanted = settings.synthesize
-    return {"seconds": clock.seconds, "conversations_per_s": reporting.rate(wanted.num_actors * wanted.batch_size)}
-
-
-def _run_pipeline(output: Path, settings: BuildSettings) -> None:
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
-    from ray.data.checkpoint import CheckpointConfig
-
-    from cartridges.engines.vllm_setup import gpus_of_an_engine
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    work, wanted = output / "work", settings.synthesize
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.checkpoint_config = CheckpointConfig(
-        id_column="conversation_id", checkpoint_path=str(work / "checkpoint"),
-        delete_checkpoint_on_success=False)
-    try:
-        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-        threads = wanted.threads_per_actor or max(1, (os.cpu_count() or 1) // wanted.num_actors)
-        # Read from a file because Ray Data filters committed rows behind a read only; a block for
-        # each batch because a block is the unit that is committed.
-        tasks = ray.data.read_parquet(str(work / "tasks.parquet"))
-        tasks.repartition(target_num_rows_per_block=wanted.batch_size).map_batches(
-            SynthesisActor, fn_constructor_args=(settings, str(output / "chunks.parquet"), threads),
-            batch_size=None, batch_format="pyarrow", compute=ActorPoolStrategy(size=wanted.num_actors),
-            num_cpus=1, num_gpus=gpus_of_an_engine(settings.vllm, wanted.engine) if has_gpu else None,
-        ).write_parquet(str(work / "parts"))
-    finally:
-        context.checkpoint_config = None
-
-
-class SynthesisActor:
-    """Holds one engine and a `Synthesizer`; a batch of tasks in, their conversations out."""
-
-    def __init__(self, settings: BuildSettings, chunks_file: str, threads: int):
-        self.settings, self.chunks_file, self.threads = settings, chunks_file, threads
-        # Ray gives an actor one; what the engine starts reads the variable.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-
-    @cached_property
-    def synthesizer(self):
-        """Opened by the first batch: Ray Data calls from another thread than the one that constructs, which vLLM's
-        engine does not stand (docs/log.md)."""
-        import pyarrow.parquet as pq
-        import torch
-
-        from workflows.synthesis.open_synthesizer import open_synthesizer
-
-        torch.set_num_threads(self.threads)
-        chunks = {row["chunk_id"]: Chunk(**row) for row in pq.read_table(self.chunks_file).to_pylist()}
-        # Held, because what is let go of is closed.
-        self._held = open_synthesizer(self.settings, chunks)
-        return self._held.__enter__()
-
-    def __call__(self, batch):
-        import pyarrow as pa
-
-        from cartridges.selfstudy.plan import Task
-        from cartridges.selfstudy.storage import schema, to_row
-        from workflows.synthesis.failures import run_with_retry
-
-        tasks = [Task(**row) for row in batch.to_pylist()]
-        results = run_with_retry(self.synthesizer, tasks, self.synthesizer.settings.retries)
-        return pa.Table.from_pylist([to_row(result) for result in results], schema=schema())
-
-
-class _Reporting:
-    """Calls `progress` every second with the rows committed so far, until the block ends."""
-
-    def __init__(self, checkpoint: Path, total: int, progress: ProgressCallback, clock: Clock):
-        self.checkpoint, self.total, self.progress, self.clock = checkpoint, total, progress, clock
-        self.rows: dict[Path, int] = {}
-        self.seen: list[tuple[float, int]] = []
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._loop, daemon=True)
-
-    def _loop(self) -> None:
-        while not self.stop.wait(POLL_SECONDS):
-            self._report()
-
-    def _report(self) -> None:
-        done = self.committed()
-        if not self.seen or done > self.seen[-1][1]:
-            self.seen.append((time.monotonic(), done))
-        self.progress(done, self.total, "")
-        self.clock.save()
-
-    def rate(self, first: int) -> float:
-        """Conversations a second from when `first` were committed (a batch of each actor: no start-up) to the last;
-        0 where no time was seen to pass between them."""
-        committed = [seen for seen in self.seen if seen[1] >= min(first, self.total)] or [(0.0, 0)]
-        (first, before), (last, after) = committed[0], committed[-1]
-        return (after - before) / (last - first) if last > first else 0.0
-
-    def committed(self) -> int:
-        import pyarrow.parquet as pq
-
-        for file in self.checkpoint.glob("*.parquet"):
-            if file not in self.rows and not file.name.endswith(".pending.parquet"):
-                self.rows[file] = pq.read_metadata(file).num_rows
-        return sum(self.rows.values())
-
-    def __enter__(self) -> "_Reporting":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        self._report()
-
-
 def finish_dataset(output: Path, settings: BuildSettings, planned: dict[str, Any],
             speed: dict[str, float], earlier: Sequence[str]) -> dict[str, Any]:
     """Deduplicate into `shards/`, check the failures, write card and manifest, drop the work files."""
@@ -338,7 +98,7 @@ def _model_record(settings: BuildSettings) -> dict[str, str | None]:
     """What was asked for, and what it turned out to be."""
     from cartridges.models import resolve_model_dir
 
-    identity = _identity(resolve_model_dir(settings.model))
+    identity = model_identity(resolve_model_dir(settings.model))
     digests = ("weights_digest", "tokenizer_hash", "template_hash")
     return {**settings.model.model_dump(mode="json"), "source": identity.revision,
             **{name: getattr(identity, name) for name in digests}}

@@ -27,14 +27,9 @@ from workflows.runtime.manifests import (
     write_manifest,
 )
 from workflows.runtime.progress import ProgressCallback
-from workflows.synthesis.synthesize import (
-    MANIFEST,
-    dataset_fingerprint,
-    finish_dataset,
-    generate,
-    metrics,
-    plan_dataset,
-)
+from workflows.synthesis.dataset import MANIFEST, dataset_fingerprint, plan_dataset
+from workflows.synthesis.ray_pipeline import generate
+from workflows.synthesis.synthesize import finish_dataset, metrics
 
 TOGETHER, FAILED, ID = "together.json", "failed.json", "conversation_id"
 

@@ -11,7 +11,7 @@ from typing import Any
 from cartridges.config import BuildSettings
 from cartridges.records import Corpus
 from workflows.runtime.manifests import read_manifest, write_manifest
-from workflows.synthesis.synthesize import corpus_tokens, dataset_fingerprint
+from workflows.synthesis.dataset import corpus_tokens, dataset_fingerprint
 from workflows.training.records import MANIFEST
 from workflows.training.train import train_fingerprint
 

@@ -11,8 +11,8 @@ from cartridges.errors import UserError
 from cartridges.records import Corpus
 from workflows.runtime.manifests import fingerprint, read_manifest
 from workflows.runtime.progress import ProgressCallback
-from workflows.synthesis.synthesize import MANIFEST as DATASET_MANIFEST
-from workflows.synthesis.synthesize import corpus_tokens, fingerprints
+from workflows.synthesis.dataset import MANIFEST as DATASET_MANIFEST
+from workflows.synthesis.dataset import corpus_tokens, fingerprints
 from workflows.training.cohort import check_window, train_cohort
 from workflows.training.records import MANIFEST, Member, TrainingInputs
 
