@@ -63,7 +63,7 @@ def ablate(corpus: str, given: BuildSettings, varied: Sequence[Variation], regis
 
 def _jobs(corpus: str, all_of_them: Sequence[Variation], store: Registry, questions: str | None,
           work: Path) -> dict[str, Job]:
-    """By label, checked."""
+    """The jobs by label, checked. Raises `UserError`."""
     given, jobs, seen = all_of_them[0].settings, {}, []
     loaded = load_corpus(corpus, given.corpus.corpus_id)
     asked = load_questions(questions, given.corpus.corpus_id) if questions else loaded.questions
@@ -88,7 +88,7 @@ def _jobs(corpus: str, all_of_them: Sequence[Variation], store: Registry, questi
 
 
 def _try_each(jobs: dict[str, Job], given: BuildSettings) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """What was made, the given settings first, and what could not be."""
+    """The results, those of the given settings first, and the failures."""
     base = _try(GIVEN, jobs.pop(GIVEN), given)
     tried, failed = [base], []
     for number, (label, job) in enumerate(jobs.items(), 1):
@@ -124,7 +124,7 @@ def _try(label: str, job: Job, given: BuildSettings) -> dict[str, Any]:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    """Of the cartridge, question by question."""
+    """The rows of the arm `cartridge`, one a question."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     return [row for row in rows if row["arm"] == "cartridge"]
 

@@ -10,7 +10,7 @@ from workflows.synthesis.plan_size import FEWEST_CONVERSATIONS, with_plan
 
 TRAINING_START_SECONDS = 60.0
 START_SECONDS = 30.0 + TRAINING_START_SECONDS
-"""Of a budget: Ray, the model loaded by an actor and by a training worker, and the start of training."""
+"""Part of a budget that goes to starting Ray, to loading the model twice and to the start of training."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 

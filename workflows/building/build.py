@@ -57,7 +57,7 @@ class Made:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By stage."""
+        """Seconds by stage."""
         return {"synthesize": self.dataset["seconds"] if self.dataset else 0.0, "train": self.training["seconds"]}
 
     @property
@@ -67,7 +67,7 @@ class Made:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Of the kept conversations: `{input, loss}`."""
+        """Tokens of the kept conversations: `{input, loss}`."""
         return self.dataset["tokens"] if self.dataset else {"input": 0, "loss": 0}
 
     def record(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def finish(job: Job, made: Made) -> dict[str, Any]:
 
 
 def _kept_text(job: Job) -> str | None:
-    """What is published beside the cartridge."""
+    """The corpus' text to publish beside the cartridge, or None."""
     if not job.settings.corpus.keep_text:
         return None
     if isinstance(job.loaded.documents, Reread):
@@ -204,7 +204,7 @@ def examine(job: Job, made: Made) -> Path:
 
 
 def _held_out_questions(train_dir: Path, settings: BuildSettings) -> tuple[Question, ...]:
-    """What training kept back and did not choose the cartridge by; it wrote them beside its manifest."""
+    """The questions that training kept out and did not choose the cartridge by."""
     questions = read_held_out(train_dir / HELD_OUT)
     if settings.train.evaluate_every:
         questions = reporting(questions)

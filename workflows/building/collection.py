@@ -113,7 +113,7 @@ def _with_plans(jobs: Sequence[Job], settings: BuildSettings) -> list[Job]:
     planned = []
     for job, size in zip(jobs, sizes, strict=True):
         seconds = None
-        if settings.budget is not None:  # What is paid once is in the plan of each.
+        if settings.budget is not None:  # Costs that are paid once are in the plan of each.
             left = max(0.0, parse_time(settings.budget) - START_SECONDS)
             seconds = START_SECONDS + left * size / sum(sizes)
         try:

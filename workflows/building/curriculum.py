@@ -59,7 +59,7 @@ def run_rounds(corpus: str, loaded: Corpus, name: str, settings: BuildSettings, 
 
 
 def _settings_of(settings: BuildSettings, rounds: Sequence[Round]) -> BuildSettings:
-    """Of the next round: another seed, and from the second on the cartridge so far as the start."""
+    """Settings of the next round: another seed and, from the second round on, the cartridge so far as the start."""
     held_out = max(settings.train.held_out, HELD_OUT_QUESTIONS)
     update: dict[str, Any] = {"held_out": held_out}
     if rounds:

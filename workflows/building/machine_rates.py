@@ -19,13 +19,13 @@ from workflows.building.budget import Rates
 from workflows.runtime.manifests import fingerprint
 
 BATCHES = 3
-"""Of conversations, and steps, in a calibration; the first of each only warms up."""
+"""Batches of conversations, and training steps, in a calibration; the first of each only warms up."""
 PLANNED_BATCHES = 12
-"""Of conversations that a calibration plans, so that as many share a chunk as in a build, and tries some of."""
+"""Batches that a calibration plans, so that as many conversations share a chunk as in a build. It runs some of them."""
 MOST_CHUNKS = 4096
-"""Of a corpus, that those conversations are about: its first ones."""
+"""Number of the corpus' first chunks that those conversations are about."""
 WORKER_SLOWDOWN = 1.3
-"""What a training step takes in Ray's worker, beside Ray's other processes, over what it takes here: measured
+"""Ratio of a training step's time in Ray's worker, beside Ray's other processes, to its time here: measured
 on two cores (docs/log.md). Where a build has finished, its own rate stands instead."""
 
 AGREES = 1.5
@@ -75,7 +75,7 @@ def measured(corpus: Corpus, settings: BuildSettings) -> Rates:
 
 
 def calibration_seconds(settings: BuildSettings) -> float:
-    """What measuring took in this process; the same for all plans that rest on it, so that they are alike."""
+    """Seconds that the calibration took in this process; 0 where there was none."""
     return _SECONDS.get(_file(settings), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What a build derives for itself, and says on stderr: conversations and, for a budget, steps.
+"""Derives the number of conversations and, for a budget, of steps, and says on stderr what it derived.
 
     WORKDIR/budget-<fingerprint>.json   what was decided at the start
     WORKDIR/calibration.json            what measuring for it took, which is the budget's too
@@ -77,7 +77,7 @@ def _plan_key(made_of: str, settings: BuildSettings, seconds: float | None = Non
 
 
 def _steps_follow(settings: BuildSettings, seconds: float | None = None) -> bool:
-    """Whether steps are decided when it is known what synthesis took."""
+    """Whether the steps are decided after synthesis, from the time that it left."""
     return (settings.budget is not None and seconds is None and settings.curriculum.rounds == 1
             and not settings.train.steps)
 

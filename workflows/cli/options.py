@@ -1,4 +1,4 @@
-"""What commands share: their parser, options that several have, and the settings that these come to."""
+"""Shared by the commands: the parser, common options, and the settings that are read from them."""
 
 import argparse
 import json

@@ -93,7 +93,7 @@ def _is_pattern(name: str) -> bool:
 
 
 def _found(store: Registry, names: Sequence[str]) -> list[Entry]:
-    """What they mean now, each once; a pattern stands for what it matches, in the order of names."""
+    """The entries that `names` mean now, each once; a pattern stands for all that it matches, in the order of names."""
     listed = store.list() if any(map(_is_pattern, names)) else ()
     found: dict[tuple[str, str], Entry] = {}
     for name in names:

@@ -49,7 +49,7 @@ def submit(build: argparse.Namespace, to_words: Callable[[argparse.Namespace], l
 
 
 def _first_line(message: str) -> str:
-    """What happened, without the end of the log that Ray appends."""
+    """The first line, without the end of the log that Ray appends."""
     return message.partition("\n")[0].partition(", last available logs")[0]
 
 

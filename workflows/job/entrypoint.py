@@ -1,4 +1,4 @@
-"""What the job runs on the cluster: `python -m workflows.job.entrypoint BUILD-ARGUMENTS`."""
+"""The job's entry point on the cluster: `python -m workflows.job.entrypoint BUILD-ARGUMENTS`."""
 
 import json
 import subprocess

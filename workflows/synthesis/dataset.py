@@ -61,7 +61,7 @@ def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mappin
 
     identity = model_identity(resolve_model_dir(settings.model))
     how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine", "asking"}
-    # What came later and is off is left out, so that data sets made before it stay valid.
+    # Settings that were added later are left out while they are off, so that older data sets stay valid.
     off = {name for name in ("drop_ungrounded_names", "near_duplicate", "filters_off", "general_share")
            if not getattr(settings.synthesize, name)}
     asking = settings.synthesize.asking
@@ -83,7 +83,7 @@ def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mappin
 
 
 def fingerprints(datasets: Sequence[str]) -> list[str]:
-    """Of finished data sets, in order."""
+    """Fingerprints of finished data sets, in order."""
     return [read_manifest(Path(dataset) / MANIFEST)["fingerprint"] for dataset in datasets]
 
 

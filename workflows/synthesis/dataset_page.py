@@ -19,7 +19,7 @@ from workflows.synthesis.inspect_dataset import DISTRIBUTIONS, family_rows, rema
 DROPPED_OF_A_REASON = 3
 """Dropped conversations shown for each reason."""
 ALTERNATIVES = 5
-"""Of the teacher's top-k, in the note of a token."""
+"""Number of the teacher's top-k tokens in the note of a token."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def write_page(directory: Path, card: dict[str, Any], file: Path, samples: int, 
 
 
 def _samples(directory: Path, card: dict[str, Any], each: int, seed: int) -> list[dict[str, Any]]:
-    """What the page shows of each drawn conversation, by family, the kept ones first."""
+    """The drawn conversations as the page shows them, by family, the kept ones first."""
     from cartridges.config import ModelSettings
     from cartridges.models import load_tokenizer, resolve_model_dir
 
@@ -100,7 +100,7 @@ def _sample(row: dict[str, Any], tokenizer, chunk: str) -> dict[str, Any]:
 
 
 def _answers(conversation: Conversation, tokenizer) -> list[list[Token]]:
-    """Of each answer that is taught, its tokens with the teacher's probability of each."""
+    """The tokens of each answer that is taught, with the teacher's probability of each."""
     at = np.flatnonzero(conversation.loss_mask)
     starts = np.flatnonzero(np.diff(at) > 1) + 1  # the loss positions of one answer follow each other
     parts = (np.split(rows, starts) for rows in (conversation.input_ids[at + 1], conversation.topk_ids,

@@ -95,7 +95,7 @@ def finish_dataset(output: Path, settings: BuildSettings, planned: dict[str, Any
 
 
 def _model_record(settings: BuildSettings) -> dict[str, str | None]:
-    """What was asked for, and what it turned out to be."""
+    """The model that was asked for, with the revision and hashes of the one that was found."""
     from cartridges.models import resolve_model_dir
 
     identity = model_identity(resolve_model_dir(settings.model))
@@ -105,7 +105,7 @@ def _model_record(settings: BuildSettings) -> dict[str, str | None]:
 
 
 def metrics(manifests: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Of one data set, or of several that were made in one run."""
+    """W&B figures of one data set, or of several that were made in one run."""
     def total(*path: str) -> float:
         return sum(reduce(dict.__getitem__, path, manifest) for manifest in manifests)
 

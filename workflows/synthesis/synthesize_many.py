@@ -121,7 +121,7 @@ def _join(todo: Sequence[DatasetSpec], places: Sequence[str], plans: Sequence[di
         ids = pc.binary_join_element_wise(str(number), own[ID], "/")
         own = own.set_column(own.schema.get_field_index(ID), ID, ids)
         written = pa.array([decodes(name) for name in own["seed_family"].to_pylist()])
-        # What has to be written comes last, in full batches: the few of one corpus would decode almost alone.
+        # Conversations to be decoded come last, in full batches: the few of one corpus would decode almost alone.
         for later, part in tasks.items():
             part.append(own.filter(pc.equal(written, later)))
         chunks.append(pq.read_table(one.output / "chunks.parquet"))
@@ -144,7 +144,7 @@ def _require_few_errors(work: Path, settings: BuildSettings, planned: int) -> No
 
 
 def _split(todo: Sequence[DatasetSpec], numbers: Sequence[int], parts: Path) -> None:
-    """To each data set the rows that are its own, under the ids that they have there."""
+    """Write each data set's own rows to its directory, under their own ids."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

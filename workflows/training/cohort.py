@@ -89,7 +89,7 @@ def _train(members: Sequence[Member], todo: Sequence[Member], directory: Path, l
 
 
 def _with_company(members: Sequence[Member], todo: set[Path]) -> list[Member]:
-    """Those in `todo`, and who is in their company: these are trained once more, and what there is of them stays."""
+    """The members in `todo`, and the others of their waves: these are trained again, and their finished files stay."""
     if not any(member.inputs.partners for member in members):
         return [member for member in members if member.output in todo]
     return [members[index] for wave in waves(members) if any(members[index].output in todo for index in wave)
@@ -97,7 +97,7 @@ def _with_company(members: Sequence[Member], todo: set[Path]) -> list[Member]:
 
 
 def waves(members: Sequence[Member]) -> list[list[int]]:
-    """Indices of those that are trained at once: of like size, the same whatever is done already."""
+    """Indices of the members that are trained at once, of like size. They do not depend on what is done already."""
     order = sorted(range(len(members)), key=lambda index: (-members[index].size, index))
     active = members[0].settings.cohort.active
     return [order[first:first + active] for first in range(0, len(order), active)]
@@ -179,7 +179,7 @@ def _own_interrupt() -> Iterator[None]:
 
 
 def _cause(error) -> Exception:
-    """What a worker raised, where that is known: it says more than Ray Train's wrapper."""
+    """The worker's own exception where it is known, because it says more than Ray Train's wrapper."""
     from ray.train import WorkerGroupError
 
     from cartridges.distill.trainer import NonFiniteLoss
@@ -214,7 +214,7 @@ def _torch_trainer(members: Sequence[Member], directory: Path):
 
 
 def _shares(members: Sequence[Member]) -> list[float]:
-    """Of the run's time, by that of their steps."""
+    """Each member's share of the run's time, in proportion to the time of its steps."""
     spent = [sum(row["seconds"] for row in read_rows(member.output / STEPS)) for member in members]
     return [one / sum(spent) if any(spent) else 1 / len(members) for one in spent]
 

@@ -126,7 +126,7 @@ def _initialize(module: nn.Module, optimizer, trainable, config: dict[str, Any])
 
 
 def quiet() -> None:
-    """Before DeepSpeed's first engine: no lines of its own, and nothing compiled."""
+    """Silence DeepSpeed and keep it from compiling. Call it before the first engine is made."""
     import logging
 
     from deepspeed.ops import __compatible_ops__

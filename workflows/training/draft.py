@@ -22,7 +22,7 @@ def draft(corpus: Corpus, settings: BuildSettings, work: Path) -> tuple[dict[str
     from cartridges.distill.initialize import MOST_CHARACTERS, initialize
     from cartridges.models import load_base_model
 
-    # That of the conversations, though there are none: it tells corpus, model and template apart.
+    # There are no conversations, but their fingerprint tells corpus, model and template apart.
     expected = train_fingerprint(dataset_fingerprint(corpus, settings), settings)
     output = work / f"draft-{expected}"
     done = read_manifest(output / MANIFEST)

@@ -37,7 +37,7 @@ class HeldOutEvaluation:
         self.file = output / BEST
 
     def due(self, done: int, steps: int) -> bool:
-        """Whether to look after `done` of `steps` steps."""
+        """Whether to evaluate after `done` of `steps` steps."""
         return bool(self.every and self.items) and (done % self.every == 0 or done == steps)
 
     def run(self, done: int) -> dict[str, float]:
@@ -63,7 +63,7 @@ class HeldOutEvaluation:
 
     def _better(self, found: dict[str, float]) -> bool:
         best = self.best()
-        # Of as many answers the more likely ones.
+        # Where as many answers are right, the more likely ones win.
         return best is None or _rank(found) > _rank(best)
 
     def _keep(self, told: dict[str, float]) -> None:

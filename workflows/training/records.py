@@ -1,4 +1,4 @@
-"""What crosses from the driver to the training workers."""
+"""Records that the driver sends to the training workers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ OUTCOME = "trained.json"
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What one cartridge is trained on. All paths are absolute."""
+    """The inputs of one training. All paths are absolute."""
 
     datasets: tuple[str, ...]
     """Directories of finished conversations."""
@@ -64,7 +64,7 @@ class WorkerMember:
 
 @dataclass(frozen=True)
 class WorkerRun:
-    """What each worker is to do: `waves` are lists of indices into `members`; `directory` is the run's own."""
+    """The work of every worker: `waves` are indices into `members`; `directory` is the run's own."""
 
     members: tuple[WorkerMember, ...]
     waves: tuple[tuple[int, ...], ...]

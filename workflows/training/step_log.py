@@ -103,7 +103,7 @@ class StepLogFollower:
         rows = read_rows(self.path)
         for row in rows[self.logged:]:
             self.run.log(_figures(row), step=row["step"])
-        # What an earlier run did is not progress of this one: its rate would be that of loading the model.
+        # Steps of an earlier run are not progress of this one: the rate would include loading the model.
         self.before = min(self.before, len(rows))
         if len(rows) == self.before:
             self.progress(0, self.steps, "loading the model, to go on from the last checkpoint" if rows else

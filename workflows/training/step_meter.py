@@ -43,7 +43,7 @@ class StepMeter:
         return {"matmul_share": needed / metrics.seconds / self.flops_per_s, "memory_bytes": memory_bytes()}
 
     def _slots(self, member: int, plan: PackPlan) -> int:
-        """Before the pack, with the cartridges that stand beside."""
+        """Number of slots before the pack, those of the distractors included."""
         loaded = [self.cartridges[member], *(self.beside[member][index] for index in plan.beside)]
         return composed_tokens([(one.num_tokens, one.num_frozen_tokens) for one in loaded])
 

@@ -35,7 +35,7 @@ def train(dataset_dir: str, corpus_path: str, corpus: Corpus, output_dir: str, s
 
 def member_of(dataset_dir: str, corpus_path: str, corpus: Corpus, output_dir: str, settings: BuildSettings,
               earlier: Sequence[str] = (), held_out: str | None = None) -> Member:
-    """What is to be trained, checked."""
+    """The training as a member of a cohort, checked. Raises `UserError`."""
     made_of = _dataset_manifest(Path(dataset_dir), corpus)
     expected = train_fingerprint(made_of["fingerprint"], settings, earlier, held_out)
     if read_manifest(Path(output_dir) / MANIFEST) is None:
@@ -85,7 +85,7 @@ def _without_effect(settings: BuildSettings) -> set[str]:
 
 
 def digests(directories: Sequence[str]) -> list[str]:
-    """Of the cartridges there: the same wherever they are kept."""
+    """Digests of the cartridges in `directories`; they do not depend on where these lie."""
     return [read_artifact_manifest(directory).digest for directory in directories]
 
 

@@ -1,4 +1,4 @@
-"""What a training worker runs under Ray Train, and what it leaves for the driver.
+"""The training worker under Ray Train, and the files that it leaves for the driver.
 
 Into each member's output directory: by the first worker `metrics.jsonl`, `held_out.json`, `best.safetensors` where it
 was asked for, the artifact `cartridge/` and `trained.json`. Checkpoints go through Ray Train.
@@ -49,7 +49,7 @@ class TrainingMember:
 
 
 def train_worker(config: dict[str, WorkerRun]) -> None:
-    """What each worker runs: wave after wave, from the last checkpoint to the last step, then the artifacts.
+    """Train wave after wave, from the last checkpoint to the last step, and save the artifacts.
 
     `config` holds the `run` alone, because Ray Train passes a dictionary.
     """
@@ -158,7 +158,7 @@ def _reporter(wave: Sequence[TrainingMember], trainer: Trainer, meter: StepMeter
 
 
 def _echo(wave: Sequence[TrainingMember]) -> Callable[[StepMetrics], None]:
-    """Of a worker that holds a part of the base: the first one cannot look at the answers without it."""
+    """Answers along with the first worker, which needs every worker's part of the base to do so."""
     def report(metrics: StepMetrics) -> None:
         evaluation = wave[metrics.member].evaluation
         if evaluation.due(metrics.step + 1, metrics.steps):

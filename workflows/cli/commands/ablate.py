@@ -44,7 +44,7 @@ def _varied(args: argparse.Namespace, text: str) -> Any:
 
 
 def print_ablation(result: dict[str, Any], stream: TextIO) -> None:
-    """What each variation said, and how that differs from the settings given, question by question. Long ones are
+    """Each variation's metrics, and their paired differences to the settings given. Long labels are
     spelled out below, so that a row holds all metrics."""
     from workflows.evaluation.report_card_table import interval_cell
     from workflows.runtime.console import print_table
