@@ -11,7 +11,7 @@ from typing import Any
 import wandb_workspaces.reports.v2 as reports
 import wandb_workspaces.workspaces as workspaces
 
-from workflows.tracking import ARM_METRICS, ARMS, METRICS, PROJECT
+from workflows.runtime.tracking import ARM_METRICS, ARMS, METRICS, PROJECT
 
 LINES: dict[str, dict[str, tuple[str, ...]]] = {
     "Self-study": {
@@ -33,7 +33,7 @@ LINES: dict[str, dict[str, tuple[str, ...]]] = {
         "Top-k mass of the targets": ("train/topk_mass",),
     },
 }
-"""Section -> panel -> keys drawn over the step. Every key is in `workflows.tracking.METRICS`."""
+"""Section -> panel -> keys drawn over the step. Every key is in `workflows.runtime.tracking.METRICS`."""
 
 SECONDS = ("synthesize/seconds", "train/seconds", "evaluate/seconds")
 
@@ -71,7 +71,7 @@ def as_json(view: workspaces.Workspace) -> dict[str, Any]:
 def _known(keys: tuple[str, ...] | list[str]) -> list[str]:
     unknown = [key for key in keys if key not in METRICS]
     if unknown:
-        raise ValueError(f"not in workflows.tracking.METRICS: {', '.join(unknown)}")
+        raise ValueError(f"not in workflows.runtime.tracking.METRICS: {', '.join(unknown)}")
     return list(keys)
 
 

@@ -119,7 +119,7 @@ def tiny_base_model(tiny_model_dir):
 @pytest.fixture(scope="module")
 def one_ray():
     """One Ray for whatever a module's tests run in this process, where each command would start its own."""
-    from workflows.local_ray import one_local_ray
+    from workflows.runtime.local_ray import one_local_ray
 
     with one_local_ray():
         yield

@@ -5,14 +5,15 @@ import json
 
 import pytest
 
-import workflows.ablate
+import workflows.building.ablate
 from cartridges.distill.trainer import NonFiniteLoss
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, tiny_settings
-from workflows.budget import Rates
+from workflows.building.budget import Rates
+from workflows.building.build import Made
 from workflows.cli import main
-from workflows.console import print_ablation
-from workflows.draft import NO_DATASET, draft
+from workflows.cli.commands.ablate import print_ablation
+from workflows.training.draft import draft
 
 
 @pytest.fixture
@@ -83,12 +84,12 @@ def test_mistakes_are_named_before_anything_is_made(ablate, tmp_path):
 
 
 def test_one_that_diverges_costs_no_other(ablate, monkeypatch):
-    def make_or_not(job, really=workflows.ablate.make):
+    def make_or_not(job, really=workflows.building.ablate.make):
         if job.settings.seed == 1:
             raise NonFiniteLoss("the gradient became nan at step 7")
         return really(job)
 
-    monkeypatch.setattr("workflows.ablate.make", make_or_not)
+    monkeypatch.setattr("workflows.building.ablate.make", make_or_not)
     code, result, _ = ablate("seed=1", "seed=2")
     assert code == 1 and [one["label"] for one in result["variations"]] == ["as given", "seed=2"]
     assert result["failed"] == [{"label": "seed=1", "error": "the gradient became nan at step 7"}]
@@ -104,10 +105,10 @@ def test_variations_of_training_have_the_conversations_that_a_budget_came_to(abl
 
     def make_draft(job):  # how many conversations there would be, without making them
         planned.append(job.settings.synthesize.num_conversations)
-        return NO_DATASET, *draft(job.loaded, job.settings, job.work)
+        return Made(None, *draft(job.loaded, job.settings, job.work))
 
-    monkeypatch.setattr("workflows.ablate.make", make_draft)
-    monkeypatch.setattr("workflows.rates.calibrate", lambda corpus, settings: Rates(
+    monkeypatch.setattr("workflows.building.ablate.make", make_draft)
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda corpus, settings: Rates(
         0.1, settings.train.num_tokens / 32, 0.9, 30.0))
     code, _, said = ablate("train.num_tokens=64", "train.num_tokens=64; synthesize.topk=2")
     assert code == 0, said

@@ -28,6 +28,10 @@ FLOW = (
 RANK = {place: rank for rank, line in enumerate(FLOW) for place in line.split()}
 RIM_ONLY = {"ray", "workflows"}
 
+# The packages of `workflows`, in the order of the flow. A package imports from itself and from those before it.
+STAGES = ("runtime", "synthesis", "training", "evaluation", "building", "serving", "bench", "job", "cli",
+          "demo")
+
 
 def modules(package: str) -> dict[str, Path]:
     found = {}
@@ -38,7 +42,8 @@ def modules(package: str) -> dict[str, Path]:
 
 
 LIBRARY = modules("cartridges")
-EVERYTHING = {**LIBRARY, **modules("workflows")}
+WORKFLOWS = modules("workflows")
+EVERYTHING = {**LIBRARY, **WORKFLOWS}
 
 
 def imports(name: str) -> set[str]:
@@ -75,6 +80,24 @@ def rank(name: str) -> int:
 def test_imports_go_down_the_data_flow(name):
     upwards = {used for used in imports(name) if used in LIBRARY and rank(used) > rank(name)}
     assert not upwards
+
+
+def stage(name: str) -> int:
+    """Place in STAGES of the module `workflows.<package>[.<module>]`."""
+    return STAGES.index(name.split(".")[1])
+
+
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name != "workflows"])
+def test_stages_import_downwards(name):
+    used = {used for used in imports(name) if used in WORKFLOWS and used != "workflows"}
+    assert not {one for one in used if stage(one) > stage(name)}
+
+
+def test_packages_are_installed():
+    from setuptools import find_packages
+
+    folders = {path.parent.relative_to(ROOT) for path in WORKFLOWS.values()}
+    assert {".".join(folder.parts) for folder in folders} == set(find_packages(str(ROOT), include=["workflows*"]))
 
 
 def test_imports_have_no_cycle():

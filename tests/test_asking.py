@@ -24,9 +24,10 @@ from tests.serve_support import listening, listening_app, make_service
 from tests.test_selfstudy import CHUNKS, settings
 from tests.test_selfstudy_filters import UNUSABLE
 from tests.test_synthesize import CORPUS, tiny_settings
-from workflows.failures import run_with_retry
-from workflows.generation import check_generation, make_asker
-from workflows.synthesize import dataset_fingerprint, synthesize
+from workflows.synthesis.dataset import dataset_fingerprint
+from workflows.synthesis.failures import run_with_retry
+from workflows.synthesis.open_synthesizer import check_generation, make_asker
+from workflows.synthesis.synthesize import synthesize
 
 TEXT = "The toll is 41 crowns a ship."
 BY_HAND = {"families": {"question": 1, "anchored_asked": 1}, "asking_temperature": 0.0, "max_question_tokens": 8}
@@ -193,7 +194,7 @@ def test_a_key_that_is_refused_on_the_way_is_one_line_and_the_run_goes_on(tiny_m
     with listening_app(app) as url:
         build = tiny_settings(tiny_model_dir, num_conversations=8, families={"question": 1}, filters_off=UNUSABLE,
                               max_answer_tokens=4, asking={"endpoint": f"{url}/v1", "endpoint_model": "m"})
-        arguments = str(file), str(tmp_path / "out"), build
+        arguments = load_corpus(str(file)), str(tmp_path / "out"), build
         with pytest.raises(UserError, match=r"^synthesize.asking.endpoint .*this key has expired") as refused:
             synthesize(*arguments)
         assert "8 of 8 conversations failed" in str(refused.value)

@@ -1,7 +1,6 @@
 """The whole chain on a tiny model: published with its report card; run again, nothing is done twice."""
 
 import json
-import sys
 import time
 from types import SimpleNamespace
 
@@ -14,10 +13,10 @@ from cartridges.prompts import example_messages
 from cartridges.registry import Registry
 from tests.test_synthesize import CORPUS, tiny_settings
 from tests.test_tracking import records
-from workflows.budget import Rates
-from workflows.build import build
-from workflows.rates import calibrate, keep, measured, remembered
-from workflows.registry_commands import list_cartridges, print_list, print_shown, show
+from workflows.building.budget import Rates
+from workflows.building.build import build
+from workflows.building.machine_rates import calibrate, keep, measured, remembered
+from workflows.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_ray")
 FAMILIES = {"anchored": 0.5, "cloze": 0.3, "recall": 0.2}
@@ -72,7 +71,7 @@ def test_a_draft_is_published_as_one_without_ray_and_conversations(settings, cor
     def no_ray():
         raise AssertionError("a draft needs no Ray")
 
-    monkeypatch.setattr("workflows.local_ray.local_ray", no_ray)
+    monkeypatch.setattr("workflows.runtime.local_ray.local_ray", no_ray)
     questions = tmp_path / "questions.jsonl"
     rows = [{"question": f"How many {what}?", "answers": [str(n)]} for n, what in enumerate(("bells", "boats"))]
     questions.write_text(json.dumps({"corpus_id": "c", "text": "", "questions": rows}) + "\n")
@@ -84,11 +83,11 @@ def test_a_draft_is_published_as_one_without_ray_and_conversations(settings, cor
     assert not list((tmp_path / "work").glob("synthesize-*"))
     assert result["report_card"]["build"]["conversations"] == {"kept": 0, "dropped": {}}
     assert "published as a draft" in capsys.readouterr().err
-    (line,) = list_cartridges(registry)["cartridges"]
+    assert main(["list", "--registry", registry, "--json"]) == 0
+    (line,) = json.loads(capsys.readouterr().out)["cartridges"]
     assert line["draft"] and line["version"] == result["version"]
-    print_list({"cartridges": [line]}, sys.stderr)
-    print_shown(show("quick", registry), sys.stderr)
-    said = capsys.readouterr().err
+    assert main(["list", "--registry", registry]) == main(["show", "quick", "--registry", registry]) == 0
+    said = capsys.readouterr().out
     assert "quick (draft)" in said and "a draft: the start" in said
     made = next((tmp_path / "work").glob("draft-*/cartridge/cartridge.safetensors"))
     before = made.stat().st_mtime_ns
@@ -121,7 +120,7 @@ def test_a_remembered_rate_stands_while_a_measurement_agrees(settings, corpus_fi
     """A build beside which the machine was busy must not make every later plan a third as long."""
     corpus, now = load_corpus(str(corpus_file)), Rates(0.1, 0.8, 0.9, 30.0)
     calls = []
-    monkeypatch.setattr("workflows.rates.calibrate", lambda *of: calls.append(of) or now)
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda *of: calls.append(of) or now)
     for number, (before, expected) in enumerate(((Rates(0.12, 2.4, 0.5, 20.0), Rates(0.12, 0.8, 0.9, 30.0)),
                                                  (Rates(0.02, 1.0, 0.5, 20.0), Rates(0.1, 1.0, 0.9, 30.0)),
                                                  (None, now))):
@@ -136,8 +135,8 @@ def test_a_remembered_rate_stands_while_a_measurement_agrees(settings, corpus_fi
 @pytest.mark.slow
 def test_a_budget_is_planned_spent_and_kept(settings, corpus_file, tmp_path, capsys, monkeypatch):
     """Steps are decided when it is known what the conversations took; a build that goes on keeps both numbers."""
-    monkeypatch.setattr("workflows.rates.calibrate", lambda *of: Rates(0.5, 30.0, 0.9, 30.0))
-    monkeypatch.setattr("workflows.rates.time", SimpleNamespace(monotonic=iter((0.0, 40.0)).__next__))
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda *of: Rates(0.5, 30.0, 0.9, 30.0))
+    monkeypatch.setattr("workflows.building.machine_rates.time", SimpleNamespace(monotonic=iter((0.0, 40.0)).__next__))
     open_steps = settings.train.model_copy(update={"steps": 0, "held_out": 8})
     synthesize = settings.synthesize.model_copy(update={"num_conversations": 0})
     settings = settings.model_copy(update={"budget": "5m", "train": open_steps, "synthesize": synthesize})
@@ -153,8 +152,8 @@ def test_a_budget_is_planned_spent_and_kept(settings, corpus_file, tmp_path, cap
     took = first["report_card"]["build"]["seconds"]["synthesize"]
     assert steps == max(1, int((300 - 40 - took - 60) / 30))  # 40 for the calibration
     # In another process, on a machine that is slower by now, and examined in another way.
-    monkeypatch.setattr("workflows.rates._MEASURED", {})
-    monkeypatch.setattr("workflows.rates.calibrate", lambda *of: Rates(5.0, 300.0, 0.5, 20.0))
+    monkeypatch.setattr("workflows.building.machine_rates._MEASURED", {})
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda *of: Rates(5.0, 300.0, 0.5, 20.0))
     keep(settings, Rates(5.0, 300.0, 0.5, 20.0))
     fewer = settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"max_answer_tokens": 2})})
     again = build(arguments[0], "timed", fewer, *arguments[3:])

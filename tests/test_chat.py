@@ -8,9 +8,9 @@ import pytest
 from cartridges.engines.stream import TransformersStreamingEngine
 from cartridges.errors import UserError
 from tests.serve_support import listening, make_service
-from workflows import chat as chat_module
-from workflows.chat import chat
 from workflows.cli import main
+from workflows.cli.commands import chat as chat_module
+from workflows.cli.commands.chat import chat
 
 QUESTION = "Who is the harbour master?"
 

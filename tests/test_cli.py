@@ -15,9 +15,12 @@ from cartridges import artifact
 from cartridges.errors import UserError
 from cartridges.registry import Registry
 from test_artifact import make_cartridge, save
-from workflows import commands
 from workflows.cli import build_parser, main
-from workflows.console import Progress, human_bytes, human_seconds, print_report_card, print_table, to_json
+from workflows.cli.commands import registry as registry_commands
+from workflows.cli.options import settings_from
+from workflows.evaluation.report_card_table import print_report_card
+from workflows.runtime.console import human_bytes, human_seconds, print_table, to_json
+from workflows.runtime.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = {
@@ -87,7 +90,8 @@ def test_exit_codes_of_the_process(tmp_path):
     assert unknown.returncode == 2 and unknown.stdout == "" and "Traceback" not in unknown.stderr
     assert unknown.stderr.count("\n") == 1
     defect = run_cli("list", cwd=tmp_path, code=(
-        "from workflows import cli, commands; commands.run_list = lambda args: 1 / 0; sys.exit(cli.main())"))
+        "from workflows import cli; from workflows.cli.commands import registry\n"
+        "registry.run_list = lambda args: 1 / 0; sys.exit(cli.main())"))
     assert defect.returncode == 1 and "ZeroDivisionError" in defect.stderr
 
 
@@ -170,7 +174,7 @@ def test_mistakes_in_several_lines_become_one(tmp_path, capfd, monkeypatch):
     def raising(args):
         raise UserError("first\n  second")
 
-    monkeypatch.setattr(commands, "run_list", raising)
+    monkeypatch.setattr(registry_commands, "run_list", raising)
     assert mistake(capfd, "list") == "cartridges: first second\n"
 
 
@@ -179,22 +183,22 @@ def test_dials_are_settings(tmp_path):
     argv = ["build", "corpus", "--name", "x", "--config", str(tmp_path / "settings.yaml"),
             "--num-tokens", "128", "--corpus-id", "services/*", "--budget", "10m", "--model", "some/model",
             "--loss", "next_token", "--set", "train.epochs=3", "--set", "synthesize.families={cloze: 0.5}"]
-    settings = commands.settings_from(build_parser().parse_args(argv))
+    settings = settings_from(build_parser().parse_args(argv))
     assert (settings.train.num_tokens, settings.train.epochs, settings.train.loss) == (128, 3, "next_token")
     assert (settings.seed, settings.budget, settings.model.name) == (5, "10m", "some/model")
     assert settings.corpus.corpus_id == "services/*" and settings.synthesize.families == {"cloze": 0.5}
     numeric = build_parser().parse_args(["build", "c", "--name", "x", "--corpus-id", "12", "--seed", "0"])
-    assert commands.settings_from(numeric).corpus.corpus_id == "12"
+    assert settings_from(numeric).corpus.corpus_id == "12"
 
 
 def test_json_stdout_is_clean(tmp_path):
     """What a stage, a library or a child process prints does not reach stdout under --json."""
     noisy = run_cli("list", "--json", cwd=tmp_path, code=(
-        "import subprocess; from workflows import cli, commands\n"
+        "import subprocess; from workflows import cli; from workflows.cli.commands import registry\n"
         "def noisy(args):\n"
         "    print('from python'); subprocess.run(['echo', 'from a child'])\n"
         "    return {'x': float('nan')}\n"
-        "commands.run_list = noisy; sys.exit(cli.main())"))
+        "registry.run_list = noisy; sys.exit(cli.main())"))
     assert noisy.returncode == 0 and json.loads(noisy.stdout) == {"x": None}
     assert "from python" in noisy.stderr and "from a child" in noisy.stderr
 
@@ -202,22 +206,22 @@ def test_json_stdout_is_clean(tmp_path):
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
 def test_interrupt_is_one_line_and_130(tmp_path, signal_name):
     stopped = run_cli("build", "corpus", "--name", "x", cwd=tmp_path, code=(
-        "import os, signal, time; from workflows import cli, commands\n"
+        "import os, signal, time; from workflows import cli; from workflows.cli.commands import build\n"
         # Children of a shell's background job inherit an ignored SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def killed(args):\n"
         f"    os.kill(os.getpid(), signal.{signal_name}); time.sleep(30)\n"
-        "commands.run_build = killed; sys.exit(cli.main())"))
+        "build.run = killed; sys.exit(cli.main())"))
     assert stopped.returncode == 130
     assert stopped.stderr == "cartridges: interrupted; the same command goes on where it stopped\n"
 
 
 def test_full_disk_is_one_line(tmp_path):
     full = run_cli("build", "corpus", "--name", "x", cwd=tmp_path, code=(
-        "import errno; from workflows import cli, commands\n"
+        "import errno; from workflows import cli; from workflows.cli.commands import build\n"
         "def full(args):\n"
         "    raise OSError(errno.ENOSPC, 'No space left on device', 'runs/x')\n"
-        "commands.run_build = full; sys.exit(cli.main())"))
+        "build.run = full; sys.exit(cli.main())"))
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and "No space left" in full.stderr
 
 
@@ -260,7 +264,7 @@ def test_progress_lines_off_a_terminal():
 
 def test_what_comes_before_the_first_step_is_not_in_the_rate(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("workflows.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("workflows.runtime.progress.time.monotonic", lambda: now[0])
     progress = Progress(100, "train", "steps", stream=io.StringIO())
     for now[0], done in ((100.0, 10), (105.0, 20)):
         progress.set(done)

@@ -20,9 +20,13 @@ import yaml
 
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
-from workflows import cli, commands
-from workflows import submit as submission
-from workflows.submit import FLAGS, JobLog, auth_token, connect, stage_inputs
+from workflows import cli
+from workflows.cli.commands.submit import build_words
+from workflows.cli.options import settings_from
+from workflows.job import inputs
+from workflows.job.client import auth_token, connect
+from workflows.job.inputs import stage_inputs
+from workflows.job.log import JobLog, follow
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
@@ -43,42 +47,58 @@ def corpus(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+def parsed(*words: str):
+    """The namespace of `cartridges submit`."""
+    return cli.build_parser().parse_args(["submit", *words])
+
+
 def test_inputs_are_copied_and_renamed(corpus, tmp_path):
     (tmp_path / "q.jsonl").write_text("{}\n")
     staging = tmp_path / "staging"
-    args = stage_inputs(["--questions=q.jsonl", "docs", "--name", "tides", *REGISTRY, "--json"], staging)
-    assert args[0] == "--questions" and args[3:] == ["--name", "tides", *REGISTRY, "--json"]
-    assert (staging / args[1]).read_text() == "{}\n"
-    assert (staging / args[2] / "a.txt").read_text() == (corpus / "a.txt").read_text()
+    job = stage_inputs(parsed("--questions=q.jsonl", "docs", "--name", "tides", *REGISTRY, "--json"), staging)
+    assert job.name == "tides" and job.registry == REGISTRY[1]
+    assert (staging / job.questions).read_text() == "{}\n"
+    assert (staging / job.corpus / "a.txt").read_text() == (corpus / "a.txt").read_text()
 
 
 def test_what_the_cluster_shares_is_not_copied(corpus, tmp_path):
     for value in ("s3://bucket/docs", "/no/such/here", str(corpus)):
         staging = tmp_path / "staging"
-        assert stage_inputs([value, *REGISTRY], staging, shared=(str(tmp_path),))[0] == value
+        build = parsed(value, "--name", "tides", *REGISTRY)
+        assert stage_inputs(build, staging, shared=(str(tmp_path),)).corpus == value
         assert not staging.exists()
 
 
-@pytest.mark.parametrize("args, says", [
+@pytest.mark.parametrize("words, says", [
     (["missing.txt", *REGISTRY], "missing.txt does not exist"),
     (["docs", "--registry", "runs/registry"], "--registry runs/registry would be lost"),
     (["docs", "--workdir", "runs/x", *REGISTRY], "--workdir runs/x would be lost"),
-    (["docs", "--name", "x"], "a job needs --registry"),
+    (["docs"], "a job needs --registry"),
     (["docs", "--config", "no.yaml", *REGISTRY], "no.yaml does not exist"),
     (["docs", "--model", "docs", *REGISTRY], "--model docs is a directory on this machine"),
-    (["--name", "x", *REGISTRY], "needs one CORPUS"),
-    (["docs", *REGISTRY, "--name"], "--name needs a value"),
 ])
-def test_mistakes_get_one_line(corpus, tmp_path, args, says):
+def test_mistakes_get_one_line(corpus, tmp_path, monkeypatch, words, says):
+    monkeypatch.delenv("CARTRIDGES_REGISTRY", raising=False)
     with pytest.raises(UserError, match=says) as caught:
-        stage_inputs(args, tmp_path / "staging")
+        stage_inputs(parsed(*words, "--name", "x"), tmp_path / "staging")
     assert "\n" not in str(caught.value)
 
 
 def test_a_corpus_too_large_to_upload_is_refused(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(submission, "UPLOAD_LIMIT_BYTES", 10)
+    monkeypatch.setattr(inputs, "UPLOAD_LIMIT_BYTES", 10)
     with pytest.raises(UserError, match="CARTRIDGES_SHARED"):
-        stage_inputs(["docs", *REGISTRY], tmp_path / "staging")
+        stage_inputs(parsed("docs", "--name", "x", *REGISTRY), tmp_path / "staging")
+
+
+def test_the_job_builds_what_was_asked_for():
+    """The words of the job parse to what `submit` was given, whatever stands before the build's own arguments."""
+    words = ["docs", "--name", "tides", *REGISTRY, "--each", "--curriculum", "--num-tokens", "64", "--seed", "0",
+             "--corpus-id=-x", "--set", "train.epochs=3", "--set", "synthesize.families={cloze: 0.5}"]
+    for before in ([], ["--"], ["--no-wait", "--address", "http://head:8265", "--"]):
+        submitted = parsed(*before, *words)
+        built = cli.build_parser().parse_args(["build", *build_words(submitted)])
+        own = vars(built).keys() - {"command", "run", "show", "resumable"}
+        assert {name: getattr(built, name) for name in own} == {name: getattr(submitted, name) for name in own}
 
 
 def test_token_comes_from_where_ray_keeps_it(monkeypatch, tmp_path):
@@ -108,14 +128,6 @@ def test_log_keeps_the_result_out_of_stderr(capsys):
     log.close()
     assert log.result == {"version": "ab"}
     assert capsys.readouterr().err == "step 1\nstep 2\nlast\n"
-
-
-def test_flags_are_the_builds_options_without_a_value():
-    parser = cli.Parser(prog="build")
-    cli._add_build_arguments(parser)
-    valueless = {name for action in parser._actions for name in action.option_strings
-                 if name.startswith("--") and action.nargs == 0} - {"--help"}
-    assert valueless <= set(FLAGS)
 
 
 def manifest(name: str) -> dict:
@@ -165,9 +177,9 @@ def test_pods_are_safe_and_share_what_stages_need(name):
 def test_rayjob_runs_a_build_that_our_command_line_accepts():
     words = shlex.split(manifest("rayjob")["spec"]["entrypoint"])
     assert words[:3] == ["python", "-m", "workflows.cli"]
-    args = cli._parse(words[3:])
+    args = cli.build_parser().parse_args(words[3:])
     assert args.command == "build" and args.json
-    settings = commands.settings_from(args)
+    settings = settings_from(args)
     gpus = sum(group["replicas"] for group in cluster_spec("rayjob")["workerGroupSpecs"])
     assert settings.train.num_workers == settings.synthesize.num_actors == gpus
     # What survives the pods: the shared volume, and object storage.
@@ -286,7 +298,7 @@ def test_job_runs_on_a_head_with_authentication(head, monkeypatch, capfd):
     monkeypatch.setenv("RAY_AUTH_TOKEN", token)
     client = connect(url)
     job_id = client.submit_job(entrypoint="echo started && echo 'CARTRIDGES-RESULT {\"version\": \"ab\"}'")
-    assert submission._follow(client, job_id) == {"version": "ab"}
+    assert follow(client, job_id) == {"version": "ab"}
     assert client.get_job_status(job_id).value == "SUCCEEDED"
     assert "started" in capfd.readouterr().err
 

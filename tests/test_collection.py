@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cartridges import artifact
+from cartridges.artifact import CorpusRecord
 from cartridges.collection import Part, names, parts
 from cartridges.config import BuildSettings
 from cartridges.distill.course import Course
@@ -21,9 +22,10 @@ from cartridges.selfstudy.held_out import split
 from cartridges.selfstudy.storage import load_conversations
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for
-from workflows.cohort import Member, acquainted, waves
-from workflows.collection import build_each
-from workflows.console import print_collection
+from workflows.building.collection import build_each
+from workflows.cli.commands.build import print_collection
+from workflows.training.cohort import waves, with_wave_distractors
+from workflows.training.records import Member, TrainingInputs
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 6, "threads_per_worker": 1,
          "checkpoint_every": 2, "held_out": 4}
@@ -148,15 +150,16 @@ def _spoil(shard):
 def test_company_changes_what_a_member_becomes(settings, tmp_path):
     def members(sizes, **train):
         own = settings.model_copy(update={"train": settings.train.model_copy(update=train)})
-        return [Member(tmp_path / str(i), f"f{i}", own, size, {"partners": 0}) for i, size in enumerate(sizes)]
+        inputs = TrainingInputs((), None, "c.txt", CorpusRecord(id="c", fingerprint="f", tokens=1), {})
+        return [Member(tmp_path / str(i), f"f{i}", own, size, inputs) for i, size in enumerate(sizes)]
 
-    found = acquainted(members([5, 9, 7]))
+    found = with_wave_distractors(members([5, 9, 7]))
     assert waves(found) == [[1, 2], [0]]
-    assert [member.config["partners"] for member in found] == [0, 1, 1] and found[0].fingerprint == "f0"
+    assert [member.inputs.partners for member in found] == [0, 1, 1] and found[0].fingerprint == "f0"
     assert found[1].fingerprint not in ("f1", found[2].fingerprint)
-    assert found[1].fingerprint != acquainted(members([5, 9, 7], distractor_share=1.0))[1].fingerprint
+    assert found[1].fingerprint != with_wave_distractors(members([5, 9, 7], distractor_share=1.0))[1].fingerprint
     with pytest.raises(UserError, match="leave no room"):
-        acquainted(members([5, 9], num_tokens=1 << 20))
+        with_wave_distractors(members([5, 9], num_tokens=1 << 20))
 
 
 def _alone(base, settings, seed, text, conversations):
@@ -170,8 +173,7 @@ def _alone(base, settings, seed, text, conversations):
 _BUILD = """
 import json, sys
 from cartridges.config import BuildSettings
-from workflows.cohort import Member, acquainted, waves
-from workflows.collection import build_each
+from workflows.building.collection import build_each
 corpus, name, settings, registry, work = sys.argv[1:]
 build_each(corpus, name, BuildSettings.model_validate(json.loads(settings)), registry, None, work)
 """

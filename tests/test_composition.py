@@ -16,8 +16,9 @@ from cartridges.errors import UserError
 from cartridges.models import load_base_model, rope_frequencies
 from cartridges.registry import Registry
 from tests.serve_support import TEXTS, exact_cartridge, listening, load_stock, make_service, publish
-from workflows import kept_answers
-from workflows.compose_test import compose_test, print_card
+from workflows.cli.commands.compose_test import print_composition
+from workflows.evaluation import answer_cache
+from workflows.evaluation.composition import compose_test
 
 ASK = [{"role": "user", "content": "What is known?"}]
 MORE = TEXTS | {"mill": "The mill of Tarn grinds 12 sacks a day for Ove Lind."}
@@ -120,7 +121,7 @@ def test_a_cartridge_that_collapses_is_not_recorded(base, registry, questions):
 
 def test_a_test_that_is_interrupted_asks_only_what_is_left(base, registry, questions, monkeypatch):
     undisturbed = run(registry, base, questions, share=0.9)
-    asked, really = [], kept_answers.ask
+    asked, really = [], answer_cache.ask
 
     def ask_or_interrupt(*of):
         asked.append(of)
@@ -128,7 +129,7 @@ def test_a_test_that_is_interrupted_asks_only_what_is_left(base, registry, quest
             raise KeyboardInterrupt
         return really(*of)
 
-    monkeypatch.setattr(kept_answers, "ask", ask_or_interrupt)
+    monkeypatch.setattr(answer_cache, "ask", ask_or_interrupt)
     registry.annotate("harbour", composition=7, composition_card=None)
     with pytest.raises(KeyboardInterrupt):
         run(registry, base, questions, share=0.9)
@@ -168,7 +169,7 @@ def test_a_pattern_tests_each_with_those_behind_it(base, questions, tiny_qwen3_d
     assert result["card"]["alone"]["nll_per_token"]["mean"] == pytest.approx((2 * mean["kb.a"] + mean["kb.b"]) / 3)
     assert registry.resolve("kb.b").manifest.composition_card == result["cartridges"][1]["card"]
     assert registry.resolve("kb.c").manifest.composition_card is None
-    print_card(result, sys.stdout)
+    print_composition(result, sys.stdout)
     assert "all 3 questions" in (said := capsys.readouterr().out) and "kb.c was not tested" in said
     named = run(registry, base, str(file), 0.5, partners=("kb.b", "kb.a"), name="kb.*")
     assert [[ref.split("@")[0] for ref in one["partners"]] for one in named["cartridges"]] == [["kb.b"], ["kb.a"]]

@@ -23,9 +23,9 @@ from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.storage import count_tasks, load_conversations
 from cartridges.selfstudy.synthesizer import Synthesizer
 from tests.test_synthesize import CORPUS, conversation, shard_rows, tiny_settings, write_part
-from workflows.curriculum import joined, run_rounds
-from workflows.local_ray import local_ray
-from workflows.stage import read_manifest
+from workflows.building.curriculum import joined, run_rounds
+from workflows.runtime.local_ray import local_ray
+from workflows.runtime.manifests import read_manifest
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "steps": 3, "held_out": 4,
          "threads_per_worker": 1}

@@ -12,8 +12,8 @@ import ray
 import yaml
 
 from dashboards import grafana, wandb_workspace
+from workflows.runtime.tracking import METRICS
 from workflows.serving.metrics import TABLE
-from workflows.tracking import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARDS = ROOT / "dashboards"

@@ -16,9 +16,9 @@ from cartridges.selfstudy.finish import finish
 from cartridges.selfstudy.synthesizer import Dropped
 from tests.test_synthesize import conversation, write_part
 from workflows.cli import main
-from workflows.dataset_page import write_page
-from workflows.inspect_dataset import read_card
-from workflows.stage import write_manifest
+from workflows.runtime.manifests import write_manifest
+from workflows.synthesis.dataset_page import write_page
+from workflows.synthesis.inspect_dataset import read_card
 
 CHUNK = "The Light Service was founded in 1611 by Perrin Voss. <b>Ann</b> keeps it."
 

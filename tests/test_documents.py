@@ -17,7 +17,7 @@ from cartridges.errors import UserError
 from cartridges.readers import decode, read_file
 from cartridges.records import PASSAGES, Corpus, Document
 from tests.test_synthesize import tiny_settings
-from workflows.synthesize import plan_dataset
+from workflows.synthesis.dataset import plan_dataset
 
 PARAGRAPHS = [f"Keeper {n} kept light {n * 7}. It burned {n} years.\nThe sea took it." for n in range(200)]
 TEXT = "\n\n".join(PARAGRAPHS)

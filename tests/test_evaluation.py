@@ -244,7 +244,7 @@ def published(tmp_path, tiny_base_model, subject):
 
 def test_evaluate_a_published_cartridge(published, tiny_model_dir):
     from cartridges.config import BuildSettings, ModelSettings
-    from workflows.evaluate import evaluate
+    from workflows.evaluation.evaluate import evaluate
 
     root, questions, version = published
     settings = BuildSettings(model=ModelSettings(name=str(tiny_model_dir), dtype="float32"), evaluate=QUICK)
@@ -267,3 +267,24 @@ def test_evaluate_a_published_cartridge(published, tiny_model_dir):
     assert "is not the one" in card["notes"][0] and set(card["arms"]) == {"full_context"}
     with pytest.raises(UserError, match="--corpus"):
         evaluate("tolls", str(root / "registry"), str(bare), None, settings, ("full_context",))
+
+
+def test_an_explicit_model_is_taken_and_the_revision_kept(published):
+    from cartridges.config import DEFAULT_MODEL, BuildSettings
+    from cartridges.registry import Registry
+    from cartridges.settings import load
+    from workflows.evaluation.base_model import model_of
+
+    root, *_ = published
+    manifest = Registry(root / "registry").resolve("tolls").manifest
+    commit = "0123456789abcdef" * 2 + "01234567"
+    hub = manifest.model_copy(update={"model": manifest.model.model_copy(update={"name": "a/b", "revision": commit})})
+
+    def chosen(of, *given):
+        model = model_of(of, load(BuildSettings, None, list(given)).model)
+        return model.name, model.revision, model.dtype
+
+    assert chosen(hub) == ("a/b", commit, "auto")
+    assert chosen(hub, "model.dtype=float32", "model.revision=v2") == ("a/b", "v2", "float32")
+    assert chosen(hub, f"model.name={DEFAULT_MODEL}") == (DEFAULT_MODEL, None, "auto")
+    assert manifest.model.revision == "local" and chosen(manifest) == (manifest.model.name, None, "auto")

@@ -284,12 +284,5 @@ def test_metrics_are_those_of_the_table(url, client):
     assert values['cartridges_queued{model="harbour"}'] == 0
 
 
-def test_health(url, service):
+def test_health(url):
     assert HTTP.get(f"{url}/healthz").json()["status"] == "ok"
-    service.draining = True
-    try:
-        assert HTTP.get(f"{url}/healthz").status_code == 503
-        response = post(url, {"model": "base", "messages": ASK})
-        assert response.status_code == 503 and "retry-after" in response.headers
-    finally:
-        service.draining = False

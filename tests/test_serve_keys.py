@@ -13,12 +13,12 @@ from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from tests.serve_support import make_service
 from workflows.cli import main
-from workflows.serve import start_service
 from workflows.serving import access
-from workflows.serving.access import Gate, is_loopback
+from workflows.serving.access import Authenticator, is_loopback
 from workflows.serving.app import create_app
 from workflows.serving.errors import ApiError
 from workflows.serving.keys import add_key, read_keys, revoke_key
+from workflows.serving.serve import running_service
 
 ASK = {"messages": [{"role": "user", "content": "A secret question?"}], "max_tokens": 3}
 
@@ -69,7 +69,7 @@ def test_the_command_line_shows_a_key_once(file, capsys):
 def test_a_malformed_file_is_one_line(file, text):
     file.write_text(text)
     with pytest.raises(UserError, match="keys file") as error:
-        Gate(str(file))
+        Authenticator(str(file))
     assert "\n" not in str(error.value)
 
 
@@ -115,7 +115,7 @@ def test_the_rate_is_limited_a_key(file, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(access.time, "monotonic", lambda: now[0])
     (_, slow), (_, free) = add_key(file, "acme", ("*",), 2, False), add_key(file, "acme", ("*",), 0, False)
-    gate = Gate(str(file))
+    gate = Authenticator(str(file))
     admitted = [gate.admit("10.0.0.9", f"Bearer {slow}").tenant for _ in range(2)]
     assert admitted == ["acme", "acme"]
     with pytest.raises(ApiError, match="2 requests a minute") as refused:
@@ -129,7 +129,7 @@ def test_the_rate_is_limited_a_key(file, monkeypatch):
 def test_a_revoked_key_stops_and_a_broken_file_locks_nobody_out(file, monkeypatch):
     monkeypatch.setattr(access, "FRESH_S", 0.0)
     (first, one), (_, two) = add_key(file, "a", ("*",), 0, False), add_key(file, "b", ("*",), 0, False)
-    gate = Gate(str(file))
+    gate = Authenticator(str(file))
     assert gate.admit("", f"Bearer {one}").tenant == "a" and gate.admit("", f"bearer {two}").tenant == "b"
     revoke_key(file, first.id)
     with pytest.raises(ApiError):
@@ -149,7 +149,7 @@ def test_without_keys_only_this_machine_is_answered(base, engine, registry):
     asked = ("GET", "/v1/models", None, None)
     assert [calling(service, asked, peer=peer)[0].status_code for peer in ("127.0.0.1", "::1", "10.1.2.3")] \
         == [200, 200, 403]
-    gate = Gate(None)
+    gate = Authenticator(None)
     assert all(gate.admit("127.0.0.1", None, host) for host in ("127.0.0.1:8000", "localhost", "[::1]:80", "[::1]"))
     for host in ("rebound.example:8000", "rebound.example", "10.1.2.3:8000", ""):
         with pytest.raises(ApiError, match="only on its own machine"):
@@ -162,11 +162,11 @@ def test_without_keys_only_this_machine_is_answered(base, engine, registry):
 
 def test_a_network_address_without_keys_is_refused_at_start(tmp_path):
     settings = BuildSettings.model_validate({"serve": {"host": "0.0.0.0"}})
-    with pytest.raises(UserError, match="without API keys"):
-        start_service(str(tmp_path), settings)
+    with pytest.raises(UserError, match="without API keys"), running_service(str(tmp_path), settings):
+        pass
     missing = BuildSettings.model_validate({"serve": {"keys_file": str(tmp_path / "none.yaml")}})
-    with pytest.raises(UserError, match="there is no keys file"):
-        start_service(str(tmp_path), missing)
+    with pytest.raises(UserError, match="there is no keys file"), running_service(str(tmp_path), missing):
+        pass
 
 
 def test_tenants_reach_the_engine(base, engine, registry, file):
@@ -213,7 +213,7 @@ def test_the_audit_log_tells_who_and_how_much_and_no_text(base, engine, registry
 def test_finding_a_key_compares_them_all(file, monkeypatch):
     """One comparison a record, whichever is the right one."""
     keys = [add_key(file, "a", ("*",), 0, False)[1] for _ in range(3)]
-    gate, compared = Gate(str(file)), []
+    gate, compared = Authenticator(str(file)), []
     real = access.hmac.compare_digest
     monkeypatch.setattr(access.hmac, "compare_digest", lambda *both: compared.append(1) or real(*both))
     for key in keys:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cartridges.config import BuildSettings
+from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.prompts import example_messages
 from cartridges.records import Conversation
@@ -24,10 +25,10 @@ from cartridges.selfstudy.near import near_duplicates
 from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
 from cartridges.selfstudy.synthesizer import Dropped
-from workflows.budget import Rates, estimate, fit, parse_time, steps_within
-from workflows.failures import forget_failed, require_few, run_with_retry
-from workflows.stage import Clock, write_manifest
-from workflows.synthesize import synthesize
+from workflows.building.budget import Rates, estimate, fit, parse_time, steps_within
+from workflows.runtime.manifests import Clock, write_manifest
+from workflows.synthesis.failures import forget_failed, require_few, run_with_retry
+from workflows.synthesis.synthesize import synthesize
 
 CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by {name}son. It has {i + 20} steps."
                      for i, name in enumerate(("Arl", "Bem", "Cod", "Dun", "Eck", "Fen", "Gos", "Hul")))
@@ -210,8 +211,9 @@ def test_steps_take_what_the_conversations_left_and_an_epoch_at_least():
 _SYNTHESIZE = """
 import json, sys
 from cartridges.config import BuildSettings
-from workflows.synthesize import synthesize
-synthesize(sys.argv[1], sys.argv[2], BuildSettings.model_validate(json.loads(sys.argv[3])))
+from cartridges.corpus import load_corpus
+from workflows.synthesis.synthesize import synthesize
+synthesize(load_corpus(sys.argv[1]), sys.argv[2], BuildSettings.model_validate(json.loads(sys.argv[3])))
 """
 
 
@@ -247,11 +249,11 @@ def test_killed_driver_resumes_with_the_planned_ids(tiny_model_dir, corpus_file,
         wait_for(lambda: len(list((output / "work" / "checkpoint").glob("*.parquet"))) > 3, process)
     assert not (output / "dataset.json").exists()
     with pytest.raises(UserError, match="does not exist"):
-        synthesize(str(corpus_file), str(output), settings)
+        synthesize(load_corpus(str(corpus_file)), str(output), settings)
     elsewhere.rename(corpus_file)
     planned = {row["conversation_id"] for row in pq.read_table(output / "work" / "tasks.parquet").to_pylist()}
 
-    manifest = synthesize(str(corpus_file), str(output), settings)
+    manifest = synthesize(load_corpus(str(corpus_file)), str(output), settings)
 
     rows = shard_rows(output)
     ids = [row["conversation_id"] for row in rows]
@@ -267,10 +269,10 @@ def test_killed_driver_resumes_with_the_planned_ids(tiny_model_dir, corpus_file,
     assert sum(sum(counts.values()) for counts in card["families"].values()) == 160
     assert card["tokens"]["loss"] == card["topk_mass"]["n"] > 0 and len(card["model"]["weights_digest"]) == 64
     assert card["groundedness"]["known"]["numbers"]["share"] == 1
-    again = synthesize(str(corpus_file), str(output), settings)
+    again = synthesize(load_corpus(str(corpus_file)), str(output), settings)
     assert again == manifest
     with pytest.raises(UserError, match="other settings"):
-        synthesize(str(corpus_file), str(output), settings.model_copy(update={"seed": 4}))
+        synthesize(load_corpus(str(corpus_file)), str(output), settings.model_copy(update={"seed": 4}))
 
 
 def _check_alignment(rows):

@@ -13,10 +13,10 @@ import pytest
 
 from cartridges.errors import UserError
 from cartridges.evaluation import report_card
-from workflows import tracking
-from workflows.stage import Clock
-from workflows.step_log import STEPS, Following
-from workflows.tracking import METRICS, Run, card_summary, logged_in, track
+from workflows.runtime import tracking
+from workflows.runtime.manifests import Clock
+from workflows.runtime.tracking import METRICS, Run, card_summary, logged_in, track
+from workflows.training.step_log import STEPS, StepLogFollower
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
 CARD = {
@@ -113,11 +113,11 @@ def test_environment_is_left_as_it_was(no_account, tmp_path):
 
 
 def test_disabled_writes_nothing_and_does_not_import_wandb(tmp_path):
-    code = ("import sys; from pathlib import Path; from workflows.tracking import track\n"
+    code = ("import sys; from pathlib import Path; from workflows.runtime.tracking import track\n"
             "with track('train', 'x', {}, Path(sys.argv[1])) as run:\n"
             "    run.log({'train/loss': 1.0}); run.report_card({}); run.artifact(Path('.'), 'a', 'b')\n"
             "assert 'wandb' not in sys.modules and 'torch' not in sys.modules")
-    root = str(Path(tracking.__file__).parents[1])
+    root = str(Path(tracking.__file__).parents[2])
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=root,
                    env={**os.environ, "WANDB_MODE": "disabled", "PYTHONPATH": root})
     assert list(tmp_path.iterdir()) == []
@@ -178,7 +178,7 @@ def test_progress_of_a_run_that_goes_on_is_its_own(tmp_path):
         new.replace(file)
 
     write(5)
-    with Following(file, Run(None), lambda *told: said.append(told), Clock(tmp_path / "clock.json"), 9):
+    with StepLogFollower(file, Run(None), lambda *told: said.append(told), Clock(tmp_path / "clock.json"), 9):
         for count in (5, 3):
             write(count)
             before, deadline = len(said), time.monotonic() + 60

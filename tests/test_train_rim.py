@@ -33,9 +33,9 @@ from cartridges.selfstudy.storage import load_conversations
 from cartridges.selfstudy.synthesizer import Synthesizer
 from tests.serve_support import load_stock
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for, write_part
-from workflows.stage import write_manifest
-from workflows.synthesize import corpus_tokens, dataset_fingerprint
-from workflows.train import train
+from workflows.runtime.manifests import write_manifest
+from workflows.synthesis.dataset import corpus_tokens, dataset_fingerprint
+from workflows.training.train import train
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "packs_per_step": 2, "steps": 12,
          "checkpoint_every": 2, "held_out": 4, "evaluate_every": 5}
@@ -93,7 +93,7 @@ def process_group():
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_model, settings, dataset,
                                                     corpus_file, tmp_path, stage):
-    from workflows.deepspeed_stepper import DeepSpeedStepper
+    from workflows.training.deepspeed_stepper import DeepSpeedStepper
 
     corpus = load_corpus(str(corpus_file))
     optimizer = OptimizerSettings(name="adam") if stage else OptimizerSettings()
@@ -122,8 +122,8 @@ def test_deepspeed_takes_the_steps_that_torch_takes(process_group, tiny_base_mod
 @pytest.mark.parametrize("trained_layers", [0.5, 1.0])
 def test_a_base_spread_over_workers_gives_the_same_steps(process_group, tiny_base_model, settings, dataset,
                                                          trained_layers):
-    from workflows.deepspeed_stepper import DeepSpeedStepper
-    from workflows.partition import gathered, load_partitioned
+    from workflows.training.deepspeed_stepper import DeepSpeedStepper
+    from workflows.training.zero3 import gathered, load_partitioned
 
     spread = load_partitioned(settings.model)
     assert sum(weight.numel() for weight in spread.model.parameters()) == 0
@@ -225,13 +225,14 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
         wait_for(lambda: list(output.glob("work/run/checkpoint_*")), process)
     assert not (output / "train.json").exists()
 
-    from workflows.local_ray import local_ray
+    from workflows.runtime.local_ray import local_ray
 
     with local_ray():
+        corpus = load_corpus(str(corpus_file))
         with a_worker_killed(output) as killed:
-            done = train(str(dataset), str(corpus_file), str(output), two)
+            done = train(str(dataset), str(corpus_file), corpus, str(output), two)
         assert killed
-        train(str(dataset), str(corpus_file), str(tmp_path / "spread"), spread)
+        train(str(dataset), str(corpus_file), corpus, str(tmp_path / "spread"), spread)
 
     assert [row["step"] for row in rows(output)] == list(range(12))
     undisturbed, expected = _in_this_process(tiny_base_model, settings, dataset, tmp_path / "other")
@@ -286,8 +287,10 @@ sys.exit(main(sys.argv[1:]))
 _TRAIN = """
 import json, sys
 from cartridges.config import BuildSettings
-from workflows.train import train
-train(*sys.argv[1:4], BuildSettings.model_validate(json.loads(sys.argv[4])))
+from cartridges.corpus import load_corpus
+from workflows.training.train import train
+train(sys.argv[1], sys.argv[2], load_corpus(sys.argv[2]), sys.argv[3],
+      BuildSettings.model_validate(json.loads(sys.argv[4])))
 """
 
 
@@ -295,7 +298,7 @@ def test_mistakes_are_named_before_ray_starts(tiny_base_model, tiny_qwen3_dir, d
                                             tmp_path):
     def attempt(**update):
         changed = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
-        train(str(dataset), str(corpus_file), str(tmp_path / "out"), changed)
+        train(str(dataset), str(corpus_file), load_corpus(str(corpus_file)), str(tmp_path / "out"), changed)
 
     with pytest.raises(UserError, match="not a multiple"):
         attempt(num_workers=3)
@@ -321,8 +324,8 @@ def test_mistakes_are_named_before_ray_starts(tiny_base_model, tiny_qwen3_dir, d
     with pytest.raises(UserError, match="set train.held_out"):
         attempt(held_out=0)
     with pytest.raises(UserError, match="no finished conversations"):
-        train(str(tmp_path), str(corpus_file), str(tmp_path / "out"), settings)
+        train(str(tmp_path), str(corpus_file), load_corpus(str(corpus_file)), str(tmp_path / "out"), settings)
     other = tmp_path / "other.txt"
     other.write_text("Another corpus.")
     with pytest.raises(UserError, match="another corpus"):
-        train(str(dataset), str(other), str(tmp_path / "out"), settings)
+        train(str(dataset), str(other), load_corpus(str(other)), str(tmp_path / "out"), settings)

@@ -13,6 +13,7 @@ import torch
 
 from cartridges.cartridge import Cartridge
 from cartridges.config import VllmSettings
+from cartridges.corpus import load_corpus
 from cartridges.engines.base import CartridgePrefix, RawPrefix, Request, ScoreRequest, TextPrefix
 from cartridges.engines.spool import spool_file
 from cartridges.engines.transformers import TransformersEngine
@@ -27,7 +28,7 @@ from cartridges.selfstudy.synthesizer import Synthesizer
 from tests.test_selfstudy import CHUNKS, settings
 from tests.test_selfstudy_filters import UNUSABLE
 from tests.test_synthesize import CORPUS, tiny_settings
-from workflows.synthesize import synthesize
+from workflows.synthesis.synthesize import synthesize
 
 pytestmark = [pytest.mark.vllm,
               pytest.mark.skipif(not is_installed(), reason="vLLM is not installed (make vllm)")]
@@ -388,8 +389,8 @@ def test_ray_data_runs_on_it(model_dir, tmp_path, monkeypatch):
     corpus.write_text(CORPUS)
     plain = tiny_settings(model_dir, num_conversations=16, batch_size=8)
     by = {name: plain.synthesize.model_copy(update={"engine": name}) for name in ("vllm", "transformers")}
-    manifests = {name: synthesize(str(corpus), str(tmp_path / name), plain.model_copy(update={"synthesize": wanted}))
-                 for name, wanted in by.items()}
+    manifests = {name: synthesize(load_corpus(str(corpus)), str(tmp_path / name),
+                                  plain.model_copy(update={"synthesize": wanted})) for name, wanted in by.items()}
     # Where a conversation is sampled they differ, so a run that was begun on one does not go on with the other.
     assert manifests["vllm"]["fingerprint"] != manifests["transformers"]["fingerprint"]
     made = {name: load_conversations(str(tmp_path / name)) for name in by}

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from cartridges.config import BuildSettings
 from cartridges.settings import load
-from workflows.exits import exit_code
+from workflows.cli.exit_codes import exit_code
 
 QUESTIONS = 2
 WORK = Path("runs/demo")
 
 
 def main() -> None:
-    from workflows.build import build
-    from workflows.console import print_report_card
-    from workflows.stage import write_manifest
+    from workflows.building.build import build
+    from workflows.evaluation.report_card_table import print_report_card
+    from workflows.runtime.manifests import write_manifest
 
     settings = _settings()
     sample = files("workflows") / "sample"
@@ -53,15 +53,12 @@ def ask_over_http(settings: BuildSettings, questions: list[str]) -> list[str]:
     """Start the service, ask `sample` with the `openai` client, streamed to stdout; stop the service."""
     from openai import OpenAI
 
-    from workflows.serve import start_service, stop_service
+    from workflows.serving.serve import running_service
 
     print("starting the service", file=sys.stderr, flush=True)
-    try:
-        service = start_service(str(WORK / "registry"), settings)
+    with running_service(str(WORK / "registry"), settings) as service:
         with OpenAI(base_url=f"{service.url}/v1", api_key="none") as client:
             return [_ask(client, question) for question in questions]
-    finally:
-        stop_service()
 
 
 def _ask(client, question: str) -> str:

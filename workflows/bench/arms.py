@@ -14,7 +14,7 @@ from cartridges.forward import PrefixKV, prefill, round_up
 from cartridges.models import BaseModel
 from cartridges.template import ChatTemplate
 from workflows.bench.conversations import sample_corpus
-from workflows.console import human_bytes
+from workflows.runtime.console import human_bytes
 
 BLOCK = 32
 """Tokens of a KV block: what a request takes is counted in whole ones."""

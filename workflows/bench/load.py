@@ -19,7 +19,7 @@ import numpy as np
 from cartridges.config import BuildSettings, ReplicaSettings
 from workflows.bench.arms import Cartridges, questions
 from workflows.bench.serve import choose_engine
-from workflows.console import Progress
+from workflows.runtime.progress import Progress
 
 COLD = 5
 """Requests to a corpus that is not loaded, each followed by the same once more."""
@@ -95,13 +95,10 @@ def _name(number: int) -> str:
 
 def _measure(directory: str, settings: BuildSettings, load: Load, runs: int
              ) -> tuple[list[dict[str, Any]], list[dict[str, float]]]:
-    from workflows.serve import start_service, stop_service
+    from workflows.serving.serve import running_service
 
-    try:
-        service = start_service(str(Path(directory) / "registry"), settings)
+    with running_service(str(Path(directory) / "registry"), settings) as service:
         return asyncio.run(_Clients(service.url, load).measure(runs))
-    finally:
-        stop_service()
 
 
 class _Clients:

@@ -26,7 +26,7 @@ from workflows.bench.arms import (
     questions,
 )
 from workflows.bench.extrapolate import extrapolate
-from workflows.console import Progress
+from workflows.runtime.progress import Progress
 
 FIRST_TOKENS = 3
 """Single requests whose median is a run's time to first token."""

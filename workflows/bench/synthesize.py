@@ -12,7 +12,7 @@ from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.records import Chunk, Conversation
-from workflows.console import Progress
+from workflows.runtime.progress import Progress
 
 LOOP = "loop"
 NOTES = (
@@ -33,8 +33,8 @@ def bench_synthesize(settings: BuildSettings, corpus: str | None, engines: Seque
     from cartridges.evaluation.report_card import machine
     from cartridges.models import load_base_model
     from workflows.bench.conversations import SAMPLE
-    from workflows.generation import check_generation
-    from workflows.local_ray import local_ray
+    from workflows.runtime.local_ray import local_ray
+    from workflows.synthesis.open_synthesizer import check_generation
 
     sides = [(engine, count) for engine in engines for count in (0, *actors)]
     chosen = {side: _settings(settings, *side) for side in sides}
@@ -70,10 +70,12 @@ def _measure(corpus: str, settings: BuildSettings, pipeline: bool) -> dict[str, 
 
 
 def _pipeline(corpus: str, settings: BuildSettings) -> dict[str, Any]:
-    from workflows.synthesize import synthesize
+    from cartridges.corpus import load_corpus
+    from workflows.synthesis.synthesize import synthesize
 
     with tempfile.TemporaryDirectory() as directory:
-        manifest = synthesize(corpus, directory, settings, progress=lambda done, total, note: None)
+        manifest = synthesize(load_corpus(corpus, settings.corpus.corpus_id), directory, settings,
+                              progress=lambda done, total, note: None)
     return {"conversations_per_s": manifest["conversations_per_s"], "kept": manifest["conversations"]["kept"],
             "prefix_hit_share": None}
 
@@ -106,7 +108,7 @@ def _run_loop(chunks: list[Chunk], settings: BuildSettings) -> dict[str, Any]:
     import torch
 
     from cartridges.selfstudy.plan import plan
-    from workflows.generation import open_synthesizer
+    from workflows.synthesis.open_synthesizer import open_synthesizer
 
     torch.set_num_threads(os.cpu_count() or 1)
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)

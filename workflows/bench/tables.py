@@ -3,7 +3,7 @@
 import statistics
 from typing import Any, TextIO
 
-from workflows.console import human_bytes, print_table
+from workflows.runtime.console import human_bytes, print_table
 
 
 def print_train(result: dict[str, Any], stream: TextIO) -> None:

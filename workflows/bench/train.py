@@ -16,8 +16,8 @@ from typing import Any
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from cartridges.models import load_config, resolve_model_dir
-from workflows.bench.children import Child
-from workflows.console import Progress
+from workflows.bench.child_process import ChildProcess
+from workflows.runtime.progress import Progress
 
 SIDES = ("ours", "upper", "peft", "padded")
 
@@ -66,12 +66,12 @@ def _shards(data: str) -> Path:
     return shards
 
 
-def _child(side: str, data: Path, settings: BuildSettings, steps: int) -> Child:
-    return Child("workflows.bench.side_process", {
+def _child(side: str, data: Path, settings: BuildSettings, steps: int) -> ChildProcess:
+    return ChildProcess("workflows.bench.side_process", {
         "side": side, "conversations": str(data), "settings": settings.model_dump(mode="json"), "steps": steps})
 
 
-def _measure(children: dict[str, Child], described, rounds: int, progress: Progress):
+def _measure(children: dict[str, ChildProcess], described, rounds: int, progress: Progress):
     """Rows of counted rounds, and each side's memory: before its first step, and at most."""
     rows, tokens = [], described["ours"]["work"]["tokens"]
     before = {name: described[name]["memory"] or child.resident_bytes() for name, child in children.items()}

@@ -1,4 +1,4 @@
-"""Who is calling, and what they may: the keys file against the request's bearer token."""
+"""Authentication and rate limits: the request's bearer token is looked up in the keys file."""
 
 import fnmatch
 import hmac
@@ -43,8 +43,8 @@ NOBODY = Caller(corpora=(), manage=False)
 """Whoever asks for what is open to all."""
 
 
-class Gate:
-    """Admits callers. `keys_file` None: everybody on this machine, or (`open_to_network`) everybody."""
+class Authenticator:
+    """Tells who is calling. `keys_file` None admits everybody on this machine, or with `open_to_network` everybody."""
 
     def __init__(self, keys_file: str | None, open_to_network: bool = False):
         self.path = None if keys_file is None else Path(keys_file)

@@ -17,12 +17,12 @@ from starlette.types import Receive, Scope, Send
 from cartridges.config import ReplicaSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
-from workflows.serving.access import Caller, Gate
+from workflows.serving.access import Authenticator, Caller
+from workflows.serving.access_middleware import AccessMiddleware, AuditLog
 from workflows.serving.api import ChatRequest, CompletionRequest, Generation, LoadRequest, UpdateRequest
-from workflows.serving.entrance import AuditLog, Entrance
+from workflows.serving.body_limit import BodyLimit
 from workflows.serving.errors import ApiError
 from workflows.serving.formats import Answer
-from workflows.serving.limits import BodyLimit
 from workflows.serving.page import add_page
 from workflows.serving.plans import Plan
 from workflows.serving.service import CartridgeService, Events
@@ -41,7 +41,7 @@ def create_app(service: CartridgeService) -> FastAPI:
     settings = service.settings
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     # Added last, so it stands first: who may not come in sends no body.
-    app.add_middleware(Entrance, gate=Gate(settings.keys_file, settings.open_to_network),
+    app.add_middleware(AccessMiddleware, authenticator=Authenticator(settings.keys_file, settings.open_to_network),
                        audit=AuditLog(settings.audit_log) if settings.audit_log else None)
     _add_errors(app, service)
     _add_generation(app, service)
@@ -118,8 +118,6 @@ def _add_state(app: FastAPI, service: CartridgeService) -> None:
 
     @app.get("/healthz")
     async def healthz():
-        if service.draining:
-            raise ApiError(503, "the service is shutting down", "draining")
         return {"status": "ok", "model": service.identity.name, "in_flight": service.in_flight}
 
     @app.get("/metrics")

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cartridges.config import BuildSettings
 from workflows.serving.app import create_app
-from workflows.serving.parts import build_service
+from workflows.serving.factory import build_service
 from workflows.serving.ray_backend import RayBackend
 from workflows.serving.replicas import (
     DEDICATED,

@@ -45,7 +45,7 @@ TABLE: dict[str, Metric] = {
     "cartridges_in_flight": Metric("gauge", "Requests accepted and not finished", MODEL),
     "cartridges_queued": Metric("gauge", "Requests accepted that wait for their first token", MODEL),
     "cartridges_rejected_total": Metric(
-        "counter", "Requests refused before the engine, by reason (queue_full, draining)", ("reason",)),
+        "counter", "Requests refused before the engine, by reason (queue_full)", ("reason",)),
     "cartridges_disconnects_total": Metric("counter", "Requests whose client left before the end", MODEL),
     "cartridges_fallbacks_total": Metric(
         "counter", "Answers taken from the corpus' text because the cartridge was unsure", MODEL),

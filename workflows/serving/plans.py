@@ -40,13 +40,13 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Doubt:
-    """When the first `tokens` have more than `threshold` nats each, the answer comes from `way` instead.
+class FallbackRule:
+    """Where the first `tokens` average more than `threshold` nats of entropy, the answer comes from `source`.
 
-    `entropy` is what they had, once it is known.
+    `entropy` is the measured average, in nats a token; None before the tokens are there.
     """
 
-    way: Literal["retrieval", "full_context"]
+    source: Literal["retrieval", "full_context"]
     threshold: float
     tokens: int
     entropy: float | None = None
@@ -66,7 +66,7 @@ class Plan:
     prompt_tokens: int
     cached_tokens: int
     kv_bytes: int
-    doubt: Doubt | None = None
+    fallback: FallbackRule | None = None
     arrived: float = field(default_factory=time.monotonic)
 
     @property
@@ -80,9 +80,9 @@ class Plan:
         told = {"kind": self.context.kind, "tokens": self.context.num_tokens, "kv_bytes": self.kv_bytes}
         if self.context.kind == "full_context":
             told["truncated"] = self.context.truncated
-        if self.doubt:
-            told |= {"fallback": self.context.kind == self.doubt.way, "entropy": self.doubt.entropy,
-                     "fallback_entropy": self.doubt.threshold}
+        if self.fallback:
+            told |= {"fallback": self.context.kind == self.fallback.source, "entropy": self.fallback.entropy,
+                     "fallback_entropy": self.fallback.threshold}
         return told
 
 
@@ -105,22 +105,22 @@ class Planner:
             raise ApiError(400, f"the model's window is {self.window} tokens, and the prompt has {longest}",
                            "context_length_exceeded")
         target = self._target(body, caller)
-        doubt = self._doubt(body, target, len(prompts) * body.n)
+        fallback = self._fallback_rule(body, target, len(prompts) * body.n)
         context = self._context(body, target, longest)
-        return self._planned(body, caller, target, context, prompts, doubt)
+        return self._planned(body, caller, target, context, prompts, fallback)
 
     def fall_back(self, body: Generation, caller: Caller, plan: Plan) -> Plan | None:
         """`plan`'s question to the same corpora, with their text in the prompt. None: nothing was found."""
-        assert plan.doubt
+        assert plan.fallback
         (ids,) = self._prompts(body)
-        if plan.doubt.way == "full_context":
+        if plan.fallback.source == "full_context":
             context = self._text_context(body, plan.target, len(ids))
         else:
             text = self.search.passages(plan.target.entries, self._question(body), self.settings.retrieval_tokens)
             if not text:
                 return None
             context = Context("retrieval", len(self.template.system_ids(text)), text)
-        return replace(self._planned(body, caller, plan.target, context, [ids], plan.doubt), arrived=plan.arrived)
+        return replace(self._planned(body, caller, plan.target, context, [ids], plan.fallback), arrived=plan.arrived)
 
     def _target(self, body: Generation, caller: Caller) -> Target:
         if body.model != AUTO:
@@ -141,7 +141,7 @@ class Planner:
             raise ApiError(400, "one prompt at a time with auto and fallback", param="prompt")
         return prompt if isinstance(prompt, str) else self.template.tokenizer.decode(prompt)
 
-    def _doubt(self, body: Generation, target: Target, choices: int) -> Doubt | None:
+    def _fallback_rule(self, body: Generation, target: Target, choices: int) -> FallbackRule | None:
         if body.fallback is None or (body.model == AUTO and not target.entries):
             return None
         if choices != 1:
@@ -154,17 +154,17 @@ class Planner:
             raise ApiError(400, "fallback: answers from the text are switched off here (serve.full_context)",
                            "full_context_off", "fallback")
         threshold = self.settings.fallback_entropy if body.fallback_entropy is None else body.fallback_entropy
-        return Doubt(body.fallback, threshold, self.settings.fallback_tokens)
+        return FallbackRule(body.fallback, threshold, self.settings.fallback_tokens)
 
     def _planned(self, body: Generation, caller: Caller, target: Target, context: Context,
-                 prompts: list[tuple[int, ...]], doubt: Doubt | None) -> Plan:
+                 prompts: list[tuple[int, ...]], fallback: FallbackRule | None) -> Plan:
         longest = max(map(len, prompts))
         calls = tuple(self._call(body, target, context, ids, choice, caller.tenant)
                       for ids in prompts for choice in range(body.n))
         identity = self.catalog.identity
         per_token = 2 * identity.num_layers * identity.num_key_value_heads * identity.head_dim * VALUE_BYTES
         return Plan(target, context, calls, sum(context.num_tokens + len(ids) for ids in prompts),
-                    context.cached_tokens * len(prompts), (context.num_tokens + longest) * per_token, doubt)
+                    context.cached_tokens * len(prompts), (context.num_tokens + longest) * per_token, fallback)
 
     def _prompts(self, body: Generation) -> list[tuple[int, ...]]:
         if isinstance(body, ChatRequest):

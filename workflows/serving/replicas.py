@@ -12,8 +12,8 @@ from cartridges.config import BuildSettings, ReplicaSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.engines.vllm_setup import gpus_of_an_engine
 from workflows.serving.backend import EngineCall
+from workflows.serving.factory import build_backend
 from workflows.serving.metrics import Family
-from workflows.serving.parts import build_backend
 
 DEDICATED = "corpus-"
 """Beginning of the names of applications that serve one cartridge."""
@@ -64,6 +64,8 @@ def _scaling(replicas: ReplicaSettings) -> dict[str, Any]:
 
 
 def shared_options(settings: BuildSettings) -> dict[str, Any]:
+    """Options of every deployment. Serve itself lets running requests finish: a replica that stops gets no new ones,
+    and is ended once it is idle or after `drain_s`."""
     return {"max_ongoing_requests": settings.serve.max_queue + HEADROOM,
             "graceful_shutdown_timeout_s": settings.serve.drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2,
             "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False)}

@@ -36,7 +36,6 @@ class CartridgeService:
         self.catalog, self.backend, self.template, self.settings = catalog, backend, template, settings
         self.metrics = Metrics("ingress")
         self.in_flight = 0
-        self.draining = False
         self.planner = Planner(catalog, template, settings)
         self._search_threads = ThreadPoolExecutor(2, "search")
         if settings.search_at_start:
@@ -63,30 +62,30 @@ class CartridgeService:
         thrown away and the answer comes from the corpus' text. So nothing that was sent is taken back.
         Where the text cannot be had, the cartridge's answer stands.
         """
-        if plan.doubt is None:
+        if plan.fallback is None:
             return plan, self.generate(plan)
-        events = self._doubted(plan, body, caller)
+        events = self._with_fallback(plan, body, caller)
         return await anext(events), events
 
     async def generate(self, plan: Plan) -> Events:
         """(choice, event) as they come. Close it to stop at once.
 
-        ApiError 429 when too much is in flight, 503 while draining, 504 after the time limit.
+        ApiError 429 when too much is in flight, 504 after the time limit.
         """
-        with self._admitted(plan), Watch(self.metrics, plan) as watch:
-            async with aclosing(self._events(plan, watch)) as events:
+        with self._admitted(plan), RequestTimer(self.metrics, plan) as timer:
+            async with aclosing(self._events(plan, timer)) as events:
                 async for item in events:
                     yield item
 
-    async def _doubted(self, plan: Plan, body: Generation, caller: Caller) -> AsyncGenerator[Any, None]:
+    async def _with_fallback(self, plan: Plan, body: Generation, caller: Caller) -> AsyncGenerator[Any, None]:
         """First the plan that is followed, then its events; admitted once for whatever it takes."""
         with self._admitted(plan):
-            with Watch(self.metrics, plan) as watch:
-                async with aclosing(self._events(plan, watch)) as events:
-                    first = await _take(events, plan.doubt.tokens)
+            with RequestTimer(self.metrics, plan) as timer:
+                async with aclosing(self._events(plan, timer)) as events:
+                    first = await _take(events, plan.fallback.tokens)
                     entropy = mean_entropy([event for _, event in first])
-                    plan = replace(plan, doubt=replace(plan.doubt, entropy=entropy))
-                    other = await self._other(plan, body, caller) if entropy > plan.doubt.threshold else None
+                    plan = replace(plan, fallback=replace(plan.fallback, entropy=entropy))
+                    other = await self._fallback_plan(plan, body, caller) if entropy > plan.fallback.threshold else None
                     if other is None:
                         yield plan
                         for item in first:
@@ -94,15 +93,15 @@ class CartridgeService:
                         async for item in events:
                             yield item
                         return
-                watch.discarded = True
+                timer.discarded = True
             self.metrics.add("cartridges_fallbacks_total", model=plan.label)
             yield other
-            with Watch(self.metrics, other) as watch:
-                async with aclosing(self._events(other, watch)) as events:
+            with RequestTimer(self.metrics, other) as timer:
+                async with aclosing(self._events(other, timer)) as events:
                     async for item in events:
                         yield item
 
-    async def _other(self, plan: Plan, body: Generation, caller: Caller) -> Plan | None:
+    async def _fallback_plan(self, plan: Plan, body: Generation, caller: Caller) -> Plan | None:
         """The plan to fall back to, if there is one."""
         try:
             return await self._in_search(self.planner.fall_back, body, caller, plan)
@@ -110,7 +109,7 @@ class CartridgeService:
             log.warning("no fallback for %s: %s", plan.label, error)
             return None
 
-    async def _events(self, plan: Plan, watch: "Watch") -> Events:
+    async def _events(self, plan: Plan, timer: "RequestTimer") -> Events:
         deadline = plan.arrived + self.settings.request_timeout_s
         async with aclosing(merge([self.backend.stream(call) for call in plan.calls])) as events:
             while True:
@@ -121,14 +120,11 @@ class CartridgeService:
                 except TimeoutError:
                     raise ApiError(504, f"not finished after {self.settings.request_timeout_s:g} s; "
                                    "ask for fewer tokens", "timeout") from None
-                watch.token()
+                timer.token()
                 yield item
 
     @contextmanager
     def _admitted(self, plan: Plan) -> Iterator[None]:
-        if self.draining:
-            self.metrics.add("cartridges_rejected_total", reason="draining")
-            raise ApiError(503, "the service is shutting down", "draining", retry_after=5)
         if self.in_flight + len(plan.calls) > self.settings.max_queue:
             self.metrics.add("cartridges_rejected_total", reason="queue_full")
             raise ApiError(429, f"{self.in_flight} requests are in flight; try again in a moment",
@@ -138,13 +134,6 @@ class CartridgeService:
             yield
         finally:
             self.in_flight -= len(plan.calls)
-
-    async def drain(self) -> None:
-        """Refuse new requests and wait, at most `drain_s` seconds, for those that run."""
-        self.draining = True
-        deadline = time.monotonic() + self.settings.drain_s
-        while self.in_flight and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
 
     async def exposition(self) -> bytes:
         """Prometheus text of this process and of the engine behind it."""
@@ -215,8 +204,8 @@ async def _take(events: Events, count: int) -> list[tuple[int, TokenEvent]]:
     return taken
 
 
-class Watch:
-    """Times and tokens of one request, into the metrics. `discarded`: of it, nothing was sent to the client."""
+class RequestTimer:
+    """Records the times and tokens of one request as metrics. `discarded`: nothing of it was sent to the client."""
 
     def __init__(self, metrics: Metrics, plan: Plan):
         self.metrics, self.plan, self.model = metrics, plan, plan.label
@@ -235,7 +224,7 @@ class Watch:
             self.metrics.add("cartridges_queued", -1, model=self.model)
         self.tokens += 1
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "RequestTimer":
         return self
 
     def __exit__(self, *exception: object) -> None:

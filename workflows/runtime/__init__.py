@@ -1,0 +1,1 @@
+"""Shared by all stages: manifests, progress and tables, Weights & Biases, a local Ray."""

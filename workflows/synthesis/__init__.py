@@ -1,0 +1,1 @@
+"""Stage 1, on Ray Data: a corpus -> conversations with the teacher's top-k logprobs."""

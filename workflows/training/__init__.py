@@ -1,0 +1,1 @@
+"""Stage 2, on Ray Train with DeepSpeed: conversations -> cartridges."""
