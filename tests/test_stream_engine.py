@@ -5,8 +5,9 @@ from contextlib import aclosing
 
 import pytest
 
-from cartridges.engines.base import CartridgePrefix, Request, TextPrefix
+from cartridges.engines.base import CartridgePrefix, RawPrefix, Request, TextPrefix
 from cartridges.engines.detokenize import TextStream
+from cartridges.engines.prefix_cache import prefix_key
 from cartridges.engines.stream import TransformersStreamingEngine
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
@@ -90,6 +91,15 @@ def test_exact_kv_answers_as_the_text(base, engine):
                  for prefix in (cartridge, TextPrefix(text))]
         assert [e.token_id for e in asked[0]] == [e.token_id for e in asked[1]]
         assert [e.logprob for e in asked[0]] == pytest.approx([e.logprob for e in asked[1]], abs=1e-4)
+
+
+def test_a_raw_text_and_a_system_turn_are_different_prefixes(base, tiny_base_model, engine):
+    requests = [ask(base, "Who?", prefix=kind(TEXTS["harbour"])) for kind in (TextPrefix, RawPrefix, TextPrefix)]
+    for request, expected in zip(requests, TransformersEngine(tiny_base_model).generate(requests), strict=True):
+        events = asyncio.run(collect(engine, request))
+        assert [event.logprob for event in events] == pytest.approx(expected.logprobs.tolist(), abs=1e-4)
+    assert len(engine.prefixes._entries) == 2
+    assert prefix_key(RawPrefix("a")) != prefix_key(TextPrefix("a")) == prefix_key(TextPrefix("a", shared=False))
 
 
 def test_concurrent_streams_do_not_mix(base, engine):

@@ -17,10 +17,10 @@ from cartridges.engines.base import CartridgePrefix, Request, TextPrefix, TokenE
 from cartridges.engines.batching import power_of_two
 from cartridges.engines.decoding import stop_token_ids
 from cartridges.engines.detokenize import TextStream
-from cartridges.engines.prefix_store import LayerKV, PrefixStore, prefix_key
+from cartridges.engines.prefix_cache import PrefixCache, cartridge_kv, prefix_ids, prefix_key
 from cartridges.engines.sampling import Draws, sample
 from cartridges.errors import UserError
-from cartridges.forward import hidden_states, round_up
+from cartridges.forward import PrefixKV, hidden_states, round_up
 from cartridges.models import BaseModel
 from cartridges.row_attention import RowKV
 
@@ -42,7 +42,7 @@ class TransformersStreamingEngine:
     def __init__(self, base: BaseModel, max_active: int = 16, prefix_bytes: int = 1 << 30):
         self.base = base
         self.max_active = max_active
-        self.prefixes = PrefixStore(prefix_bytes)
+        self.prefixes = PrefixCache(prefix_bytes)
         self._head = base.model.get_output_embeddings()
         self._end_ids = stop_token_ids(base)
         self._waiting: deque[_Stream] = deque()
@@ -168,25 +168,20 @@ class TransformersStreamingEngine:
         prefix, key = request.prefix, prefix_key(request.prefix)
         found = self.prefixes.get(key)
         if found is None and isinstance(prefix, CartridgePrefix):
-            found = self._cartridge_kv(prefix)
+            found = cartridge_kv(self.base, prefix)
             self.prefixes.put(key, found)
         if found is not None:
-            return RowKV.after(found)
+            return RowKV.after(list(zip(found.keys[:, None], found.values[:, None], strict=True)))
         row = yield from self._read_text(request)
         yield None
         if not isinstance(prefix, TextPrefix) or prefix.shared:
-            self.prefixes.put(key, [(keys[:, :, :row.length].clone(), values[:, :, :row.length].clone())
-                                    for keys, values in zip(row.keys, row.values, strict=True)])
+            self.prefixes.put(key, PrefixKV(*(torch.stack([layer[0, :, :row.length] for layer in layers])
+                                              for layers in (row.keys, row.values))))
         return row
 
-    def _cartridge_kv(self, prefix: CartridgePrefix) -> LayerKV:
-        place = {"device": self.base.device, "dtype": self.base.dtype}
-        return [(keys[None].to(**place), values[None].to(**place))
-                for keys, values in zip(*prefix.cartridge.keys_values(), strict=True)]
-
     def _read_text(self, request: Request) -> Generator[None, None, RowKV]:
-        template, shape = self.base.template, self.base.shape
-        ids = template.default_ids() if request.prefix is None else template.system_ids(request.prefix.text)
+        shape = self.base.shape
+        ids = prefix_ids(self.base.template, request.prefix)
         self._check_window(len(ids), request)
         size = (1, shape.num_key_value_heads, 0, shape.head_dim)
         empty = [torch.zeros(size, dtype=self.base.dtype, device=self.base.device)] * shape.num_layers

@@ -10,7 +10,7 @@ from cartridges.attention import OwnKV, install
 from cartridges.engines.base import Completion, Request, Score, ScoreRequest
 from cartridges.engines.batching import Piece, batches, decoding_pieces, pieces
 from cartridges.engines.decoding import Decoding, stop_token_ids
-from cartridges.engines.prefix_cache import PrefixCache, Trimmed, trim
+from cartridges.engines.shared_prefix import SharedPrefixes, Trimmed, trim
 from cartridges.forward import hidden_states, round_up, row_bias, stack_prefixes
 from cartridges.models import BaseModel
 
@@ -32,7 +32,7 @@ class TransformersEngine:
         install(base.model)
         self.base = base
         self.max_rows = max_rows
-        self.prefixes = PrefixCache(base, cache_bytes)
+        self.prefixes = SharedPrefixes(base, cache_bytes)
         self.head = base.model.get_output_embeddings()
         self.stop_ids = stop_token_ids(base)
         self._prefix_tokens = 0
@@ -68,7 +68,7 @@ class TransformersEngine:
         if not rows:
             return self.max_rows
         longest = max(len(row.input_ids) for row in rows)
-        slots = max(self.prefixes.num_tokens(row) for row in {row.key: row for row in rows}.values())
+        slots = max(self.prefixes.get(row).num_tokens for row in {row.key: row for row in rows}.values())
         heads = self.base.model.config.num_attention_heads
         rows = ATTENTION_BUDGET // (heads * longest * (slots + longest))
         return max(1, min(self.max_rows, 1 << max(0, rows.bit_length() - 1)))

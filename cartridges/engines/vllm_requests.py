@@ -17,12 +17,11 @@ from cartridges.engines.base import (
     CartridgePrefix,
     Completion,
     Prefix,
-    RawPrefix,
     Request,
     Score,
     ScoreRequest,
-    TextPrefix,
 )
+from cartridges.engines.prefix_cache import prefix_ids
 from cartridges.errors import UserError
 from cartridges.models import kv_shape, load_config, load_tokenizer
 from cartridges.template import ChatTemplate
@@ -86,11 +85,7 @@ class Translator:
                 raise UserError(f"cartridge {prefix.digest[:16]} is {prefix.cartridge.shape}, the model "
                                 f"needs {self.shape}; serve it with the model it was built for")
             return [self._placeholder] * prefix.cartridge.num_tokens
-        if isinstance(prefix, TextPrefix):
-            return self.template.system_ids(prefix.text)
-        if isinstance(prefix, RawPrefix):
-            return self.tokenizer.encode(prefix.text, add_special_tokens=False)
-        return self.template.default_ids()
+        return prefix_ids(self.template, prefix)
 
     def check_limits(self, prompt: Prompt, answer_tokens: int, topk: int) -> None:
         if topk > self.max_topk:
