@@ -8,7 +8,6 @@ and other sizes than the manifest's are refused.
 import io
 import shutil
 import tarfile
-import uuid
 from pathlib import Path
 
 from cartridges.artifact import (
@@ -21,6 +20,7 @@ from cartridges.artifact import (
     verify,
 )
 from cartridges.errors import UserError
+from cartridges.files import replacing
 
 
 def pack(directory: Path, name: str, output: Path) -> None:
@@ -28,18 +28,13 @@ def pack(directory: Path, name: str, output: Path) -> None:
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no directory {output.parent}")
     manifest = manifest_bytes(verify(directory).model_copy(update={"corpus_text": None}))
-    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-            with open(directory / TENSORS, "rb") as tensors:
-                for file, size, data in ((MANIFEST, len(manifest), io.BytesIO(manifest)),
-                                         (TENSORS, (directory / TENSORS).stat().st_size, tensors)):
-                    member = tarfile.TarInfo(f"{name}/{file}")
-                    member.size = size
-                    tar.addfile(member, data)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (replacing(output) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar,
+          open(directory / TENSORS, "rb") as tensors):
+        for file, size, data in ((MANIFEST, len(manifest), io.BytesIO(manifest)),
+                                 (TENSORS, (directory / TENSORS).stat().st_size, tensors)):
+            member = tarfile.TarInfo(f"{name}/{file}")
+            member.size = size
+            tar.addfile(member, data)
 
 
 def unpack(archive: Path, directory: Path) -> str:

@@ -9,8 +9,6 @@ Nothing here needs torch until tensors are written or read, so that listing a re
 
 import hashlib
 import json
-import os
-import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cartridges.errors import UserError
+from cartridges.files import file_digest, write_atomically
 
 if TYPE_CHECKING:
     from cartridges.cartridge import Cartridge
@@ -260,25 +259,6 @@ def write_manifest(directory: Path | str, manifest: Manifest) -> None:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     return (manifest.model_dump_json(indent=1) + "\n").encode()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary name, fsync, rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _to_bytes(cartridge: "Cartridge", dtype: Dtype) -> bytes:

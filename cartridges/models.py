@@ -10,8 +10,9 @@ from typing import Any
 
 from cartridges.cartridge import KVShape
 from cartridges.config import ModelSettings
-from cartridges.download import home, resolve_source, write_atomically
+from cartridges.download import home, resolve_source
 from cartridges.errors import UserError
+from cartridges.files import file_digest, write_atomically
 from cartridges.template import ChatTemplate
 
 SUPPORTED_TYPES = ("llama", "qwen2", "qwen3", "mistral")
@@ -149,7 +150,7 @@ def _identity(directory: Path, config, template: ChatTemplate) -> ModelIdentity:
         name=source.name,
         revision=source.revision,
         weights_digest=weights_digest(directory),
-        tokenizer_hash=_file_digest(directory / "tokenizer.json"),
+        tokenizer_hash=file_digest(directory / "tokenizer.json"),
         template_hash=template.hash,
         rope=dict(_rope(config.to_dict())),
         num_layers=shape.num_layers,
@@ -171,18 +172,11 @@ def weights_digest(directory: Path) -> str:
     remembered = home() / "digests" / f"{key}.json"
     if remembered.is_file():
         return _read_json(remembered)["weights_digest"]
-    parts = "".join(f"{file.name}:{_file_digest(file)}\n" for file in files)
+    parts = "".join(f"{file.name}:{file_digest(file)}\n" for file in files)
     digest = sha256(parts.encode()).hexdigest()
     remembered.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(remembered, json.dumps({"weights_digest": digest, "files": stamps}) + "\n")
     return digest
-
-
-def _file_digest(file: Path) -> str:
-    import hashlib
-
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """A tree of small files on any fsspec filesystem: whole-file writes, and a lock for writers."""
 
 import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cartridges.artifact import write_atomically
 from cartridges.errors import UserError
+from cartridges.files import replacing, write_atomically
 
 _LOCKS: dict[str, threading.Lock] = {}
 
@@ -75,12 +74,8 @@ class Store:
         if not self.is_local:
             self.fs.put_file(str(source), target)
             return
-        temporary = Path(target).with_name(f".{parts[-1]}.{uuid.uuid4().hex}.tmp")
-        try:
+        with replacing(Path(target)) as temporary:
             self.fs.put_file(str(source), str(temporary))
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def download(self, target: Path, *parts: str) -> None:
         self.fs.get_file(self.full(*parts), str(target))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the corpus to the served name. A module imports from its own line and from the lines above.
 # A room's name stands for all modules in it that have no line of their own.
 FLOW = (
-    "errors",
+    "errors files",
     "settings",
     "records config",
     "documents",

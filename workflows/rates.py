@@ -11,8 +11,9 @@ from statistics import mean
 from typing import Any
 
 from cartridges.config import BuildSettings
-from cartridges.download import home, write_atomically
+from cartridges.download import home
 from cartridges.errors import UserError
+from cartridges.files import write_atomically
 from cartridges.records import Chunk, Conversation, Corpus
 from cartridges.selfstudy.plan import Task
 from workflows.budget import Rates

@@ -27,6 +27,7 @@ from typing import Any
 from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
+from cartridges.files import replacing
 from cartridges.records import Chunk, Corpus
 from workflows.budget import with_counts
 from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
@@ -179,9 +180,8 @@ def write_rows(path: Path, kind: type, rows: Iterable[Any]) -> None:
 
     types = {str: pa.string(), int: pa.int64()}
     schema = pa.schema([(field.name, types[field.type]) for field in fields(kind)])
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
-    temporary.rename(path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
 
 
 def generate(output: Path, settings: BuildSettings, total: int,

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 
-from cartridges.artifact import file_digest, write_atomically
 from cartridges.cartridge import Cartridge
 from cartridges.engines.base import CartridgePrefix
+from cartridges.files import file_digest, write_atomically
 
 _HASH = re.compile("[0-9a-f]{64}")
 

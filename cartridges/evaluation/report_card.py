@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cartridges.artifact import write_atomically
 from cartridges.config import EvaluateSettings
 from cartridges.engines.base import CartridgePrefix, Engine
 from cartridges.errors import UserError
@@ -19,6 +18,7 @@ from cartridges.evaluation.arms import ArmPrefix, build_arm, check_arms, window_
 from cartridges.evaluation.asking import Answered, Item, Progress, ask, num_requests, plan_items
 from cartridges.evaluation.bootstrap import interval, mean_statistic, paired_interval
 from cartridges.evaluation.metrics import CHRF_ORDER, chrf_score
+from cartridges.files import write_atomically
 from cartridges.models import BaseModel
 from cartridges.records import Question
 
@@ -53,8 +53,8 @@ class Report:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_atomically(directory / "rows.jsonl", lines.encode())
-        write_atomically(directory / "report_card.json", (json.dumps(self.card, indent=1) + "\n").encode())
+        write_atomically(directory / "rows.jsonl", lines)
+        write_atomically(directory / "report_card.json", json.dumps(self.card, indent=1) + "\n")
 
 
 def report_card(engine: Engine, base: BaseModel, subject: Subject, questions: Sequence[Question],
