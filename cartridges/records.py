@@ -91,6 +91,32 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Task:
+    """One conversation to make.
+
+    `seed` is its own random seed. `ordinal` counts the tasks of the same family for the same chunk, so that a family
+    can go through a chunk statement by statement. A general conversation has no chunk: its `chunk_id` is empty.
+    """
+
+    conversation_id: str
+    chunk_id: str
+    seed_family: str
+    seed: int
+    ordinal: int = 0
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A planned conversation that was not kept, the reason, and the `messages` it had by then."""
+
+    conversation_id: str
+    seed_family: str
+    reason: str
+    chunk_id: str = ""
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True)
 class Conversation:
     """One self-study conversation with the teacher's top-k logprobs.
 

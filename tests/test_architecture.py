@@ -77,6 +77,14 @@ def test_imports_go_down_the_data_flow(name):
     assert not upwards
 
 
+def test_reading_training_data_needs_nothing_of_what_wrote_it():
+    needed, waiting = set(), {"cartridges.selfstudy.storage"}
+    while waiting:
+        needed |= waiting
+        waiting = {used for name in waiting for used in imports(name) if used in LIBRARY} - needed
+    assert needed == {"cartridges.selfstudy.storage", "cartridges.records", "cartridges.errors"}
+
+
 def test_imports_have_no_cycle():
     """The modules can be laid in a line in which every import points to an earlier one."""
     waiting = {name: {used for used in imports(name) if used in EVERYTHING} - {name} for name in EVERYTHING}

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cartridges.errors import UserError
+from cartridges.records import Dropped
 from cartridges.selfstudy import filters
 from cartridges.selfstudy.card import Distribution, data_card
 from cartridges.selfstudy.finish import finish
-from cartridges.selfstudy.synthesizer import Dropped
 from tests.test_synthesize import conversation, write_part
 from workflows.cli import main
 from workflows.dataset_page import write_page

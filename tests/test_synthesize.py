@@ -17,13 +17,11 @@ import pytest
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from cartridges.prompts import example_messages
-from cartridges.records import Conversation
+from cartridges.records import Conversation, Dropped, Task
 from cartridges.selfstudy.finish import finish
 from cartridges.selfstudy.held_out import split, without
 from cartridges.selfstudy.near import near_duplicates
-from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
-from cartridges.selfstudy.synthesizer import Dropped
 from workflows.budget import Rates, estimate, fit, parse_time, steps_within
 from workflows.failures import forget_failed, require_few, run_with_retry
 from workflows.stage import Clock, write_manifest

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from cartridges.prompts import EXAMPLES
 from cartridges.records import Conversation
-from cartridges.selfstudy.card import reason_name
+from cartridges.selfstudy.drop_reasons import reason_name
 from cartridges.selfstudy.storage import from_row
 from workflows.inspect_dataset import DISTRIBUTIONS, family_rows, remarks
 

@@ -14,8 +14,7 @@ from cartridges.config import BuildSettings
 from cartridges.download import home
 from cartridges.errors import UserError
 from cartridges.files import write_atomically
-from cartridges.records import Chunk, Conversation, Corpus
-from cartridges.selfstudy.plan import Task
+from cartridges.records import Chunk, Conversation, Corpus, Task
 from workflows.budget import Rates
 from workflows.stage import fingerprint
 

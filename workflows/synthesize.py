@@ -28,7 +28,7 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.files import replacing
-from cartridges.records import Chunk, Corpus
+from cartridges.records import Chunk, Corpus, Task
 from workflows.budget import with_counts
 from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
 
@@ -150,7 +150,7 @@ def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected
         return planned
     from cartridges.chunking import Chunks
     from cartridges.models import resolve_model_dir
-    from cartridges.selfstudy.plan import Task, plan
+    from cartridges.selfstudy.plan import plan
     from cartridges.selfstudy.storage import count_tasks
 
     chunks = Chunks(corpus, _tokenizer(resolve_model_dir(settings.model)), settings.synthesize.chunk)
@@ -256,7 +256,6 @@ class SynthesisActor:
     def __call__(self, batch):
         import pyarrow as pa
 
-        from cartridges.selfstudy.plan import Task
         from cartridges.selfstudy.storage import schema, to_row
         from workflows.failures import run_with_retry
 

@@ -12,17 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-DUPLICATE = "duplicate"
-NEAR_DUPLICATE = "near_duplicate"
-ERROR = "error: "
-"""A row dropped because it raised has a reason that begins so; the rest is the error."""
+from cartridges.selfstudy.drop_reasons import DUPLICATE, ERROR, NEAR_DUPLICATE, reason_name
+
 ERRORS_LISTED = 50
-
-
-def error_reason(error: Exception) -> str:
-    """The reason of a conversation that raised, in one line."""
-    line = " ".join(str(error).split())[:200]
-    return f"{ERROR}{type(error).__name__}: {line}"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -165,8 +157,3 @@ def _grounded(facts: Counter, kind: str) -> dict[str, Any]:
         count, without = facts[kind, name], facts[kind, f"ungrounded_{name}"]
         told[name] = {"count": count, "ungrounded": without, "share": 1 - without / count if count else None}
     return told
-
-
-def reason_name(reason: str) -> str:
-    """`error: ValueError: ...` -> `error`, so that reasons can be counted; others as they are."""
-    return "error" if reason.startswith(ERROR) else reason

@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cartridges.selfstudy.card import DUPLICATE, NEAR_DUPLICATE, Summary
+from cartridges.selfstudy.card import Summary
+from cartridges.selfstudy.drop_reasons import DUPLICATE, NEAR_DUPLICATE
 from cartridges.selfstudy.near import near_duplicates
 
 

@@ -4,31 +4,17 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from cartridges.config import SynthesizeSettings
 from cartridges.errors import UserError
-from cartridges.records import Chunk
+from cartridges.records import Chunk, Task
 from cartridges.selfstudy import general
 from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES, decodes
 
 _PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")
 """About a token, whatever the tokenizer. Characters would slight tables, which say more in fewer."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One conversation to make. `seed` is its private source of chance; `ordinal` counts the tasks of
-    the same family for the same chunk, so that a family can go through a chunk statement by statement.
-    A general conversation is about no chunk: its `chunk_id` is empty."""
-
-    conversation_id: str
-    chunk_id: str
-    seed_family: str
-    seed: int
-    ordinal: int = 0
 
 
 def plan(chunks: Iterable[Chunk], settings: SynthesizeSettings, seed: int,

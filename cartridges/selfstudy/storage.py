@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cartridges.errors import UserError
-from cartridges.records import Conversation
-from cartridges.selfstudy.synthesizer import Dropped
+from cartridges.records import Conversation, Dropped
 
 
 def schema() -> pa.Schema:

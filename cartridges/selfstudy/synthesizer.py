@@ -14,26 +14,14 @@ import numpy as np
 from cartridges.config import SynthesizeSettings
 from cartridges.engines.base import Completion, Engine, Request, Score, ScoreRequest, TextPrefix
 from cartridges.prompts import example_messages
-from cartridges.records import Chunk, Conversation, Message
+from cartridges.records import Chunk, Conversation, Dropped, Message, Task
 from cartridges.selfstudy import filters
 from cartridges.selfstudy.asking import Ask, Asker, EngineAsker
-from cartridges.selfstudy.card import error_reason
+from cartridges.selfstudy.drop_reasons import error_reason
 from cartridges.selfstudy.families import FAMILIES, Proposal
 from cartridges.selfstudy.general import General
-from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.taught import said, taught_ids
 from cartridges.template import ChatTemplate
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A planned conversation that was not kept, and why. `messages` are those it had by then."""
-
-    conversation_id: str
-    seed_family: str
-    reason: str
-    chunk_id: str = ""
-    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
