@@ -5,6 +5,7 @@ from contextlib import aclosing
 
 import pytest
 
+from cartridges.engines.answer import Answer
 from cartridges.engines.base import CartridgePrefix, RawPrefix, Request, TextPrefix
 from cartridges.engines.detokenize import TextStream
 from cartridges.engines.prefix_cache import prefix_key
@@ -192,3 +193,19 @@ def test_an_unfinished_character_is_dropped(base):
     stream = TextStream(tokenizer)
     ids = tokenizer.encode("ok 🦜", add_special_tokens=False)[:-1]
     assert "".join([*[stream.push(i) for i in ids], stream.finish()]).rstrip() == "ok"
+
+
+class CountingTokenizer:
+    decoded = 0
+
+    def decode(self, ids, **_):
+        self.decoded += len(ids)
+        return "".join(chr(97 + token % 26) for token in ids)
+
+
+def test_looking_for_a_stop_string_decodes_each_token_a_few_times_only():
+    tokenizer = CountingTokenizer()
+    answer = Answer(Request((1,), max_tokens=500, stop=("never",)), tokenizer, frozenset())
+    for token in range(500):
+        answer.take(token)
+    assert answer.finish_reason == "length" and tokenizer.decoded < 5 * 500

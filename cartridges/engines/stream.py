@@ -13,10 +13,9 @@ from collections.abc import AsyncIterator, Generator, Sequence
 import torch
 
 from cartridges.attention import AttentionContext, causal_bias
+from cartridges.engines.answer import Answer, stop_token_ids
 from cartridges.engines.base import CartridgePrefix, Request, TextPrefix, TokenEvent
 from cartridges.engines.batching import power_of_two
-from cartridges.engines.decoding import stop_token_ids
-from cartridges.engines.detokenize import TextStream
 from cartridges.engines.prefix_cache import PrefixCache, cartridge_kv, prefix_ids, prefix_key
 from cartridges.engines.sampling import Draws, sample
 from cartridges.errors import UserError
@@ -44,7 +43,7 @@ class TransformersStreamingEngine:
         self.max_active = max_active
         self.prefixes = PrefixCache(prefix_bytes)
         self._head = base.model.get_output_embeddings()
-        self._end_ids = stop_token_ids(base)
+        self._stop_ids = stop_token_ids(base.model.generation_config, base.tokenizer)
         self._waiting: deque[_Stream] = deque()
         self._active: list[_Stream] = []
         self._changed = threading.Condition()
@@ -97,10 +96,10 @@ class TransformersStreamingEngine:
     def _work(self) -> None:
         with torch.inference_mode():
             while self._admit():
-                writing = [stream for stream in self._active if stream.answer and not stream.over]
+                writing = [stream for stream in self._active if stream.decoded and not stream.over]
                 self._attempt(writing, lambda: self._write(writing))  # noqa: B023  It is called at once.
                 for stream in self._active:
-                    if not (stream.answer or stream.over):
+                    if not (stream.decoded or stream.over):
                         self._attempt([stream], lambda: next(stream.turns, None))  # noqa: B023
                 for stream in self._active:
                     if stream.over:
@@ -133,15 +132,15 @@ class TransformersStreamingEngine:
         """The next token of each, by one pass over all."""
         if not streams:
             return
-        answers = [stream.answer for stream in streams]
+        decoded = [stream.decoded for stream in streams]
         ids = torch.zeros(power_of_two(len(streams)), 1, dtype=torch.long)
         positions = torch.zeros_like(ids)
-        for index, answer in enumerate(answers):
-            ids[index], positions[index] = answer.last, answer.row.length
-            answer.row.reserve(1)
-        hidden = self._hidden(ids, positions, AttentionContext(rows=[answer.row for answer in answers]))
-        for answer in answers:
-            answer.row.length += 1
+        for index, one in enumerate(decoded):
+            ids[index], positions[index] = one.answer.token_ids[-1], one.row.length
+            one.row.reserve(1)
+        hidden = self._hidden(ids, positions, AttentionContext(rows=[one.row for one in decoded]))
+        for one in decoded:
+            one.row.length += 1
         self._choose(streams, self._head(hidden[:, -1])[:len(streams)])
 
     def _choose(self, streams: Sequence["_Stream"], logits: torch.Tensor) -> None:
@@ -150,9 +149,9 @@ class TransformersStreamingEngine:
         requests = [stream.request for stream in streams]
         tokens = sample(logprobs, torch.tensor([request.temperature for request in requests]),
                         [request.top_p for request in requests],
-                        torch.tensor([stream.answer.draws.next() for stream in streams]))
+                        torch.tensor([stream.decoded.draws.next() for stream in streams]))
         for stream, token_id, row in zip(streams, tokens.tolist(), logprobs, strict=True):
-            self._attempt([stream], lambda: stream.send(stream.answer.take(token_id, row)))  # noqa: B023
+            self._attempt([stream], lambda: stream.send(stream.decoded.take(token_id, row)))  # noqa: B023
 
     def _read(self, stream: "_Stream") -> Turns:
         """Prefix and prompt, a piece each turn, and the first token of the answer."""
@@ -160,8 +159,7 @@ class TransformersStreamingEngine:
         row = yield from self._after_prefix(request)
         self._check_window(row.length, request)
         hidden = yield from self._prefill(request.input_ids, row)
-        stream.answer = _Answer(request, row, Draws(request.seed), TextStream(self.base.tokenizer, request.stop),
-                                self._end_ids)
+        stream.decoded = _Decoded(row, Draws(request.seed), Answer(request, self.base.tokenizer, self._stop_ids))
         self._choose([stream], self._head(hidden))
 
     def _after_prefix(self, request: Request) -> Generator[None, None, RowKV]:
@@ -223,27 +221,17 @@ class TransformersStreamingEngine:
             raise UserError("the prompt has no tokens; send at least one")
 
 
-class _Answer:
-    """What has been answered to one request, and the KV it goes on from."""
+class _Decoded:
+    """A request that is being answered: the KV it goes on from, its random draws, and its answer."""
 
-    def __init__(self, request: Request, row: RowKV, draws: Draws, text: TextStream, end_ids: frozenset[int]):
-        self.request, self.row, self.draws, self.text, self.end_ids = request, row, draws, text, end_ids
-        self.last = -1
-        self.count = 0
+    def __init__(self, row: RowKV, draws: Draws, answer: Answer):
+        self.row, self.draws, self.answer = row, draws, answer
 
     def take(self, token_id: int, logprobs: torch.Tensor) -> TokenEvent:
         """The event of the next token; `logprobs` `[vocab_size]` of T=1."""
-        self.last, self.count = token_id, self.count + 1
-        request = self.request
-        topk = logprobs.topk(request.topk) if request.topk else None
-        ended = token_id in self.end_ids and not request.ignore_end
-        piece = "" if ended else self.text.push(token_id)
-        stopped = ended or self.text.stopped
-        finish_reason = "stop" if stopped else "length" if self.count >= request.max_tokens else None
-        return TokenEvent(
-            token_id, piece + (self.text.finish() if finish_reason else ""), float(logprobs[token_id]),
-            tuple(topk.indices.tolist()) if topk else (), tuple(topk.values.tolist()) if topk else (),
-            finish_reason)
+        k = self.answer.request.topk
+        topk_logprobs, topk_ids = logprobs.topk(k) if k else (None, None)
+        return self.answer.event(token_id, logprobs[token_id], topk_ids, topk_logprobs)
 
 
 class _Stream:
@@ -254,7 +242,7 @@ class _Stream:
         self.loop = loop
         self.events: asyncio.Queue[TokenEvent | BaseException] = asyncio.Queue()
         self.turns: Turns | None = None
-        self.answer: _Answer | None = None
+        self.decoded: _Decoded | None = None
         self.cancelled = False
         self.done = False
 

@@ -6,13 +6,13 @@ not. The transformers engine is the reference that this one matches.
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, aclosing
 from pathlib import Path
 
 from cartridges.config import VllmSettings
+from cartridges.engines.answer import Answer
 from cartridges.engines.base import CartridgePrefix, Completion, Request, Score, ScoreRequest, TokenEvent
-from cartridges.engines.detokenize import TextStream
 from cartridges.engines.spool import Spool, SpoolError, check_spooled
 from cartridges.engines.vllm_requests import Prompt, Translator, loss_positions, rows
 from cartridges.engines.vllm_setup import engine_arguments, prepare
@@ -168,26 +168,15 @@ class AsyncVllmEngine:
         # Stop strings are ours to find, in the text that the client sees.
         params = self.translator.generation(request, prompt, detokenize=False,
                                             output_kind=RequestOutputKind.DELTA)
-        text = TextStream(self.translator.tokenizer, request.stop)
+        answer = Answer(request, self.translator.tokenizer, self.translator.stop_ids)
         async with aclosing(self._engine.generate(prompt.to_vllm(), params, uuid.uuid4().hex)) as outputs:
             async for output in outputs:
                 delta = output.outputs[0]
                 _check_finished(self.spool, prompt, delta.finish_reason)
-                for event in self._token_events(request, delta, text):
+                for event in _token_events(answer, delta):
                     yield event
                     if event.finish_reason:
                         return
-
-    def _token_events(self, request: Request, delta, text: TextStream):
-        chosen, top_ids, top_logprobs = rows(delta.logprobs, range(len(delta.token_ids)), request.topk)
-        for index, token_id in enumerate(delta.token_ids):
-            ended = token_id in self.translator.stop_ids and not request.ignore_end
-            piece = "" if ended else text.push(token_id)
-            last = index == len(delta.token_ids) - 1
-            reason = "stop" if ended or text.stopped else delta.finish_reason if last else None
-            yield TokenEvent(token_id, piece + (text.finish() if reason else ""), float(chosen[index]),
-                             tuple(top_ids[index].tolist()) if request.topk else (),
-                             tuple(top_logprobs[index].tolist()) if request.topk else (), reason)
 
     def forget(self, digest: str) -> None:
         """Let the spooled file of a cartridge go once its requests are done."""
@@ -197,6 +186,15 @@ class AsyncVllmEngine:
         """Stop the engine's process and remove its temporary spool."""
         self._engine.shutdown()
         self.spool.close()
+
+
+def _token_events(answer: Answer, delta) -> Iterator[TokenEvent]:
+    """The events of the tokens in `delta`, vLLM's `CompletionOutput` of what is new."""
+    count = len(delta.token_ids)
+    chosen, *topk = rows(delta.logprobs, range(count), answer.request.topk)
+    for index, token_id in enumerate(delta.token_ids):
+        top = [None if row is None else row[index] for row in topk]
+        yield answer.event(token_id, chosen[index], *top, delta.finish_reason if index == count - 1 else None)
 
 
 def _check_finished(spool: Spool, prompt: Prompt, finish_reason: str | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cartridges.engines.answer import cut_at_stop, stop_token_ids
 from cartridges.engines.base import (
     CartridgePrefix,
     Completion,
@@ -66,7 +67,7 @@ class Translator:
         self.shape = kv_shape(config)
         self.window = window or config.max_position_embeddings
         self.max_topk = max_topk
-        self.stop_ids = _stop_ids(directory, config, self.tokenizer)
+        self.stop_ids = stop_token_ids(_generation_config(directory, config), self.tokenizer)
         # Any id of the vocabulary does: its embedding is never computed.
         self._placeholder = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
 
@@ -124,11 +125,9 @@ class Translator:
     def completion(self, request: Request, output) -> Completion:
         """`output` is vLLM's `CompletionOutput` of a finished request."""
         ids = tuple(output.token_ids)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        cuts = [text.index(stop) for stop in request.stop if stop in text]
+        text = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), request.stop)
         chosen, top_ids, top_logprobs = rows(output.logprobs, range(len(ids)), request.topk)
-        return Completion(ids, text[: min(cuts)] if cuts else text, output.finish_reason, chosen,
-                          top_ids, top_logprobs)
+        return Completion(ids, text, output.finish_reason, chosen, top_ids, top_logprobs)
 
     def score(self, request: ScoreRequest, prompt: Prompt, prompt_logprobs) -> Score:
         # Counted from the end: what was cached may have no rows at the front.
@@ -184,13 +183,9 @@ def _tenant_salt(tenant: str) -> str:
     return f"tenant.{hashlib.sha256(tenant.encode()).hexdigest()[:16]}" if tenant else ""
 
 
-def _stop_ids(directory: Path, config, tokenizer) -> frozenset[int]:
-    """End-of-turn tokens: the model's generation settings and the tokenizer's EOS."""
+def _generation_config(directory: Path, config):
     from transformers import GenerationConfig
 
     if (directory / "generation_config.json").is_file():
-        declared = GenerationConfig.from_pretrained(directory).eos_token_id
-    else:
-        declared = GenerationConfig.from_model_config(config).eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in [*declared, tokenizer.eos_token_id] if i is not None)
+        return GenerationConfig.from_pretrained(directory)
+    return GenerationConfig.from_model_config(config)
