@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from cartridges.errors import UserError
 from cartridges.files import file_digest, write_atomically
+from cartridges.records import KVShape
 
 if TYPE_CHECKING:
     from cartridges.cartridge import Cartridge
@@ -128,6 +129,12 @@ class Manifest(Record):
         """`[num_layers, num_key_value_heads, p, head_dim]` of `keys` and of `values`."""
         return (self.model.num_layers, self.model.num_key_value_heads, self.num_tokens,
                 self.model.head_dim)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the cartridge's keys and values in bfloat16, whatever the file's dtype."""
+        layers, heads, num_tokens, head_dim = self.shape
+        return num_tokens * KVShape(layers, heads, head_dim).bytes_per_token()
 
 
 @dataclass(frozen=True)

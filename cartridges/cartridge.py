@@ -1,21 +1,9 @@
 """The cartridge: a trainable KV cache of `p` slots in place of a corpus."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class KVShape:
-    """What a cartridge must agree on with its base model."""
-
-    num_layers: int
-    num_key_value_heads: int
-    head_dim: int
-
-    def bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        return 2 * self.num_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+from cartridges.records import KVShape
 
 
 class Cartridge(nn.Module):

@@ -9,6 +9,7 @@ The first slots of a cartridge are the frozen sink. A model takes one; the sinks
 cartridge are dropped (several cost half of the accuracy at eight cartridges, others found).
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,11 @@ from cartridges.cartridge import Cartridge
 def composed_tokens(sizes: Sequence[tuple[int, int]]) -> int:
     """Slots of a composition of cartridges with `(num_tokens, num_frozen_tokens)` each."""
     return sum(tokens - (frozen if index else 0) for index, (tokens, frozen) in enumerate(sizes))
+
+
+def composed_digest(digests: Sequence[str]) -> str:
+    """The digest of a composition of cartridges with these digests, in order."""
+    return hashlib.sha256("+".join(digests).encode()).hexdigest()
 
 
 def compose(cartridges: Sequence[Cartridge], frequencies: torch.Tensor) -> Cartridge:

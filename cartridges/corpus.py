@@ -266,14 +266,12 @@ def _parse_question(raw, place: str, default_id: str) -> Question:
         if type(gold) is not int or not 0 <= gold < len(options):
             raise UserError(f"{place}: \"gold\" must be the index of the right option, "
                             f"0 to {len(options) - 1}")
-        return Question(question_id, raw["question"], (options[gold],), tuple(options), gold,
-                        raw.get("metric", "mc_accuracy"))
+        return Question(question_id, raw["question"], (options[gold],), tuple(options), gold)
     answers = raw.get("answers")
     if not isinstance(answers, list) or not answers or not all(map(_is_text, answers)):
         raise UserError(f"{place} needs \"answers\" (a list of accepted texts), or \"options\" and "
                         "\"gold\"")
-    return Question(question_id, raw["question"], tuple(answers), metric=raw.get("metric",
-                                                                                "contains_word"))
+    return Question(question_id, raw["question"], tuple(answers))
 
 
 def _is_text(value) -> bool:

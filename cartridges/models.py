@@ -8,11 +8,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cartridges.cartridge import KVShape
 from cartridges.config import ModelSettings
 from cartridges.download import home, resolve_source
 from cartridges.errors import UserError
 from cartridges.files import file_digest, write_atomically
+from cartridges.records import KVShape
 from cartridges.template import ChatTemplate
 
 SUPPORTED_TYPES = ("llama", "qwen2", "qwen3", "mistral")
@@ -38,6 +38,10 @@ class ModelIdentity:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+
+    @property
+    def shape(self) -> KVShape:
+        return KVShape(self.num_layers, self.num_key_value_heads, self.head_dim)
 
 
 @dataclass(frozen=True)

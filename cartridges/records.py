@@ -10,6 +10,18 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
+class KVShape:
+    """What a token takes in a model's KV cache: the sizes a cartridge and its base model share."""
+
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+
+    def bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        return 2 * self.num_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True)
 class Document:
     """One text of the user's. `document_id` is a hash of its bytes."""
 
@@ -42,7 +54,6 @@ class Question:
     answers: tuple[str, ...]
     options: tuple[str, ...] = ()
     gold: int | None = None
-    metric: str = "contains_word"
 
 
 PASSAGES = 64

@@ -17,6 +17,8 @@ from cartridges.errors import UserError
 from cartridges.records import Message
 
 PREAMBLE = "Use the following text to answer the user.\n\n"
+MAX_CHARACTERS_PER_TOKEN = 64
+"""No text has tokens this long on average: a window of `n` tokens never holds more than `64 n` characters."""
 _MARK = re.compile("\ue000(\\d+)\ue001")
 """Stands, while a chat is rendered, for what must be read as text: `ChatTemplate._literal` of that index."""
 
@@ -47,6 +49,22 @@ class ChatTemplate:
     def system_ids(self, text: str) -> list[int]:
         """The closed system turn around the corpus or chunk `text`."""
         return self._encode(self._render([{"role": "system", "content": PREAMBLE + text}]))
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """The longest beginning of `text`, in whole tokens, whose system turn has at most `max_tokens`.
+
+        It is empty where the turn without text is that long already.
+        """
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = [end for _, end in encoded["offset_mapping"]]
+        keep = min(len(ends), max_tokens)
+        while keep > 0:
+            part = text if keep == len(ends) else text[: ends[keep - 1]]
+            excess = len(self.system_ids(part)) - max_tokens
+            if excess <= 0:
+                return part
+            keep -= excess
+        return ""
 
     def default_ids(self) -> list[int]:
         """What the template puts before a conversation when no system message is given."""

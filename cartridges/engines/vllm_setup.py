@@ -5,10 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cartridges.cartridge import KVShape
 from cartridges.config import EngineName, ModelSettings, VllmSettings
 from cartridges.errors import UserError
 from cartridges.models import choose_dtype
+from cartridges.records import KVShape
 
 
 def is_installed() -> bool:

@@ -19,14 +19,10 @@ from cartridges.errors import UserError
 from cartridges.evaluation.decoy import DECOY
 from cartridges.models import BaseModel
 from cartridges.records import Corpus
-from cartridges.template import ChatTemplate
+from cartridges.template import MAX_CHARACTERS_PER_TOKEN
 
 CORPUS_ARMS = frozenset({"full_context", "truncated", "exact_kv"})
 """Arms that need the corpus' text."""
-
-
-CHARACTERS_A_TOKEN = 64
-"""Most, on the average of a window: of a longer corpus more cannot be in it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: Cart
     if arm == "wrong_cartridge":
         return _of_cartridge(arm, wrong or decoy_cartridge(base, cartridge.cartridge.num_tokens))
     if arm == "truncated":
-        text = text_within(base.template, corpus_text, cartridge.cartridge.num_tokens)
+        text = base.template.cut(corpus_text, cartridge.cartridge.num_tokens)
         return ArmPrefix(arm, TextPrefix(text), len(base.template.system_ids(text)))
     text, cut = _fit_window(base, corpus_text, room)
     if arm == "exact_kv":
@@ -66,7 +62,7 @@ def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: Cart
 
 def text_for_arms(corpus: Corpus, base: BaseModel) -> str:
     """As much of the corpus' text as any arm may need."""
-    return corpus.beginning(CHARACTERS_A_TOKEN * base.identity.max_position_embeddings)
+    return corpus.beginning(MAX_CHARACTERS_PER_TOKEN * base.identity.max_position_embeddings)
 
 
 def check_arms(arms: Sequence[Arm], has_text: bool) -> None:
@@ -98,24 +94,7 @@ def exact_cartridge(base: BaseModel, text: str) -> CartridgePrefix:
 
 def decoy_cartridge(base: BaseModel, num_tokens: int) -> CartridgePrefix:
     """The exact KV of the bundled unrelated text, cut to `num_tokens` slots (or all that it has)."""
-    return exact_cartridge(base, text_within(base.template, DECOY, num_tokens))
-
-
-def text_within(template: ChatTemplate, text: str, max_tokens: int) -> str:
-    """The longest beginning of `text`, in whole tokens, whose system turn has at most `max_tokens`.
-
-    It is empty where the turn without text is that long already.
-    """
-    encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [end for _, end in encoded["offset_mapping"]]
-    keep = min(len(ends), max_tokens)
-    while keep > 0:
-        part = text if keep == len(ends) else text[: ends[keep - 1]]
-        excess = len(template.system_ids(part)) - max_tokens
-        if excess <= 0:
-            return part
-        keep -= excess
-    return ""
+    return exact_cartridge(base, base.template.cut(DECOY, num_tokens))
 
 
 def window_room(base: BaseModel, conversations: Sequence[Sequence[int]], max_answer_tokens: int) -> int:
@@ -134,4 +113,4 @@ def _fit_window(base: BaseModel, text: str, room: int) -> tuple[str, int | None]
                         f"{base.identity.name}'s window of {base.identity.max_position_embeddings}")
     if len(base.template.system_ids(text)) <= limit:
         return text, None
-    return text_within(base.template, text, limit), limit
+    return base.template.cut(text, limit), limit

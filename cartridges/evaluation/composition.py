@@ -6,14 +6,13 @@ So the questions of one cartridge are asked with 1, 3 and 7 partners loaded, the
 any cartridge decides with how many partners it may be served.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cartridges.compose import compose
+from cartridges.compose import compose, composed_digest
 from cartridges.config import EvaluateSettings
 from cartridges.engines.base import CartridgePrefix, Prefix
 from cartridges.errors import UserError
@@ -28,7 +27,7 @@ LOADED = (2, 4, 8)
 def compose_prefix(base: BaseModel, parts: Sequence[CartridgePrefix]) -> CartridgePrefix:
     """Several cartridges as one prefix of `base`."""
     cartridge = compose([part.cartridge for part in parts], rope_frequencies(base.identity))
-    return CartridgePrefix(cartridge, hashlib.sha256("+".join(part.digest for part in parts).encode()).hexdigest())
+    return CartridgePrefix(cartridge, composed_digest([part.digest for part in parts]))
 
 
 @dataclass(frozen=True)
