@@ -157,18 +157,18 @@ def test_gold_likelihood_is_that_of_the_answer_s_tokens(report, tiny_base_model)
 
 
 def test_distractors_are_distinct_and_stable():
-    from cartridges.evaluation.asking import distractors
+    from cartridges.evaluation.asking import wrong_options
 
     questions = [Question(f"q{n}", "?", (answer,)) for n, answer in
                  enumerate(["1", "17", "The Bear", "bear", "42", "8", "93", "5"])]
     for question in questions:
-        drawn = distractors(question, questions, 0)
-        assert len(drawn) == 3 and drawn == distractors(question, questions, 0)
+        drawn = wrong_options(question, questions, 0)
+        assert len(drawn) == 3 and drawn == wrong_options(question, questions, 0)
         folded = [metrics.normalize_squad(text) for text in (*question.answers, *drawn)]
         assert not any(a.startswith(b) for a in folded for b in folded if a is not b)
-    assert {distractors(questions[6], questions, seed) for seed in range(5)} != {
-        distractors(questions[6], questions, 0)}
-    assert distractors(questions[0], questions[:4], 0) == ()
+    assert {wrong_options(questions[6], questions, seed) for seed in range(5)} != {
+        wrong_options(questions[6], questions, 0)}
+    assert wrong_options(questions[0], questions[:4], 0) == ()
 
 
 def test_questions_are_drawn_by_seed_in_their_order(tiny_base_model):

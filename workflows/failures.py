@@ -7,7 +7,7 @@ from typing import Any
 
 from cartridges.errors import UserError
 from cartridges.records import Dropped, Task
-from cartridges.selfstudy.asking import AskingRefusedError
+from cartridges.selfstudy.asker import AskingRefusedError
 from cartridges.selfstudy.drop_reasons import ERROR, error_reason
 
 REFUSED = f"{ERROR}{AskingRefusedError.__name__}: "

@@ -15,7 +15,7 @@ from cartridges.template import ChatTemplate
 Progress = Callable[[int, int, str], None]
 """`(done, total, label)`: requests done of all."""
 
-NUM_DISTRACTORS = 3
+NUM_WRONG_OPTIONS = 3
 BLOCK_REQUESTS = 128
 """Requests handed to the engine at once: enough for full batches, few enough to report progress."""
 
@@ -101,7 +101,7 @@ def _answer_mask(prompt: int, answer: int) -> tuple[bool, ...]:
 def _item(question: Question, questions: Sequence[Question], template: ChatTemplate, seed: int) -> Item:
     candidates, gold = question.options, question.gold
     if not candidates:
-        candidates, gold = (question.answers[0], *distractors(question, questions, seed)), 0
+        candidates, gold = (question.answers[0], *wrong_options(question, questions, seed)), 0
     ids = tuple(tuple(template.tokenizer.encode(text.strip(), add_special_tokens=False))
                 for text in candidates)
     plain = tuple(template.conversation_ids(plain_messages(question.question)))
@@ -109,7 +109,7 @@ def _item(question: Question, questions: Sequence[Question], template: ChatTempl
     return Item(question, plain, prompt, tuple(candidates), ids, gold)
 
 
-def distractors(question: Question, questions: Sequence[Question], seed: int) -> tuple[str, ...]:
+def wrong_options(question: Question, questions: Sequence[Question], seed: int) -> tuple[str, ...]:
     """Three answers of other questions that are not accepted for this one; empty if there are fewer.
 
     None begins with another or with the gold answer: of `1` and `17`, `1` can never be less likely.
@@ -125,7 +125,7 @@ def distractors(question: Question, questions: Sequence[Question], seed: int) ->
             continue
         taken.append(folded)
         chosen.append(other.answers[0])
-        if len(chosen) == NUM_DISTRACTORS:
+        if len(chosen) == NUM_WRONG_OPTIONS:
             return tuple(chosen)
     return ()
 

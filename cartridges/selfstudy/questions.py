@@ -9,9 +9,9 @@ import random
 import re
 
 from cartridges.selfstudy.phrases import PLACES
+from cartridges.selfstudy.question_cleanup import QUESTION_WORD, without_trailing_words, without_unpaired_brackets
 from cartridges.selfstudy.spans import DATE, SCALES, YEAR, Statement
 from cartridges.selfstudy.table_questions import ask_row, row_sentence
-from cartridges.selfstudy.tidy import QUESTION_WORD, without_halves, without_loose_end
 from cartridges.selfstudy.verbs import has_verb, is_participle, is_plural, is_unit, is_word, main_verb
 
 _AUXILIARY = re.compile(
@@ -115,7 +115,7 @@ def sentence(statement: Statement, span: str, question: str) -> str | None:
         return statement.text
     clauses = re.split(r"(?<=[;,])\s+", statement.text)
     holding = [clause for clause in clauses if span in clause]
-    told = without_halves(holding[0], re.compile(re.escape(span))).rstrip(" ,;.") if holding else ""
+    told = without_unpaired_brackets(holding[0], re.compile(re.escape(span))).rstrip(" ,;.") if holding else ""
     return told + "." if len(told.split()) > 3 else span
 
 
@@ -258,7 +258,7 @@ def _subject_first(text: str, span: str) -> str:
 
 
 def _finish(question: str) -> str | None:
-    question = _JOINS.sub("", " ".join(without_halves(question, QUESTION_WORD).split()))
-    question = without_loose_end(re.sub(r" (?=[,;:])", "", question))
+    question = _JOINS.sub("", " ".join(without_unpaired_brackets(question, QUESTION_WORD).split()))
+    question = without_trailing_words(re.sub(r" (?=[,;:])", "", question))
     words = question.split()
     return question[:1].upper() + question[1:] + "?" if 3 <= len(words) <= MAX_QUESTION_WORDS else None

@@ -16,11 +16,11 @@ from cartridges.engines.base import Completion, Engine, Request, Score, ScoreReq
 from cartridges.prompts import example_messages
 from cartridges.records import Chunk, Conversation, Dropped, Message, Task
 from cartridges.selfstudy import filters
-from cartridges.selfstudy.asking import Ask, Asker, EngineAsker
+from cartridges.selfstudy.asker import Ask, Asker, EngineAsker
 from cartridges.selfstudy.drop_reasons import error_reason
 from cartridges.selfstudy.families import FAMILIES, Proposal
 from cartridges.selfstudy.general import General
-from cartridges.selfstudy.taught import said, taught_ids
+from cartridges.selfstudy.loss_mask import with_loss_mask, without_end_of_turn
 from cartridges.template import ChatTemplate
 
 
@@ -149,10 +149,10 @@ class Synthesizer:
         return self._taught(draft, (*self.template.text_ids(draft.proposal.answer), self.tokenizer.eos_token_id))
 
     def _taught(self, draft: _Draft, answer_ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        return taught_ids(self.template, draft.turns(), answer_ids, rounds=1 + len(draft.earlier))
+        return with_loss_mask(self.template, draft.turns(), answer_ids, rounds=1 + len(draft.earlier))
 
     def _said(self, ids, mask, logprobs: np.ndarray) -> np.ndarray:
-        return said(ids, mask, logprobs, self.tokenizer.eos_token_id)
+        return without_end_of_turn(ids, mask, logprobs, self.tokenizer.eos_token_id)
 
     def _gains(self, drafts, rows, taught: list[np.ndarray]) -> list[dict[str, float]]:
         """`{"information_gain": nats a token}` for each, by one more pass without the chunk; `{}` where

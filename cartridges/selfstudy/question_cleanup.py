@@ -8,7 +8,7 @@ _NEVER_LAST = re.compile(r"\s(?:(?i:the|an|its|their|and|or|but|that|than|becaus
 _LOOSE = " ,;:-–(/"
 
 
-def without_halves(text: str, keep: re.Pattern) -> str:
+def without_unpaired_brackets(text: str, keep: re.Pattern) -> str:
     """`text` without brackets and quotation marks that have no partner. What stands on the far side of such a bracket
     from where `keep` is found goes with it."""
     while halves := _halves(text):
@@ -31,7 +31,7 @@ def _halves(text: str) -> list[int]:
     return sorted(alone + opened)
 
 
-def without_loose_end(text: str) -> str:
+def without_trailing_words(text: str) -> str:
     """"shrunk, and the" -> "shrunk"."""
     text = text.rstrip(_LOOSE)
     while found := _NEVER_LAST.search(text):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cartridges.selfstudy.card import Summary
+from cartridges.selfstudy.data_card import Summary
 from cartridges.selfstudy.drop_reasons import DUPLICATE, NEAR_DUPLICATE
-from cartridges.selfstudy.near import near_duplicates
+from cartridges.selfstudy.near_duplicates import near_duplicates
 
 
-def duplicates(files: Sequence[Path], earlier: Sequence[Path] = ()) -> set[str]:
+def exact_duplicates(files: Sequence[Path], earlier: Sequence[Path] = ()) -> set[str]:
     """Ids of kept conversations whose messages another one, of a smaller id or in the files `earlier`,
     has word for word."""
     first = {digest: "" for _, digest in _digests(earlier)}
@@ -39,7 +39,7 @@ def _kept_texts(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
 def _repeated(files: Sequence[Path], exact: bool, similarity: float | None,
               earlier: Sequence[Path]) -> dict[str, str]:
     """Reasons by id. Of the last question and answer: the turns before may be the same examples."""
-    reasons = dict.fromkeys(duplicates(files, earlier), DUPLICATE) if exact else {}
+    reasons = dict.fromkeys(exact_duplicates(files, earlier), DUPLICATE) if exact else {}
     if similarity is not None:
         texts = sorted((conversation_id, " ".join(texts[-2:])) for conversation_id, texts in _kept_texts(files)
                        if conversation_id not in reasons)
@@ -47,12 +47,12 @@ def _repeated(files: Sequence[Path], exact: bool, similarity: float | None,
     return reasons
 
 
-def finish(parts: Path, shards: Path, exact: bool = True, similarity: float | None = None,
-           earlier: Sequence[Path] = (), rows_per_shard: int = 4096) -> Summary:
+def deduplicate(parts: Path, shards: Path, exact: bool = True, similarity: float | None = None,
+                earlier: Sequence[Path] = (), rows_per_shard: int = 4096) -> Summary:
     """Rewrite the files of `parts` as `shards/part-*.parquet` with duplicates marked as dropped.
 
     `exact` drops word-for-word repeats, of the files `earlier` too; `similarity` those alike to that
-    degree (`selfstudy.near`).
+    degree (`selfstudy.near_duplicates`).
     Rows are in the order of their ids, so the shards do not depend on which actor was quick.
     `shards` must not exist; a caller renames it into place.
     """

@@ -13,7 +13,7 @@ import openai
 
 from cartridges.config import SynthesizeSettings
 from cartridges.errors import UserError
-from cartridges.selfstudy.asking import STOP, Ask, AskingRefusedError, as_question
+from cartridges.selfstudy.asker import STOP, Ask, AskingRefusedError, as_question
 from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 
 RETRIES = 5
@@ -25,7 +25,7 @@ ODD = (AttributeError, IndexError, TypeError, ValueError)
 """What an answer raises that is not one of the API: HTML, no choices, broken JSON."""
 
 
-class HttpAsker:
+class EndpointAsker:
     """`Asker` over `settings.asking.endpoint`, several requests at a time.
 
     Raises `AskingRefusedError` where the service refuses the key or does not know the model or the route. Whatever

@@ -8,7 +8,7 @@ from cartridges.records import Message
 from cartridges.template import ChatTemplate
 
 
-def taught_ids(template: ChatTemplate, turns: Sequence[Message], answer_ids: Sequence[int],
+def with_loss_mask(template: ChatTemplate, turns: Sequence[Message], answer_ids: Sequence[int],
                rounds: int = 1) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """`(input_ids, loss_mask)` of `turns`, which end with the user's, and the answer to them; the answers of the last
     `rounds` are taught.
@@ -27,7 +27,7 @@ def taught_ids(template: ChatTemplate, turns: Sequence[Message], answer_ids: Seq
     return tuple(ids), tuple(mask.tolist())
 
 
-def said(ids: Sequence[int], mask: Sequence[bool], logprobs: np.ndarray, end: int) -> np.ndarray:
+def without_end_of_turn(ids: Sequence[int], mask: Sequence[bool], logprobs: np.ndarray, end: int) -> np.ndarray:
     """Of the `logprobs` at the loss positions those of words: the `end` of a turn says nothing about the answer."""
     told = np.array(ids[1:])[np.array(mask[:-1])]
     return logprobs[told != end]
