@@ -9,7 +9,7 @@ from cartridges.engines.detokenize import TextStream
 class Answer:
     """The answer to one request, token by token: its readable text, and why it ended.
 
-    `detokenize` False leaves the text out, for callers that decode it once at the end and set no stop strings.
+    With `detokenize` False there is no text; callers without stop strings decode the whole answer at the end.
     """
 
     def __init__(self, request: Request, tokenizer, stop_ids: frozenset[int], detokenize: bool = True):

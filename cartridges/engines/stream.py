@@ -1,8 +1,8 @@
-"""Streaming on a Hugging Face model: several clients at once, whose next tokens are decoded together.
+"""Streaming on a Hugging Face model: the next tokens of all active requests are decoded together.
 
-The reference that a faster serving engine must match. One worker thread takes turns: in each, every request
-that is still read gets one piece of prefill, and all that are being answered get a token in one forward pass
-(continuous batching: requests join and leave at any turn). Arithmetic is the model's own dtype.
+This is the reference for faster serving engines. One worker thread runs in turns (continuous batching: requests
+join and leave at any turn). In each turn, every request still in prefill advances by one piece, and every request
+in decoding gets a token in one shared forward pass. Arithmetic is in the model's dtype.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from cartridges.models import BaseModel
 from cartridges.row_attention import RowKV
 
 PREFILL_TOKENS = 512
-"""Longest piece of prefill in one turn, so that a long prompt does not hold up the other streams."""
+"""Longest piece of prefill in one turn, so that a long prompt does not block the other streams."""
 PREFILL_MULTIPLE = 16
 """Pieces are padded to multiples of this: on a CPU every new bfloat16 shape costs a kernel build."""
 
@@ -32,10 +32,9 @@ Turns = Generator[None, None, None]
 
 
 class TransformersStreamingEngine:
-    """`StreamingEngine` over `base`. At most `max_active` requests decode at once, the rest wait.
+    """`StreamingEngine` over `base`. At most `max_active` requests run at once; the others wait.
 
-    The KV of prefixes (cartridges, texts, the default system turn) is kept, least recently used out
-    first, up to `prefix_bytes` bytes.
+    The KV of prefixes (cartridges, texts, the default system turn) is cached up to `prefix_bytes` bytes.
     """
 
     def __init__(self, base: BaseModel, max_active: int = 16, prefix_bytes: int = 1 << 30):
@@ -54,7 +53,7 @@ class TransformersStreamingEngine:
     async def stream(self, request: Request, tenant: str = "") -> AsyncIterator[TokenEvent]:
         """Raises `UserError` when prefix, prompt and answer do not fit the model's window.
 
-        Shared prefixes are the only thing cached here, never conversations, so `tenant` parts nothing.
+        Only shared prefixes are cached, never conversations, so `tenant` makes no difference.
         """
         stream = _Stream(request, asyncio.get_running_loop())
         stream.turns = self._read(stream)
@@ -81,11 +80,11 @@ class TransformersStreamingEngine:
             return sum(not stream.cancelled for stream in [*self._waiting, *self._active])
 
     def forget(self, digest: str) -> None:
-        """Drop a cartridge's KV; requests that run keep their own copy."""
+        """Drop a cartridge's KV. Running requests keep their own copy."""
         self.prefixes.drop(digest)
 
     def close(self) -> None:
-        """Stop the worker. Requests that run end with `RuntimeError`."""
+        """Stop the worker. Running requests end with `RuntimeError`."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -97,19 +96,19 @@ class TransformersStreamingEngine:
         with torch.inference_mode():
             while self._admit():
                 writing = [stream for stream in self._active if stream.decoded and not stream.over]
-                self._attempt(writing, lambda: self._write(writing))  # noqa: B023  It is called at once.
+                self._attempt(writing, lambda: self._write(writing))  # noqa: B023  called immediately
                 for stream in self._active:
                     if not (stream.decoded or stream.over):
                         self._attempt([stream], lambda: next(stream.turns, None))  # noqa: B023
                 for stream in self._active:
                     if stream.over:
-                        stream.turns.close()  # With it goes the KV of one that was still being read.
+                        stream.turns.close()  # frees the KV of a request that was still in prefill
                 self._active = [stream for stream in self._active if not stream.over]
         for stream in [*self._waiting, *self._active]:
             stream.send(RuntimeError("the engine was closed"))
 
     def _admit(self) -> bool:
-        """Fill free slots from the queue; sleep while there is nothing to do. False: closed."""
+        """Fill free slots from the queue; sleep while there is nothing to do. False once closed."""
         with self._changed:
             while not (self._waiting or self._active or self._closed):
                 self._changed.wait()
@@ -121,7 +120,7 @@ class TransformersStreamingEngine:
     def _attempt(streams: Sequence["_Stream"], turn) -> None:
         try:
             turn()
-        except Exception as error:  # noqa: BLE001  It is raised again where the streams are read.
+        except Exception as error:  # noqa: BLE001  raised again in `stream`
             if len(streams) == 1:
                 streams[0].send(error)
                 return
@@ -129,7 +128,7 @@ class TransformersStreamingEngine:
                 stream.send(RuntimeError(f"decoding failed: {type(error).__name__}: {error}"))
 
     def _write(self, streams: Sequence["_Stream"]) -> None:
-        """The next token of each, by one pass over all."""
+        """Decode the next token of each stream in one forward pass."""
         if not streams:
             return
         decoded = [stream.decoded for stream in streams]
@@ -144,7 +143,7 @@ class TransformersStreamingEngine:
         self._choose(streams, self._head(hidden[:, -1])[:len(streams)])
 
     def _choose(self, streams: Sequence["_Stream"], logits: torch.Tensor) -> None:
-        """Send each of `streams` its token of `logits` `[streams, vocab_size]`."""
+        """Sample a token for each of `streams` from `logits` `[streams, vocab_size]` and send it."""
         logprobs = logits.float().cpu().log_softmax(-1)
         requests = [stream.request for stream in streams]
         tokens = sample(logprobs, torch.tensor([request.temperature for request in requests]),
@@ -154,7 +153,7 @@ class TransformersStreamingEngine:
             self._attempt([stream], lambda: stream.send(stream.decoded.take(token_id, row)))  # noqa: B023
 
     def _read(self, stream: "_Stream") -> Turns:
-        """Prefix and prompt, a piece each turn, and the first token of the answer."""
+        """Prefill prefix and prompt, one piece each turn, then send the first token of the answer."""
         request = stream.request
         row = yield from self._after_prefix(request)
         self._check_window(row.length, request)
@@ -184,12 +183,12 @@ class TransformersStreamingEngine:
         size = (1, shape.num_key_value_heads, 0, shape.head_dim)
         empty = [torch.zeros(size, dtype=self.base.dtype, device=self.base.device)] * shape.num_layers
         row = RowKV(empty, list(empty))
-        if ids:  # Some templates (Qwen3's) open a conversation with nothing.
+        if ids:  # some templates (Qwen3's) put nothing before a conversation
             yield from self._prefill(ids, row)
         return row
 
     def _prefill(self, ids: Sequence[int], row: RowKV) -> Generator[None, None, torch.Tensor]:
-        """Last hidden state `[1, hidden]`, after `ids` have been read into `row`."""
+        """Append the KV of `ids` to `row`; the last hidden state `[1, hidden]`."""
         for done in range(0, len(ids), PREFILL_TOKENS):
             if done:
                 yield None
@@ -197,7 +196,7 @@ class TransformersStreamingEngine:
         return hidden
 
     def _read_piece(self, ids: Sequence[int], row: RowKV) -> torch.Tensor:
-        # Causal, so padding on the right changes nothing of what stands before it.
+        # Attention is causal, so padding on the right does not affect the tokens before it.
         padded = torch.zeros(1, round_up(len(ids), PREFILL_MULTIPLE), dtype=torch.long)
         padded[0, :len(ids)] = torch.tensor(ids)
         tokens = padded.shape[1]
@@ -222,7 +221,7 @@ class TransformersStreamingEngine:
 
 
 class _Decoded:
-    """A request that is being answered: the KV it goes on from, its random draws, and its answer."""
+    """A request in decoding: its KV, its random draws and its answer so far."""
 
     def __init__(self, row: RowKV, draws: Draws, answer: Answer):
         self.row, self.draws, self.answer = row, draws, answer
@@ -235,7 +234,7 @@ class _Decoded:
 
 
 class _Stream:
-    """One request: its turns on the worker's side, its events on the client's."""
+    """One request: its turns for the worker thread, its events for the client."""
 
     def __init__(self, request: Request, loop: asyncio.AbstractEventLoop):
         self.request = request

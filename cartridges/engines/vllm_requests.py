@@ -1,8 +1,8 @@
-"""Our requests as vLLM's prompts and parameters, and its outputs as our records.
+"""Translates our requests to vLLM's prompts and parameters, and its outputs to our records.
 
-The only place that writes placeholders, `cache_salt` and `kv_transfer_params`: they belong together.
-A salt without parameters, or a prompt that is computed over placeholders, would put garbage into the
-prefix cache that later requests on the cartridge get without a sign.
+Only this module writes placeholders, `cache_salt` and `kv_transfer_params`, because they must agree. A salt
+without parameters, or a forward pass over placeholders, would silently put garbage into the prefix cache that
+later requests with the cartridge read.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ from cartridges.template import ChatTemplate
 
 @dataclass(frozen=True)
 class Prompt:
-    """`prefix_tokens` ids of the prefix, then the conversation.
+    """`prefix_tokens` ids of the prefix, followed by the conversation.
 
-    `content` is the hash of the spooled cartridge whose `prefix_tokens` placeholders these are, or
-    None for text. `salt` parts the prefix cache: prompts share blocks only under the same salt.
+    For a cartridge the prefix ids are placeholders and `content` is the hash of the spooled file; for text
+    `content` is None. Prompts share prefix-cache blocks only under the same `salt`.
     """
 
     token_ids: tuple[int, ...]
@@ -51,13 +51,13 @@ class Prompt:
         return {"kv_transfer_params": {"cartridge": self.content, "num_tokens": self.prefix_tokens}}
 
     def alone(self) -> "Prompt":
-        """The same prompt under a salt that nobody else has, so that it finds nothing cached."""
+        """The same prompt under a unique salt, so that none of it is in the cache."""
         return replace(self, salt=f"{self.salt or 'text'}-{uuid.uuid4().hex}")
 
 
 class Translator:
-    """Requests for the model in `model_dir`, whose context window is `window` tokens (0: the model's)
-    and which gives at most `max_topk` logprobs a token."""
+    """Translates requests for the model in `model_dir`, with a context window of `window` tokens (0: the model's)
+    and at most `max_topk` logprobs per token."""
 
     def __init__(self, model_dir: str | Path, window: int = 0, max_topk: int = 20):
         directory = Path(model_dir)
@@ -68,12 +68,12 @@ class Translator:
         self.window = window or config.max_position_embeddings
         self.max_topk = max_topk
         self.stop_ids = stop_token_ids(_generation_config(directory, config), self.tokenizer)
-        # Any id of the vocabulary does: its embedding is never computed.
+        # Any id of the vocabulary works: its KV is never computed.
         self._placeholder = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
 
     def prompt(self, prefix: Prefix, input_ids: tuple[int, ...], content: str | None, tenant: str = "",
                purpose: str = "") -> Prompt:
-        """`content` is the spooled file of a `CartridgePrefix`. Tenants never share cached blocks."""
+        """`content` is the hash of a `CartridgePrefix`'s spooled file. Tenants never share cached blocks."""
         if not input_ids:
             raise UserError("the prompt has no tokens; send at least one")
         ids = self._prefix_ids(prefix)
@@ -98,7 +98,7 @@ class Translator:
                             f"exceed the model's window of {self.window} tokens")
 
     def generation(self, request: Request, prompt: Prompt, **kwargs):
-        """`SamplingParams` that generate `request`. Logprobs are of T=1 (the engine's raw ones)."""
+        """`SamplingParams` that generate `request`. Logprobs are the engine's raw ones, at T=1."""
         from vllm import SamplingParams
 
         self.check_limits(prompt, request.max_tokens, request.topk)
@@ -110,7 +110,7 @@ class Translator:
         return guarded(prompt, params)
 
     def scoring(self, request: ScoreRequest, prompt: Prompt):
-        """`SamplingParams` that score a given conversation by one prefill."""
+        """`SamplingParams` that score a given conversation in one prefill."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -130,14 +130,14 @@ class Translator:
         return Completion(ids, text, output.finish_reason, chosen, top_ids, top_logprobs)
 
     def score(self, request: ScoreRequest, prompt: Prompt, prompt_logprobs) -> Score:
-        # Counted from the end: what was cached may have no rows at the front.
+        # Counted from the end, because cached tokens may have no rows at the front.
         back = len(prompt_logprobs) - len(prompt.token_ids) + prompt.prefix_tokens
         at = [back + position + 1 for position in loss_positions(request)]
         return Score(*rows(prompt_logprobs, at, request.topk))
 
 
 def guarded(prompt: Prompt, params):
-    """`params`, unless they would compute placeholders as if they were text. Raises `ValueError`."""
+    """`params`. Raises `ValueError` if they would compute placeholders as if they were text."""
     sent = (params.extra_args or {}).get("kv_transfer_params")
     if prompt.content is None:
         if sent is not None:
@@ -157,10 +157,11 @@ def loss_positions(request: ScoreRequest) -> list[int]:
 
 
 def rows(flat, at, topk: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Of vLLM's `FlatLogprobs` at positions `at`: chosen `[n]`, top-k ids and logprobs `[n, topk]`.
+    """Logprobs of the chosen tokens `[n]`, and top-k ids and logprobs `[n, topk]`, at positions `at` of vLLM's
+    `FlatLogprobs`.
 
-    A position holds the chosen token first and then the top k by falling probability; where vLLM has
-    merged outputs that were not fetched in time, a chosen token of the top k is there only once.
+    A position holds the chosen token, then the top k by falling probability. Where vLLM has merged outputs that
+    were not fetched in time, a chosen token that is in the top k occurs only once.
     """
     starts = [flat.start_indices[position] for position in at]
     chosen = np.array([flat.logprobs[start] for start in starts], np.float32)
@@ -174,7 +175,7 @@ def rows(flat, at, topk: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray
 
 
 def _ranked(flat, start: int, end: int) -> list[tuple[int, float]]:
-    """A position's distinct tokens by falling logprob; ties stay in vLLM's order."""
+    """The distinct tokens of a position by falling logprob; ties keep vLLM's order."""
     distinct = dict(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))
     return sorted(distinct.items(), key=lambda item: -item[1])
 
