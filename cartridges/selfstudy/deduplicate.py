@@ -1,4 +1,4 @@
-"""The last pass over written conversations: duplicates across all batches, and the counts."""
+"""The last pass over all written conversations: marks duplicates and counts."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,8 @@ from cartridges.selfstudy.near_duplicates import near_duplicates
 
 
 def exact_duplicates(files: Sequence[Path], earlier: Sequence[Path] = ()) -> set[str]:
-    """Ids of kept conversations whose messages another one, of a smaller id or in the files `earlier`,
-    has word for word."""
+    """Ids of kept conversations with the same messages, word for word, as one with a smaller id or in the files
+    `earlier`."""
     first = {digest: "" for _, digest in _digests(earlier)}
     repeated = set()
     for conversation_id, digest in sorted(_digests(files)):
@@ -29,7 +29,7 @@ def _digests(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
 
 
 def _kept_texts(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
-    """Ids and messages, spaces aside, of the kept conversations."""
+    """Ids and messages, with normalised spaces, of the kept conversations."""
     for file in files:
         for row in pq.read_table(file, columns=["conversation_id", "messages", "dropped"]).to_pylist():
             if not row["dropped"]:
@@ -38,7 +38,9 @@ def _kept_texts(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
 
 def _repeated(files: Sequence[Path], exact: bool, similarity: float | None,
               earlier: Sequence[Path]) -> dict[str, str]:
-    """Reasons by id. Of the last question and answer: the turns before may be the same examples."""
+    """Reasons of duplicates by id. Near duplicates compare only the last question and answer, because the turns before
+    may be the same examples."""
+
     reasons = dict.fromkeys(exact_duplicates(files, earlier), DUPLICATE) if exact else {}
     if similarity is not None:
         texts = sorted((conversation_id, " ".join(texts[-2:])) for conversation_id, texts in _kept_texts(files)
@@ -51,10 +53,9 @@ def deduplicate(parts: Path, shards: Path, exact: bool = True, similarity: float
                 earlier: Sequence[Path] = (), rows_per_shard: int = 4096) -> Summary:
     """Rewrite the files of `parts` as `shards/part-*.parquet` with duplicates marked as dropped.
 
-    `exact` drops word-for-word repeats, of the files `earlier` too; `similarity` those alike to that
-    degree (`selfstudy.near_duplicates`).
-    Rows are in the order of their ids, so the shards do not depend on which actor was quick.
-    `shards` must not exist; a caller renames it into place.
+    `exact` drops word-for-word repeats, also of the files `earlier`; `similarity` drops conversations that are
+    similar to that degree (`selfstudy.near_duplicates`). Rows are in the order of their ids, so the shards do
+    not depend on the speed of the actors. `shards` must not exist; the caller renames it into place.
     """
     files = sorted(parts.glob("*.parquet"))
     repeated = _repeated(files, exact, similarity, earlier)
@@ -78,7 +79,7 @@ def _ids(file: Path) -> list[str]:
 
 
 def _gather(files: Sequence[Path], located: Sequence[tuple[str, int, int]]) -> pa.Table:
-    """The rows at `(id, file number, row)`, in that order; each file is read once."""
+    """The rows at `located` (id, file number, row), in order of id; each file is read once."""
     wanted: dict[int, list[int]] = {}
     for _, number, row in located:
         wanted.setdefault(number, []).append(row)

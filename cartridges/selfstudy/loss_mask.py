@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are taught: the assistant's, of every round but the shared example turns."""
+"""The loss mask of a conversation: the assistant's tokens in all rounds except the example turns."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from cartridges.template import ChatTemplate
 
 def with_loss_mask(template: ChatTemplate, turns: Sequence[Message], answer_ids: Sequence[int],
                rounds: int = 1) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """`(input_ids, loss_mask)` of `turns`, which end with the user's, and the answer to them; the answers of the last
-    `rounds` are taught.
+    """`(input_ids, loss_mask)` of `turns`, which end with the user's, followed by the answer `answer_ids`. The mask
+    selects the answers of the last `rounds`.
 
-    Raises `ValueError` where the chat template writes an earlier turn otherwise than it was when it was answered.
+    Raises `ValueError` if the chat template changes the rendering of an earlier turn when later ones follow.
     """
     prompt = template.conversation_ids(turns)
     ids, mask = [*prompt, *answer_ids], np.zeros(len(prompt) + len(answer_ids), bool)
@@ -22,12 +22,12 @@ def with_loss_mask(template: ChatTemplate, turns: Sequence[Message], answer_ids:
         begin = template.conversation_ids(turns[: len(turns) - 2 * back])
         if ids[: len(begin)] != begin:
             raise ValueError("the chat template rewrites earlier turns: plan no conversations of several rounds")
-        # Up to the end of that turn.
+        # This answer extends to the end of its turn.
         mask[len(begin) - 1:ids.index(template.tokenizer.eos_token_id, len(begin))] = True
     return tuple(ids), tuple(mask.tolist())
 
 
 def without_end_of_turn(ids: Sequence[int], mask: Sequence[bool], logprobs: np.ndarray, end: int) -> np.ndarray:
-    """Of the `logprobs` at the loss positions those of words: the `end` of a turn says nothing about the answer."""
-    told = np.array(ids[1:])[np.array(mask[:-1])]
-    return logprobs[told != end]
+    """The `logprobs` at the loss positions except those of `end`, which say nothing about the answer."""
+    targets = np.array(ids[1:])[np.array(mask[:-1])]
+    return logprobs[targets != end]
