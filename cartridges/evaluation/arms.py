@@ -1,11 +1,11 @@
-"""The arms of a report card: what stands before the questions, and how many KV slots it takes.
+"""The arms of a report card: the prefix before the questions, and its number of KV slots.
 
-    closed_book      the base model alone: what it knows without the corpus
-    full_context     the corpus as a system turn (cut where it exceeds the model's window)
-    truncated        as much of the corpus' beginning as fits in the cartridge's p slots
+    closed_book      the base model alone, for its knowledge without the corpus
+    full_context     the corpus as a system turn (cut to the model's window)
+    truncated        the beginning of the corpus that fits in the cartridge's p slots
     cartridge        the cartridge
-    wrong_cartridge  another text's cartridge: what having *any* cartridge does
-    exact_kv         full_context's KV pushed through the cartridge path; must equal full_context
+    wrong_cartridge  a cartridge of another text, for the effect of *any* cartridge
+    exact_kv         full_context's KV as a cartridge; the results must equal full_context
 """
 
 import hashlib
@@ -27,8 +27,8 @@ CORPUS_ARMS = frozenset({"full_context", "truncated", "exact_kv"})
 
 @dataclass(frozen=True)
 class ArmPrefix:
-    """`prefix` takes `num_tokens` KV slots. `truncated_to_window` is set where the corpus did not fit:
-    the slots that were left for it."""
+    """`prefix` takes `num_tokens` KV slots. If the corpus did not fit in the window, `truncated_to_window` is the
+    number of slots that were available for it."""
 
     arm: Arm
     prefix: Prefix
@@ -38,10 +38,10 @@ class ArmPrefix:
 
 def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: CartridgePrefix | None,
               corpus_text: str | None, room: int) -> ArmPrefix:
-    """The prefix of `arm`. `room` is the most tokens that question and answer take behind it.
+    """The prefix of `arm`. `room` is the maximum number of tokens for question and answer after it.
 
-    `wrong` None takes the decoy. Raises `UserError` when an arm of `CORPUS_ARMS` has no `corpus_text`,
-    or the window no room.
+    `wrong` None uses the decoy. Raises `UserError` if an arm of `CORPUS_ARMS` has no `corpus_text`,
+    or if the window is too small.
     """
     check_arms([arm], has_text=corpus_text is not None)
     if arm == "closed_book":
@@ -61,12 +61,12 @@ def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: Cart
 
 
 def text_for_arms(corpus: Corpus, base: BaseModel) -> str:
-    """As much of the corpus' text as any arm may need."""
+    """The part of the corpus' text that the arms may need."""
     return corpus.beginning(MAX_CHARACTERS_PER_TOKEN * base.identity.max_position_embeddings)
 
 
 def check_arms(arms: Sequence[Arm], has_text: bool) -> None:
-    """Raise `UserError` for an arm that needs a corpus text where there is none."""
+    """Raise `UserError` for an arm that needs a corpus text if there is none."""
     needy = [arm for arm in arms if arm in CORPUS_ARMS]
     if needy and not has_text:
         raise UserError(f"arm {needy[0]} needs the corpus text; give it with --corpus, or leave the arm "
@@ -74,9 +74,9 @@ def check_arms(arms: Sequence[Arm], has_text: bool) -> None:
 
 
 def exact_cartridge(base: BaseModel, text: str) -> CartridgePrefix:
-    """The untrained KV of `text`'s system turn as a cartridge, by Hugging Face's own cache.
+    """The untrained KV of `text`'s system turn as a cartridge, computed with Hugging Face's own cache.
 
-    Not by the engine's prefill: the arm is there to catch an error in the engine's prefix path.
+    It does not use the engine's prefill, because the arm must reveal errors in the engine's prefix path.
     """
     import torch
     from transformers import DynamicCache
@@ -93,12 +93,12 @@ def exact_cartridge(base: BaseModel, text: str) -> CartridgePrefix:
 
 
 def decoy_cartridge(base: BaseModel, num_tokens: int) -> CartridgePrefix:
-    """The exact KV of the bundled unrelated text, cut to `num_tokens` slots (or all that it has)."""
+    """The exact KV of the bundled unrelated text, cut to at most `num_tokens` slots."""
     return exact_cartridge(base, base.template.cut(DECOY, num_tokens))
 
 
 def window_room(base: BaseModel, conversations: Sequence[Sequence[int]], max_answer_tokens: int) -> int:
-    """Tokens to keep free behind any prefix: the longest of `conversations` and an answer."""
+    """Tokens to reserve after any prefix: for the longest of `conversations` and an answer."""
     return max(len(ids) for ids in conversations) + max_answer_tokens
 
 
