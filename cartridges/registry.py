@@ -281,7 +281,7 @@ class Registry:
     def _delete_version(self, entry: Entry, force: bool) -> str:
         aliases = self.aliases(entry.name)
         if entry.aliases and not force:
-            raise UserError(f"{entry.name}@{entry.version} is what {', '.join(entry.aliases)} means; "
+            raise UserError(f"{entry.name}@{entry.version} has the alias {', '.join(entry.aliases)}; "
                             "promote another version first, or use --force")
         kept = {alias: version for alias, version in aliases.items() if version != entry.version}
         if kept != aliases:

@@ -90,7 +90,7 @@ class Translator:
 
     def check_limits(self, prompt: Prompt, answer_tokens: int, topk: int) -> None:
         if topk > self.max_topk:
-            raise UserError(f"{topk} logprobs a token are more than this engine's {self.max_topk}; ask for "
+            raise UserError(f"{topk} logprobs per token exceed this engine's maximum of {self.max_topk}; ask for "
                             "fewer")
         given = len(prompt.token_ids) - prompt.prefix_tokens
         if len(prompt.token_ids) + answer_tokens > self.window:

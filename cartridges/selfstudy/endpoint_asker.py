@@ -60,7 +60,7 @@ class EndpointAsker:
         except openai.OpenAIError as error:
             return error
         except ODD as error:
-            return RuntimeError(f"the answer is none of the API ({type(error).__name__})")
+            return RuntimeError(f"the response does not follow the API ({type(error).__name__})")
 
     def _ask(self, ask: Ask) -> str:
         how = dict(model=self.settings.asking.endpoint_model, max_tokens=self.settings.max_question_tokens,
