@@ -1,14 +1,13 @@
 """A cartridge as one tar file: `<name>/cartridge.safetensors` and `<name>/manifest.json`.
 
-The corpus' text is not in it, even where the registry keeps it. Archives come from strangers: only
-these two regular files are ever read, streamed to paths we choose; links, sparse files, other members
-and other sizes than the manifest's are refused.
+It never contains the corpus' text, even if the registry keeps it. Archives are untrusted: only these two regular
+files are read, streamed to paths that we choose. Links, sparse files, other members and sizes that differ from the
+manifest's are refused.
 """
 
 import io
 import shutil
 import tarfile
-import uuid
 from pathlib import Path
 
 from cartridges.artifact import (
@@ -21,31 +20,27 @@ from cartridges.artifact import (
     verify,
 )
 from cartridges.errors import UserError
+from cartridges.files import replacing
 
 
 def pack(directory: Path, name: str, output: Path) -> None:
-    """Write the artifact in `directory` to the tar `output`, by rename. Same input, same bytes."""
+    """Write the artifact in `directory` to the tar `output`, by rename. The same input gives the same bytes."""
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no directory {output.parent}")
     manifest = manifest_bytes(verify(directory).model_copy(update={"corpus_text": None}))
-    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-            with open(directory / TENSORS, "rb") as tensors:
-                for file, size, data in ((MANIFEST, len(manifest), io.BytesIO(manifest)),
-                                         (TENSORS, (directory / TENSORS).stat().st_size, tensors)):
-                    member = tarfile.TarInfo(f"{name}/{file}")
-                    member.size = size
-                    tar.addfile(member, data)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (replacing(output) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar,
+          open(directory / TENSORS, "rb") as tensors):
+        for file, size, data in ((MANIFEST, len(manifest), io.BytesIO(manifest)),
+                                 (TENSORS, (directory / TENSORS).stat().st_size, tensors)):
+            member = tarfile.TarInfo(f"{name}/{file}")
+            member.size = size
+            tar.addfile(member, data)
 
 
 def unpack(archive: Path, directory: Path) -> str:
-    """Read the tar `archive` into the existing `directory`, verify the cartridge, return its name.
+    """Read the tar `archive` into the existing `directory`, verify the cartridge and return its name.
 
-    Raises `UserError` for anything but a whole cartridge.
+    Raises `UserError` for anything but a complete cartridge.
     """
     if not archive.is_file():
         raise UserError(f"{archive} is not a file; give a tar written by `cartridges export`")
@@ -65,7 +60,7 @@ def unpack(archive: Path, directory: Path) -> str:
 
 
 def _members(tar: tarfile.TarFile, archive: Path) -> tuple[str, dict[str, tarfile.TarInfo]]:
-    """The folder's name and the two members, or a refusal."""
+    """The folder's name and its two members. Raises `UserError` for anything else in the archive."""
     found: dict[str, tarfile.TarInfo] = {}
     folders = set()
     for member in tar:

@@ -1,16 +1,14 @@
 """The artifact: a released cartridge on disk, `cartridge.safetensors` and `manifest.json`.
 
-The manifest is written last, by rename, so that a directory is a cartridge exactly when its
-manifest is there. It holds the tensor file's digest and everything a base model must agree on:
-a cartridge in front of another model, tokenizer or chat template answers, and answers nonsense.
+The manifest is written last, by rename, so a directory holds a cartridge exactly if it has a manifest. The
+manifest records the tensor file's digest and everything that the base model must match: with another model,
+tokenizer or chat template a cartridge gives nonsense without an error.
 
-Nothing here needs torch until tensors are written or read, so that listing a registry is quick.
+This module imports torch only to write or read tensors, so that listing a registry is quick.
 """
 
 import hashlib
 import json
-import os
-import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cartridges.errors import UserError
+from cartridges.files import file_digest, write_atomically
+from cartridges.records import KVShape
 
 if TYPE_CHECKING:
     from cartridges.cartridge import Cartridge
@@ -31,19 +31,19 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 PROVENANCE = {"format_version", "report_card", "created", "libraries", "corpus_text", "composition",
               "composition_card"}
-"""Manifest fields that are not part of the version: they tell of the build, not of the cartridge."""
+"""Manifest fields that are not part of the version: they describe the build, not the cartridge."""
 
 Dtype = Literal["bfloat16", "float32"]
 
 
 class Record(BaseModel):
-    # `model_` is pydantic's own prefix; our field `model` is meant.
+    # Pydantic reserves the prefix `model_`, which would clash with the field `model`.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True,
                               protected_namespaces=())
 
 
 class ModelRecord(Record):
-    """The base model a cartridge belongs to; the fields of `cartridges.models.ModelIdentity`."""
+    """The base model of a cartridge, with the fields of `cartridges.models.ModelIdentity`."""
 
     name: str
     revision: str | None
@@ -59,7 +59,7 @@ class ModelRecord(Record):
 
     @classmethod
     def of(cls, identity: "ModelIdentity") -> "ModelRecord":
-        # Through JSON, so that a fresh record equals one read from a manifest (tuples are lists).
+        # Converted through JSON, so that a new record equals one read from a manifest (tuples become lists).
         plain = json.loads(json.dumps(asdict(identity)))
         return cls(**{name: plain[name] for name in cls.model_fields})
 
@@ -68,11 +68,11 @@ class CorpusRecord(Record):
     id: str
     fingerprint: str
     tokens: int = Field(ge=0)
-    """Length of the corpus in the base model's tokens."""
+    """Length of the corpus in tokens of the base model."""
 
 
 class TextRecord(Record):
-    """The corpus' text, kept beside the cartridge (`cartridges.corpus_text`)."""
+    """The corpus' text, stored beside the cartridge (`cartridges.corpus_text`)."""
 
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 of the UTF-8 bytes of `corpus.txt`."""
@@ -84,21 +84,21 @@ class Manifest(Record):
     digest: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 of the bytes of `cartridge.safetensors`."""
     file_bytes: int = Field(ge=1)
-    """Size of `cartridge.safetensors`: tells a truncated file from a changed one."""
+    """Size of `cartridge.safetensors`, to distinguish a truncated file from a changed one."""
     model: ModelRecord
     num_tokens: int = Field(ge=1)
     num_frozen_tokens: int = Field(ge=0)
     dtype: Dtype
     corpus: CorpusRecord
     corpus_text: TextRecord | None = None
-    """The text, where it was kept: what full context reads. None for a private corpus."""
+    """The stored text, for full-context answers. None for a private corpus."""
     settings: dict[str, Any] = {}
     seed: int = 0
     report_card: dict[str, Any] | None = None
     composition: int = Field(0, ge=0)
-    """With how many partners loaded beside it the cartridge passed the collapse test; 0 is none."""
+    """Number of other cartridges loaded beside this one with which it passed the collapse test; 0: none."""
     composition_card: dict[str, Any] | None = None
-    """What that test found (`cartridges.evaluation.composition`)."""
+    """Result of that test (`cartridges.evaluation.composition`)."""
     licence: str | None = None
     created: str
     """UTC, ISO 8601."""
@@ -112,16 +112,16 @@ class Manifest(Record):
 
     @property
     def version(self) -> str:
-        """Content hash, 16 hex digits: the same cartridge has the same version anywhere."""
-        # Defaults are left out, so that a field added later does not change older versions.
+        """Content hash, 16 hex digits: the same cartridge has the same version everywhere."""
+        # Defaults are excluded, so that a field added later does not change older versions.
         content = self.model_dump(mode="json", exclude=PROVENANCE, exclude_defaults=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def is_draft(self) -> bool:
-        """Whether it is the start of a training that was not run."""
+        """Whether the cartridge is only an initialisation, without training."""
         train = self.settings.get("train")
-        # One that goes on from a cartridge is that cartridge.
+        # A cartridge initialised from another one equals that one.
         return isinstance(train, dict) and train.get("loss") == "none" and train.get("init") != "cartridge"
 
     @property
@@ -130,10 +130,16 @@ class Manifest(Record):
         return (self.model.num_layers, self.model.num_key_value_heads, self.num_tokens,
                 self.model.head_dim)
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the cartridge's keys and values in bfloat16, whatever the file's dtype."""
+        layers, heads, num_tokens, head_dim = self.shape
+        return num_tokens * KVShape(layers, heads, head_dim).bytes_per_token()
+
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded cartridge. `digest` names its bytes: the salt of prefix caches."""
+    """A loaded cartridge. `digest` identifies its bytes and is the salt of prefix caches."""
 
     cartridge: "Cartridge"
     manifest: Manifest
@@ -144,7 +150,7 @@ def save(directory: str | Path, cartridge: "Cartridge", *, model: "ModelIdentity
          corpus: CorpusRecord, settings: dict[str, Any], seed: int = 0,
          report_card: dict[str, Any] | None = None, composition: int = 0,
          licence: str | None = None, dtype: Dtype = "bfloat16") -> Manifest:
-    """Write `cartridge` as an artifact. What `load` gives back is bit-equal to it cast to `dtype`.
+    """Write `cartridge` as an artifact. `load` returns tensors bit-equal to it cast to `dtype`.
 
     Raises `UserError` if the cartridge is not of `model`'s shape or holds non-finite values.
     """
@@ -158,7 +164,7 @@ def save(directory: str | Path, cartridge: "Cartridge", *, model: "ModelIdentity
         composition=composition, licence=licence, libraries=_library_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"))
     _check_shape(cartridge, manifest)
-    # An older manifest must not vouch for the new tensors if we are killed in between.
+    # An older manifest must not stand beside the new tensors if the process is killed in between.
     (directory / MANIFEST).unlink(missing_ok=True)
     write_atomically(directory / TENSORS, data)
     write_manifest(directory, manifest)
@@ -166,7 +172,7 @@ def save(directory: str | Path, cartridge: "Cartridge", *, model: "ModelIdentity
 
 
 def set_report_card(directory: str | Path, report_card: dict[str, Any]) -> Manifest:
-    """Put `report_card` into the manifest of an artifact that is not published yet."""
+    """Add `report_card` to the manifest of an artifact that is not published yet."""
     manifest = read_manifest(directory).model_copy(update={"report_card": report_card})
     write_manifest(directory, manifest)
     return manifest
@@ -175,7 +181,7 @@ def set_report_card(directory: str | Path, report_card: dict[str, Any]) -> Manif
 def load(directory: str | Path) -> Artifact:
     """Read and verify an artifact: manifest, digest, shapes, dtype, finite values.
 
-    Raises `UserError` that names the file and what is wrong with it.
+    Raises a `UserError` that names the file and its fault.
     """
     directory = Path(directory)
     manifest = verify(directory)
@@ -186,7 +192,7 @@ def load(directory: str | Path) -> Artifact:
 
 
 def verify(directory: str | Path) -> Manifest:
-    """Check that the manifest is whole and the tensor file has its digest; no tensors are read."""
+    """Check that the manifest is valid and the tensor file has its digest, without reading tensors."""
     directory = Path(directory)
     manifest = read_manifest(directory)
     path = directory / TENSORS
@@ -202,7 +208,7 @@ def verify(directory: str | Path) -> Manifest:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest alone. Raises `UserError` where there is none or it cannot be read."""
+    """The manifest alone. Raises `UserError` if there is none or it cannot be read."""
     path = Path(directory) / MANIFEST
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is not a directory; give the directory of a cartridge")
@@ -232,7 +238,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 
 def check_compatible(manifest: Manifest, identity: "ModelIdentity") -> None:
-    """Refuse a base model the cartridge was not built for. `UserError` names every mismatch."""
+    """Raise a `UserError` that names every mismatch if the cartridge was not built for this base model."""
     built, given = manifest.model, ModelRecord.of(identity)
     problems = [label for label, fields in _MUST_AGREE.items()
                 if any(getattr(built, field) != getattr(given, field) for field in fields)]
@@ -260,25 +266,6 @@ def write_manifest(directory: Path | str, manifest: Manifest) -> None:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     return (manifest.model_dump_json(indent=1) + "\n").encode()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary name, fsync, rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _to_bytes(cartridge: "Cartridge", dtype: Dtype) -> bytes:

@@ -1,34 +1,22 @@
 """The cartridge: a trainable KV cache of `p` slots in place of a corpus."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class KVShape:
-    """What a cartridge must agree on with its base model."""
-
-    num_layers: int
-    num_key_value_heads: int
-    head_dim: int
-
-    def bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        return 2 * self.num_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+from cartridges.records import KVShape
 
 
 class Cartridge(nn.Module):
     """Keys (after RoPE) and values for the first `p` cache positions of a frozen model.
 
     Source: the paper's parametrisation (arXiv 2506.06266, section on initialisation): slot 0 is the
-    attention sink and stays frozen, or training diverges; all other slots are free parameters.
+    attention sink and stays frozen, because training diverges otherwise; all other slots are free parameters.
 
     `keys` and `values` are `[num_layers, num_key_value_heads, p, head_dim]`. The first
     `num_frozen_tokens` slots are buffers, and so is all of the first `num_frozen_layers` layers; the
     rest are float32 parameters, so that an optimiser given `parameters()` never sees the sink and
-    small updates are not lost to bfloat16. What is frozen matters to training only, and an artifact
-    keeps the sink's length alone.
+    bfloat16 does not round small updates away. Freezing matters only in training, and an artifact
+    records only the length of the sink.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_frozen_tokens: int = 1,
@@ -72,10 +60,10 @@ class Cartridge(nn.Module):
         return torch.cat([self.lower_keys, keys]), torch.cat([self.lower_values, values])
 
     def upper_keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`keys_values()` of the layers from `num_frozen_layers` on."""
+        """`keys_values()` of the layers above the frozen ones."""
         return (torch.cat([self.frozen_keys, self.trainable_keys], dim=2),
                 torch.cat([self.frozen_values, self.trainable_values], dim=2))
 
     def with_frozen_layers(self, num_frozen_layers: int) -> "Cartridge":
-        """The same keys and values, of which the first `num_frozen_layers` layers are frozen."""
+        """The same keys and values with the first `num_frozen_layers` layers frozen."""
         return Cartridge(*self.keys_values(), self.num_frozen_tokens, num_frozen_layers)

@@ -1,7 +1,7 @@
-"""Corpus -> chunks: slices of documents, short enough for the teacher, cut where a reader would.
+"""Cuts a corpus into chunks: slices of documents at natural boundaries, short enough for the teacher.
 
-Coarse cuts first (sections, paragraphs), finer ones (lines, sentences, words, tokens) only inside what
-is still too long; then neighbours are packed into chunks of even length.
+Coarse cuts (sections, paragraphs) come first; finer ones (lines, sentences, words, tokens) apply only to parts that
+are still too long. Then neighbours are packed into chunks of even length.
 """
 
 import bisect
@@ -23,9 +23,9 @@ TINY_SHARE = 0.25
 _HEADING = r"(?m)^(?=#{1,6} \S)"
 _PROSE_CUTS = (
     re.compile(_HEADING),
-    # Paragraphs; a heading stays with the paragraph that it announces.
+    # Paragraphs; a heading stays with the paragraph after it.
     re.compile(r"\n[ \t]*\n(?:[ \t]*\n)*"),
-    # Lines that end for a reason: list items, table rows, verse; not hard-wrapped prose.
+    # Intended line ends: list items, table rows, verse; not hard-wrapped prose.
     re.compile(r"(?<=[.!?:;|])[ \t]*\n|\n(?=[ \t]*(?:[-*+|•]|\d+[.)])[ \t]?)"),
     re.compile(r"(?<=[.!?])[\"')\]”’]*\s+|(?<=[。！？])"),
     re.compile(r"\n"),
@@ -46,13 +46,15 @@ def chunk_corpus(corpus: Corpus, tokenizer, settings: ChunkSettings) -> list[Chu
 
 
 class Chunks:
-    """The chunks of all documents, in order, cut in every pass, with no more than a document in memory. After a pass
-    it knows where each stands, and gives some of them again without cutting anew."""
+    """The chunks of all documents, in order. Every pass cuts them again, with one document in memory at a time.
+
+    After a pass the positions of all chunks are known, and `with_ids` yields some of them without cutting again.
+    """
 
     def __init__(self, corpus: Corpus, tokenizer, settings: ChunkSettings):
         self.corpus, self.tokenizer, self.settings = corpus, tokenizer, settings
         self._places = array("q")
-        """Number of the document, start and end of each: a corpus may have millions."""
+        """Document number, start and end of each chunk, flat, because a corpus may have millions."""
 
     def __iter__(self) -> Iterator[Chunk]:
         self._places = array("q")
@@ -62,11 +64,11 @@ class Chunks:
                 yield chunk
 
     def __len__(self) -> int:
-        """Of the last pass."""
+        """Number of chunks in the last pass."""
         return len(self._places) // 3
 
     def with_ids(self, wanted: Collection[str]) -> Iterator[Chunk]:
-        """Those of the last pass whose ids are `wanted`, in order."""
+        """The chunks of the last pass with `wanted` ids, in order."""
         places = iter(zip(*(self._places[part::3] for part in range(3)), strict=True))
         place = next(places, None)
         for number, document in enumerate(self.corpus.documents):
@@ -80,8 +82,8 @@ class Chunks:
 def chunk_document(document: Document, tokenizer, settings: ChunkSettings) -> list[Chunk]:
     """Chunks of at most `settings.max_tokens` tokens each, in order and without overlap.
 
-    `document.text[start:end] == text` for each; only whitespace lies between them. The ids are a
-    function of document and position. `tokenizer` is a fast one (it gives offsets).
+    `document.text[start:end] == text` for each, with only whitespace between chunks. The ids depend
+    only on document and position. `tokenizer` must be a fast one (for offsets).
     """
     return [_chunk(document, start, end)
             for start, end in _Cutter(document, tokenizer, settings.max_tokens).spans()]
@@ -93,7 +95,7 @@ def _chunk(document: Document, start: int, end: int) -> Chunk:
 
 
 class _Cutter:
-    """Cuts one document. Token counts come from one pass over it, and are checked at the end."""
+    """Cuts one document. Token counts come from one pass over it and are checked at the end."""
 
     def __init__(self, document: Document, tokenizer, max_tokens: int):
         self.text = document.text
@@ -111,7 +113,7 @@ class _Cutter:
         return [span for part in rough for span in self._exact(part)]
 
     def _exact(self, span: Span) -> list[Span]:
-        """A slice alone may take more tokens than inside its document: then cut it again, shorter."""
+        """`span`, cut again if it has more tokens alone than inside its document."""
         span = self._trim(span)
         limit = self.max_tokens
         parts = [span] if span[0] < span[1] else []
@@ -140,7 +142,7 @@ class _Cutter:
         return self._pack(parts, limit) if len(pieces) > 1 else parts
 
     def _pieces(self, start: int, end: int, level: int) -> list[Span]:
-        """Cut behind each match of the level's pattern, so that nothing is lost."""
+        """Cut after each match of the level's pattern, so that no text is lost."""
         ends = [match.end() for match in self.cuts[level].finditer(self.text, start, end)]
         if self.has_headings and level == 1:
             ends = [cut for cut in ends if not self._heading_before(start, cut)]
@@ -152,14 +154,14 @@ class _Cutter:
         return re.match(_HEADING, last_line) is not None
 
     def _split_tokens(self, start: int, end: int, limit: int) -> list[Span]:
-        """No whitespace left (base64, some scripts): cut before every `limit`-th token."""
+        """Cut before every `limit`-th token, where there is no whitespace (base64, some scripts)."""
         first, last = (bisect.bisect_left(self.token_starts, at) for at in (start, end))
         cuts = sorted({self.token_starts[i] for i in range(first + limit, last, limit)} - {start, end})
         bounds = [start, *cuts, end]
         return list(zip(bounds, bounds[1:], strict=False))
 
     def _pack(self, parts: list[Span], limit: int) -> list[Span]:
-        """Join neighbours into spans of even length: the last one is not a crumb."""
+        """Join neighbours into spans of even length, so that the last one is not very short."""
         total = sum(self._count(*part) for part in parts)
         target = total / -(-total // limit)
         packed = [parts[0]]
@@ -190,7 +192,7 @@ class _Cutter:
         return not starts_section or self._count(*left) < TINY_SHARE * limit
 
     def _trim(self, span: Span) -> Span:
-        """Without blank lines before and whitespace after; the first line keeps its indentation."""
+        """`span` without leading blank lines and trailing whitespace; the first line keeps its indentation."""
         start, end = span
         text = self.text[start:end]
         lead = text[: len(text) - len(text.lstrip())]

@@ -1,4 +1,4 @@
-"""A collection: several corpora in one place, each of which gets a cartridge of its own."""
+"""A collection: several corpora in one place, each of which gets its own cartridge."""
 
 import fnmatch
 import hashlib
@@ -16,8 +16,8 @@ from cartridges.tables import is_table, open_table
 
 @dataclass(frozen=True)
 class Part:
-    """One corpus of a collection, as `load_corpus(path, corpus_id)` reads it; its id is unique there. For a document
-    of a folder it is the relative path, and only a name."""
+    """One corpus of a collection, as `load_corpus(path, corpus_id)` reads it. Its id is unique in the collection; for
+    a document of a folder it is the relative path."""
 
     path: str
     corpus_id: str
@@ -25,7 +25,7 @@ class Part:
 
 def parts(path: str, pattern: str | None = None) -> list[Part]:
     """The corpora at `path`: rows of a JSONL or a table by their `corpus_id`, or the documents of a folder by their
-    relative paths; `pattern`, a shell pattern of ids or paths, picks some. Raises `UserError` where there are none.
+    relative paths. `pattern`, a shell pattern of ids or paths, selects some. Raises `UserError` if there are none.
     """
     where = Path(path).expanduser()
     if not where.exists():
@@ -33,7 +33,7 @@ def parts(path: str, pattern: str | None = None) -> list[Part]:
     if is_table(where):
         found = [Part(path, name) for name in _ids_of_table(where)]
     elif where.is_dir():
-        # A long one stands as several documents.
+        # A long file is split into several documents.
         sources = dict.fromkeys(document.source for document in load_corpus(path).documents)
         found = [Part(str(where / source), source) for source in sources]
     elif where.suffix.lower() in jsonl.SUFFIXES:
@@ -44,7 +44,7 @@ def parts(path: str, pattern: str | None = None) -> list[Part]:
         raise UserError(f"{path} has no row with a corpus_id")
     if pattern is None:
         return found
-    # An exact id first, as for a single corpus, since an id may hold `*` or `[`.
+    # An exact id is tried first, as for a single corpus, since an id may contain `*` or `[`.
     chosen = ([part for part in found if part.corpus_id == pattern]
               or [part for part in found if fnmatch.fnmatchcase(part.corpus_id, pattern)])
     if not chosen:
@@ -62,8 +62,8 @@ def _ids_of_table(where: Path) -> list[str]:
 
 
 def names(prefix: str, chosen: Sequence[Part]) -> list[str]:
-    """`PREFIX.ID` of each, in the characters of a registry name: `kb.squad-geology`. Where that says too little, or
-    the same of several, a digest of the id follows."""
+    """`PREFIX.ID` of each, in the characters of a registry name: `kb.squad-geology`. A digest of the id is appended
+    where that would be empty, too long or ambiguous."""
     slugs = [re.sub(r"[^a-z0-9]+", "-", part.corpus_id.lower()).strip("-") for part in chosen]
     plain = [f"{prefix}.{slug}" for slug in slugs]
     says = [bool(slug) and plain.count(name) == 1 and len(name) <= LONGEST_NAME

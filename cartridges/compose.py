@@ -1,14 +1,15 @@
-"""Several cartridges as one: their slots side by side, one attention sink, each where it was trained.
+"""Composes several cartridges into one: their slots side by side, with one attention sink.
 
-A cartridge is trained with its questions starting at position `p`, right behind its last slot. RoPE
-makes only distances matter, so keys are turned until the last slot of every cartridge stands right
-before the first question token of the whole: each is then seen from the distances it was trained at,
-whatever else is loaded, and an engine need only start at the number of slots, as it always does.
+A cartridge is trained with questions that start at position `p`, right after its last slot. With RoPE only
+distances matter, so the keys of every cartridge are rotated until its last slot is right before the first question
+token of the composition. Each cartridge is then seen at the distances it was trained at, whatever else is loaded,
+and an engine starts the conversation at the total number of slots, as usual.
 
-The first slots of a cartridge are the frozen sink. A model takes one; the sinks of all but the first
-cartridge are dropped (several cost half of the accuracy at eight cartridges, others found).
+The first slots of a cartridge are the frozen sink. A composition keeps only the sink of the first cartridge (at
+eight cartridges, keeping all sinks cost half of the accuracy in a reproduction by others).
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -17,15 +18,20 @@ from cartridges.cartridge import Cartridge
 
 
 def composed_tokens(sizes: Sequence[tuple[int, int]]) -> int:
-    """Slots of a composition of cartridges with `(num_tokens, num_frozen_tokens)` each."""
+    """Number of slots in a composition of cartridges with `(num_tokens, num_frozen_tokens)` each."""
     return sum(tokens - (frozen if index else 0) for index, (tokens, frozen) in enumerate(sizes))
 
 
-def compose(cartridges: Sequence[Cartridge], frequencies: torch.Tensor) -> Cartridge:
-    """One cartridge that holds all of `cartridges`, the first one's sink in front.
+def composed_digest(digests: Sequence[str]) -> str:
+    """The digest of a composition of cartridges with these digests, in order."""
+    return hashlib.sha256("+".join(digests).encode()).hexdigest()
 
-    `frequencies` float32 `[head_dim / 2]` are the model's RoPE frequencies in radians a position
-    (`cartridges.models.rope_frequencies`). Raises `ValueError` for none, or for different shapes.
+
+def compose(cartridges: Sequence[Cartridge], frequencies: torch.Tensor) -> Cartridge:
+    """One cartridge with the slots of all `cartridges`, starting with the sink of the first.
+
+    `frequencies` float32 `[head_dim / 2]` are the model's RoPE frequencies in radians per position
+    (`cartridges.models.rope_frequencies`). Raises `ValueError` for no cartridges or different shapes.
     """
     if not cartridges or any(one.shape != cartridges[0].shape for one in cartridges):
         raise ValueError(f"cannot compose cartridges of shapes {[one.shape for one in cartridges]}")
@@ -40,10 +46,10 @@ def compose(cartridges: Sequence[Cartridge], frequencies: torch.Tensor) -> Cartr
 
 
 def rotate(keys: torch.Tensor, frequencies: torch.Tensor, positions: int) -> torch.Tensor:
-    """`keys` `[..., head_dim]` after RoPE, moved by `positions`: a rotation of each of RoPE's planes.
+    """`keys` `[..., head_dim]` after RoPE, moved by `positions`: a rotation in each of RoPE's planes.
 
-    Planes pair dimension `i` with `i + head_dim / 2`, as Llama- and Qwen-type models do. A factor that
-    some RoPE variants put on keys (YaRN) is in them already and stays.
+    A plane pairs dimension `i` with `i + head_dim / 2`, as in Llama- and Qwen-type models. The factor that
+    some RoPE variants (YaRN) apply to keys is already in them and unchanged.
     """
     if positions == 0:
         return keys

@@ -1,6 +1,6 @@
-"""The user's files -> a `Corpus`, and its questions.
+"""Reads the user's files into a `Corpus` and its questions.
 
-A corpus is a folder, one file, or rows of a JSONL with `corpus_id` and `text` (and `questions`), of
+A corpus is a folder, one file, or rows with `corpus_id` and `text` (and `questions`) of a JSONL, of
 Parquet files or of a Hugging Face dataset on disk.
 """
 
@@ -26,12 +26,12 @@ IDS_SHOWN = 4
 
 
 def load_corpus(path: str, corpus_id: str | None = None) -> Corpus:
-    """The corpus at `path`: a folder (walked), one file, a JSONL, Parquet, or a Hugging Face dataset.
+    """The corpus at `path`: a folder (read recursively), one file, a JSONL, Parquet, or a Hugging Face dataset.
 
-    In a JSONL, and in a table with a column `corpus_id`, `corpus_id` picks one row, or by shell
-    pattern (`services/*`) several, joined in file order with their questions. Otherwise it only names
-    the corpus: a table without that column is one corpus, each row a document.
-    Raises `UserError`, one line, for whatever cannot be read as asked.
+    In a JSONL, and in a table with a column `corpus_id`, `corpus_id` selects one row, or by a shell pattern
+    (`services/*`) several, joined in file order with their questions. Otherwise it only names the corpus: a
+    table without that column is one corpus, and each row is a document.
+    Raises a one-line `UserError` for anything that cannot be read as requested.
     """
     where = Path(path).expanduser()
     if not where.exists():
@@ -48,9 +48,9 @@ def load_corpus(path: str, corpus_id: str | None = None) -> Corpus:
 
 
 def load_questions(path: str, corpus_id: str | None = None) -> tuple[Question, ...]:
-    """The questions of the JSONL at `path`: of the rows that `corpus_id` picks, as `load_corpus` does.
+    """The questions of the rows that `corpus_id` selects in the JSONL at `path`, as in `load_corpus`.
 
-    Rows are corpora with a `questions` list (`text` is not needed), or plain questions, one a line.
+    Rows are corpora with a `questions` list (`text` is not needed), or plain questions, one per line.
     Raises `UserError` for an empty file, no questions under that id, or a malformed question.
     """
     where = Path(path).expanduser()
@@ -69,12 +69,12 @@ def load_questions(path: str, corpus_id: str | None = None) -> tuple[Question, .
 
 
 def ids_with_questions(path: str) -> frozenset[str]:
-    """The corpus ids of the JSONL at `path` whose rows hold questions. Raises `UserError` for a row without an id."""
+    """The corpus ids of the rows with questions in the JSONL at `path`. Raises `UserError` for a row without an id."""
     return frozenset(name for name, row in _rows_by_id(path) if row.get("questions"))
 
 
 def corpus_ids(path: str) -> tuple[str, ...]:
-    """The ids of the JSONL at `path`, one a row. Raises `UserError` for a row without one."""
+    """The corpus ids in the JSONL at `path`, one per row. Raises `UserError` for a row without one."""
     return tuple(name for name, _ in _rows_by_id(path))
 
 
@@ -86,12 +86,12 @@ def _rows_by_id(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def holds_text(path: str) -> bool:
-    """Whether the JSONL at `path` carries corpus texts, so that `load_corpus` can read it too."""
+    """Whether the JSONL at `path` contains corpus texts, so that `load_corpus` can read it too."""
     return any(str(row.get("text") or "").strip() for _, row in jsonl.rows(Path(path).expanduser()))
 
 
 def has_corpus(path: str, corpus_id: str) -> bool:
-    """Whether `corpus_id` picks rows of the JSONL at `path`."""
+    """Whether `corpus_id` selects rows of the JSONL at `path`."""
     return bool(_matching(_outlines(Path(path).expanduser()), corpus_id))
 
 
@@ -167,18 +167,18 @@ def _numbered(table: Table, *columns: str) -> Iterator[Row]:
 
 
 def _outlines(where: Path) -> list[Row]:
-    """The rows of a JSONL without their text: of the fields but the id only the names."""
+    """The rows of a JSONL with the values of all fields but the id removed, to save memory."""
     return [(place, {key: value if key == "corpus_id" else None for key, value in row.items()})
             for place, row in jsonl.rows(where)]
 
 
 def _at(places: set[str] | None, rows: Iterable[Row]) -> Iterator[Row]:
-    """Those of `rows` that stand at `places`; None: all."""
+    """The `rows` at `places`; None selects all."""
     return (one for one in rows if places is None or one[0] in places)
 
 
 def _documents(text: str, source: str) -> Iterator[Document]:
-    """A row's text."""
+    """A row's text as one document, or as several if it is long."""
     if len(text) > LONGEST_CHARACTERS:
         return split([text], source)
     return iter([Document(hash_bytes(text.encode()), source, text)])
@@ -201,7 +201,7 @@ def _check_has_text(row: dict, place: str) -> None:
 
 
 def _select(rows: list[Row], corpus_id: str | None, where: Path) -> list[Row]:
-    """The rows that `corpus_id` means; without one, the only row. `UserError` for none or too many."""
+    """The rows that `corpus_id` selects; without one, the only row. Raises `UserError` unless that is clear."""
     if corpus_id is None:
         if len(rows) > 1 and any("corpus_id" in row for _, row in rows):
             raise UserError(f"{where} holds {len(rows)} corpora; pick one with --corpus-id, or several "
@@ -222,7 +222,7 @@ def _select(rows: list[Row], corpus_id: str | None, where: Path) -> list[Row]:
 
 
 def _matching(rows: list[Row], corpus_id: str) -> list[Row]:
-    """An exact id first, since an id may hold `*` or `[`."""
+    """The rows with exactly this id, else those that match it as a pattern: an id may contain `*` or `[`."""
     ids = [(str(row["corpus_id"]), (line, row)) for line, row in rows if "corpus_id" in row]
     return ([item for name, item in ids if name == corpus_id]
             or [item for name, item in ids if fnmatch.fnmatchcase(name, corpus_id)])
@@ -266,14 +266,12 @@ def _parse_question(raw, place: str, default_id: str) -> Question:
         if type(gold) is not int or not 0 <= gold < len(options):
             raise UserError(f"{place}: \"gold\" must be the index of the right option, "
                             f"0 to {len(options) - 1}")
-        return Question(question_id, raw["question"], (options[gold],), tuple(options), gold,
-                        raw.get("metric", "mc_accuracy"))
+        return Question(question_id, raw["question"], (options[gold],), tuple(options), gold)
     answers = raw.get("answers")
     if not isinstance(answers, list) or not answers or not all(map(_is_text, answers)):
         raise UserError(f"{place} needs \"answers\" (a list of accepted texts), or \"options\" and "
                         "\"gold\"")
-    return Question(question_id, raw["question"], tuple(answers), metric=raw.get("metric",
-                                                                                "contains_word"))
+    return Question(question_id, raw["question"], tuple(answers))
 
 
 def _is_text(value) -> bool:

@@ -1,21 +1,22 @@
 """The corpus' text beside a cartridge: `corpus.txt`, named and hashed by the manifest.
 
-A cartridge does not need it. It is there so that a service can give the full-context answer for
-comparison, without ever opening a path that a client sent. It is no part of the version: the same
-cartridge is published with it or without, and exported archives never hold it.
+A cartridge does not need it. With it a service can give the full-context answer for comparison, without
+opening a path that a client sent. It is not part of the version: the same cartridge can be published with
+or without it, and exported archives never contain it.
 """
 
 import hashlib
 from pathlib import Path
 
-from cartridges.artifact import Manifest, TextRecord, read_manifest, write_atomically, write_manifest
+from cartridges.artifact import Manifest, TextRecord, read_manifest, write_manifest
 from cartridges.errors import UserError
+from cartridges.files import write_atomically
 
 TEXT = "corpus.txt"
 
 
 def keep_text(directory: str | Path, text: str) -> Manifest:
-    """Put `text` into an artifact that is not published yet."""
+    """Add `text` to an artifact that is not published yet."""
     data = text.encode()
     record = TextRecord(digest=hashlib.sha256(data).hexdigest(), file_bytes=len(data))
     write_atomically(Path(directory) / TEXT, data)
@@ -25,7 +26,7 @@ def keep_text(directory: str | Path, text: str) -> Manifest:
 
 
 def check_text(data: bytes | None, record: TextRecord, where: str) -> str:
-    """`data` as text. Raises `UserError` where it is missing or not what `record` says."""
+    """`data` as text. Raises `UserError` if it is missing or does not match `record`."""
     if data is None:
         raise UserError(f"{where} is missing: publish the cartridge again")
     if hashlib.sha256(data).hexdigest() != record.digest:

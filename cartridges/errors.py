@@ -1,9 +1,9 @@
-"""The one exception a user's mistake may raise."""
+"""The exception for mistakes of the user."""
 
 
 class UserError(ValueError):
-    """The input is wrong. The message is one line: what is wrong, and what to do about it.
+    """The input is wrong. The message says in one line what is wrong and what to do about it.
 
     The command line prints it on stderr and exits 2; the HTTP service answers 4xx with it.
-    Anything else that escapes is our own defect and exits 1.
+    Any other exception is a defect of this library and exits 1.
     """

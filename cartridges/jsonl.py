@@ -1,4 +1,4 @@
-"""Rows of a JSONL file, a line at a time."""
+"""Reads JSONL files line by line."""
 
 import json
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from cartridges.readers import BOM, not_utf8
 SUFFIXES = {".jsonl", ".ndjson"}
 
 Row = tuple[str, dict]
-"""Where it stands (`line 3` of a JSONL, `row 3` of a table; from 1) and what stands there."""
+"""The place of a row, counted from 1 (`line 3` of a JSONL, `row 3` of a table), and its content."""
 
 
 def rows(where: Path) -> Iterator[Row]:
-    """The objects in order; blank lines are passed over. Raises `UserError` for an empty file and for a line that is
+    """The objects in order; blank lines are skipped. Raises `UserError` for an empty file and for a line that is
     not UTF-8 or not an object."""
     empty = True
     for number, line in enumerate(_lines(where), start=1):
@@ -26,7 +26,7 @@ def rows(where: Path) -> Iterator[Row]:
 
 
 def _lines(where: Path) -> Iterator[str]:
-    """Without their ends, which are those of any system."""
+    """The lines without their ends; any system's line ends are accepted."""
     at = 0
     try:
         with where.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The frozen base model: which it is, whether a cartridge can stand in its KV cache, loading it."""
+"""The frozen base model: its identity, whether its KV cache can hold a cartridge, and loading it."""
 
 import json
 from collections.abc import Iterator
@@ -8,10 +8,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from cartridges.cartridge import KVShape
 from cartridges.config import ModelSettings
-from cartridges.download import home, resolve_source, write_atomically
+from cartridges.download import home, resolve_source
 from cartridges.errors import UserError
+from cartridges.files import file_digest, write_atomically
+from cartridges.records import KVShape
 from cartridges.template import ChatTemplate
 
 SUPPORTED_TYPES = ("llama", "qwen2", "qwen3", "mistral")
@@ -19,10 +20,10 @@ SUPPORTED_TYPES = ("llama", "qwen2", "qwen3", "mistral")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a cartridge's manifest must agree on with the model that serves it.
+    """The properties that a cartridge's manifest and the model that serves it must share.
 
     Digests are hex sha256: `weights_digest` over the safetensors files, `tokenizer_hash` over
-    tokenizer.json, `template_hash` over the chat template and our preamble. `rope` is the
+    tokenizer.json, `template_hash` over the chat template and our preamble. `rope` holds the
     config's RoPE parameters. `revision` is the hub commit, the wheel, or "local".
     """
 
@@ -38,10 +39,14 @@ class ModelIdentity:
     vocab_size: int
     max_position_embeddings: int
 
+    @property
+    def shape(self) -> KVShape:
+        return KVShape(self.num_layers, self.num_key_value_heads, self.head_dim)
+
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen `model` (eval mode, no gradients) on `device` in `dtype`, and what goes with it."""
+    """A frozen `model` (eval mode, no gradients) on `device` in `dtype`, with its tokenizer and identity."""
 
     model: Any
     tokenizer: Any
@@ -53,12 +58,12 @@ class BaseModel:
 
 
 def resolve_model_dir(settings: ModelSettings) -> Path:
-    """The directory of the model's files, downloaded once. Raises `UserError` if there is none."""
+    """The directory of the model's files, downloaded once. Raises `UserError` if the model cannot be found."""
     return Path(resolve_source(settings).directory)
 
 
 def load_config(directory: Path):
-    """The `transformers` config. Raises `UserError` where a cartridge cannot stand in the KV cache."""
+    """The `transformers` config. Raises `UserError` if the model's KV cache cannot hold a cartridge."""
     from transformers import AutoConfig
 
     raw = _read_json(directory / "config.json")
@@ -110,25 +115,25 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def kv_shape(config) -> KVShape:
-    """Layers, KV heads and head_dim as the config states them (Qwen2 and Mistral may leave head_dim out)."""
+    """Layers, KV heads and head_dim from the config (Qwen2 and Mistral may omit head_dim)."""
     fields = config.to_dict()
     head_dim = fields.get("head_dim") or config.hidden_size // config.num_attention_heads
     return KVShape(config.num_hidden_layers, config.num_key_value_heads, head_dim)
 
 
 def rope_frequencies(identity: ModelIdentity):
-    """float32 `[head_dim / 2]`: by how many radians a position turns each plane of the model's keys."""
+    """float32 `[head_dim / 2]`: the angle in radians by which one position rotates each plane of the keys."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    # All supported types use Llama's rotary embedding; only these parameters matter.
+    # All supported types use Llama's rotary embedding, which depends only on these parameters.
     config = LlamaConfig(rope_parameters=dict(identity.rope), head_dim=identity.head_dim,
                          max_position_embeddings=identity.max_position_embeddings)
     return LlamaRotaryEmbedding(config).inv_freq.float()
 
 
 def load_tokenizer(directory: Path):
-    """The fast tokenizer of a model directory, from its own files only."""
+    """The fast tokenizer in a model directory, from local files only."""
     from transformers import AutoTokenizer
 
     if not (directory / "tokenizer.json").is_file():
@@ -137,7 +142,7 @@ def load_tokenizer(directory: Path):
 
 
 def load_identity(directory: Path | str) -> ModelIdentity:
-    """Who the model in `directory` is, without loading its weights."""
+    """The identity of the model in `directory`, without loading its weights."""
     directory = Path(directory)
     return _identity(directory, load_config(directory), ChatTemplate(load_tokenizer(directory)))
 
@@ -149,7 +154,7 @@ def _identity(directory: Path, config, template: ChatTemplate) -> ModelIdentity:
         name=source.name,
         revision=source.revision,
         weights_digest=weights_digest(directory),
-        tokenizer_hash=_file_digest(directory / "tokenizer.json"),
+        tokenizer_hash=file_digest(directory / "tokenizer.json"),
         template_hash=template.hash,
         rope=dict(_rope(config.to_dict())),
         num_layers=shape.num_layers,
@@ -163,7 +168,7 @@ def _identity(directory: Path, config, template: ChatTemplate) -> ModelIdentity:
 def weights_digest(directory: Path) -> str:
     """Hex sha256 over the names and bytes of the safetensors files, in name order.
 
-    Remembered under `home()` by the files' paths, sizes and times: a large model takes a minute.
+    Cached under `home()` by the files' paths, sizes and times, because hashing a large model takes a minute.
     """
     files = sorted(directory.glob("*.safetensors"))
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -171,18 +176,11 @@ def weights_digest(directory: Path) -> str:
     remembered = home() / "digests" / f"{key}.json"
     if remembered.is_file():
         return _read_json(remembered)["weights_digest"]
-    parts = "".join(f"{file.name}:{_file_digest(file)}\n" for file in files)
+    parts = "".join(f"{file.name}:{file_digest(file)}\n" for file in files)
     digest = sha256(parts.encode()).hexdigest()
     remembered.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(remembered, json.dumps({"weights_digest": digest, "files": stamps}) + "\n")
     return digest
-
-
-def _file_digest(file: Path) -> str:
-    import hashlib
-
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -193,7 +191,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def choose_dtype(setting: str, device: str):
-    """`setting` as a torch dtype; auto is bfloat16 on a GPU and on CPUs that multiply it, else float32."""
+    """`setting` as a torch dtype; auto is bfloat16 on a GPU and on CPUs with bfloat16 arithmetic, else float32."""
     import torch
 
     if setting != "auto":
@@ -205,7 +203,7 @@ def choose_dtype(setting: str, device: str):
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without transformers' bar for weights read from disk, between the lines of a command's own progress."""
+    """Disable transformers' progress bars, which would disturb a command's own progress output."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -219,7 +217,7 @@ def _no_bars() -> Iterator[None]:
 
 def load_base_model(settings: ModelSettings, device: str | None = None,
                     attn_implementation: str | None = None) -> BaseModel:
-    """Load the frozen base model. `device` None is the first GPU, or the CPU where there is none.
+    """Load the frozen base model. `device` None is the first GPU, or the CPU if there is none.
 
     Raises `UserError` for a missing or unsuitable model, before any weight is read.
     """
@@ -242,7 +240,7 @@ def load_base_model(settings: ModelSettings, device: str | None = None,
 
 
 def main() -> None:
-    """Fetch the default model (or the one named) ahead of its first use."""
+    """Download the default model (or the one named) before its first use."""
     import sys
 
     name = sys.argv[1] if len(sys.argv) > 1 else ModelSettings().name

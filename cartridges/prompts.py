@@ -1,8 +1,8 @@
-"""The forms in which questions are asked, in self-study and in the report card alike, in every arm.
+"""The two forms of a question, the same in self-study and in every arm of the report card.
 
-Free generation is asked plainly, as users ask an endpoint: small models answer in a sentence and are
-right more often than when made to be brief. Likelihoods of short gold answers come after examples of
-short answers, or they would measure style.
+For free generation a question stands alone, as users ask an endpoint: small models then answer in a sentence and are
+right more often than when forced to be brief. For likelihoods of short gold answers, examples of short answers
+precede the question; without them the likelihood would measure style.
 """
 
 from cartridges.records import Message
@@ -12,12 +12,12 @@ EXAMPLES = (
     ("How many steps lead up to the bell of Orsa?", "112"),
     ("Who repaired the clock of the Lindqvist mill?", "Tova Berg"),
 )
-"""Short answers from an invented text. They fix the style, so that the likelihood of a gold answer
-measures knowledge and not whether the model would rather write a sentence."""
+"""Questions and short answers about an invented text. They fix the style, so that the likelihood of a gold answer
+measures knowledge and not whether the model prefers a full sentence."""
 
 
 def example_messages() -> list[Message]:
-    """The turns before every short question: the same tokens each time, so they are computed once."""
+    """The turns before every short question. Their tokens never change, so engines compute them once."""
     turns: list[Message] = []
     for asked, answered in EXAMPLES:
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -30,5 +30,5 @@ def question_messages(question: str) -> list[Message]:
 
 
 def plain_messages(question: str) -> list[Message]:
-    """`question` by itself."""
+    """`question` alone."""
     return [{"role": "user", "content": question.strip()}]

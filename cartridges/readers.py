@@ -1,8 +1,8 @@
-"""Bytes of a user's file -> its text: plain text, Markdown, source, HTML, PDF, notebooks.
+"""Reads text from the user's files: plain text, Markdown, source, HTML, PDF, notebooks.
 
-`read_file` is for a file the user named: whatever is wrong with it is the user's error, in one line.
-`walk` is for a folder: what cannot hold text is skipped and counted, and the caller says so.
-Long plain text is read block by block; HTML, PDF and notebooks must be whole to be read.
+`read_file` reads a file that the user named and raises a one-line `UserError` for any fault.
+`walk` reads a folder, skips files without text and counts them, so that the caller can report them.
+Long plain text is read block by block; HTML, PDF and notebooks are read as a whole.
 """
 
 import codecs
@@ -31,7 +31,7 @@ BOM = "\ufeff"
 
 
 class NoText(UserError):
-    """The file cannot hold text for us (binary, damaged, or a scan); in a folder it is skipped."""
+    """The file has no readable text (binary, damaged, or a scan); in a folder it is skipped."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -39,10 +39,10 @@ class NoText(UserError):
 
 
 def read_file(path: Path, source: str | None = None) -> Iterator[Document]:
-    """One file as a document, or a long one as several. `document_id` is the SHA-256 (32 hex digits) of the file's
-    bytes, or of a stretch's number and text.
+    """One file as a document, or several if it is long. `document_id` is the SHA-256 (32 hex digits) of the file's
+    bytes, or for a part of a long file of its number and text.
 
-    Raises `UserError` (`NoText` when the file is binary, damaged or without any text layer).
+    Raises `UserError` (`NoText` if the file is binary, damaged or without a text layer).
     """
     source = source or str(path)
     try:
@@ -61,18 +61,18 @@ def read_file(path: Path, source: str | None = None) -> Iterator[Document]:
 
 
 def split(blocks: Iterable[str], source: str) -> Iterator[Document]:
-    """A long text as several documents of one source. They are numbered, as a text may say the same twice."""
+    """A long text as several documents of one source. Their ids include a number, as parts may be identical."""
     for number, text in enumerate(stretches(blocks)):
         if text.strip():
             yield Document(hash_bytes(f"{number}\n{text}".encode()), source, text)
 
 
 def walk(root: Path, skipped: Counter) -> Iterator[Document]:
-    """Every readable text below `root` in sorted order; what is left out is counted in `skipped` by reason.
+    """Every readable text below `root` in sorted order. Skipped files are counted in `skipped` by reason.
 
-    Hidden files, files ignored by the .gitignore files in `root` and below, links that lead nowhere
-    and special files are left out. A file with a text or source suffix that is not UTF-8 raises
-    `UserError`: it was meant to be read.
+    Hidden files, files ignored by the .gitignore files in `root` and below, broken links and special files
+    are omitted without a count. A file with a text or source suffix that is not UTF-8 raises `UserError`,
+    since it was meant to be read.
     """
     seen: set[str] = set()
     for path in _files(root):
@@ -94,7 +94,7 @@ def walk(root: Path, skipped: Counter) -> Iterator[Document]:
 
 
 def decode(data: bytes, path: Path) -> str:
-    """UTF-8 text with `\\n` line ends; `UserError` names the file, the byte and the cure."""
+    """UTF-8 text with `\\n` line ends. A `UserError` names the file, the byte and the remedy."""
     try:
         text = data.decode().removeprefix(BOM)
     except UnicodeDecodeError as error:
@@ -108,7 +108,7 @@ def not_utf8(path: Path, byte: int) -> UserError:
 
 
 def check_unicode(text: str, place: str) -> None:
-    """Raise `UserError` for half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    """Raise `UserError` for half of a surrogate pair, which JSON can represent and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -117,7 +117,7 @@ def check_unicode(text: str, place: str) -> None:
 
 
 def _is_plain(path: Path) -> bool:
-    """Whether the file is what its suffix says, and needs no reader of its own."""
+    """Whether the file is plain text, by its suffix and its first bytes."""
     if path.suffix.lower() not in TEXT_SUFFIXES | CODE_SUFFIXES:
         return False
     with path.open("rb") as file:
@@ -129,7 +129,7 @@ def _is_plain(path: Path) -> bool:
 
 
 def _blocks(path: Path) -> Iterator[str]:
-    """`decode`, a block of the file at a time."""
+    """The file's text as by `decode`, one block at a time."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = io.IncrementalNewlineDecoder(None, translate=True)
     at, begun, data = 0, False, b"more"
@@ -194,7 +194,7 @@ def _pdf_text(data: bytes, path: Path) -> str:
 
 
 def _html_text(html: str) -> str:
-    """Visible text; block elements become paragraphs, headings Markdown ones, table rows lines."""
+    """Visible text. Block elements become paragraphs, headings Markdown headings, and table rows lines."""
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(html, "html.parser")
@@ -215,7 +215,7 @@ def _html_text(html: str) -> str:
 
 
 def _notebook_text(text: str, path: Path) -> str:
-    """Markdown and source cells in order; outputs are left out, they are rarely prose."""
+    """Markdown and source cells in order, without outputs, which are rarely prose."""
     try:
         cells = json.loads(text)["cells"]
         return "\n\n".join("".join(cell["source"]).strip() for cell in cells).strip()
@@ -225,7 +225,7 @@ def _notebook_text(text: str, path: Path) -> str:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Sorted, depth first, so that the corpus has one order on every machine."""
+    """All files, sorted and depth first, so that the corpus has the same order on every machine."""
     rules: dict[Path, object] = {}
     for folder, subfolders, names in os.walk(root):
         here = Path(folder)
@@ -246,7 +246,7 @@ def _read_gitignore(path: Path):
 
 
 def _ignored(path: Path, root: Path, rules: dict[Path, object], is_folder: bool = False) -> bool:
-    """git's rule: the deepest .gitignore that says anything about the path decides."""
+    """git's rule: the deepest .gitignore with a matching pattern decides."""
     for parent in path.parents:
         if parent in rules:
             relative = path.relative_to(parent).as_posix() + ("/" if is_folder else "")

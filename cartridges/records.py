@@ -1,4 +1,4 @@
-"""What crosses a stage boundary. One writer and one reader each; immutable."""
+"""The immutable records that cross stage boundaries, each with one writer and one reader."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -10,8 +10,20 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
+class KVShape:
+    """The dimensions of a model's KV cache, shared by a cartridge and its base model."""
+
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+
+    def bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        return 2 * self.num_layers * self.num_key_value_heads * self.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True)
 class Document:
-    """One text of the user's. `document_id` is a hash of its bytes."""
+    """One of the user's texts. `document_id` is a hash of its bytes."""
 
     document_id: str
     source: str
@@ -20,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of one document: `document.text[start:end] == text`."""
+    """A part of one document: `document.text[start:end] == text`."""
 
     chunk_id: str
     document_id: str
@@ -31,9 +43,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its gold answers; `options` when it is multiple choice.
+    """A question with its gold answers, and `options` if it is multiple choice.
 
-    `answers` holds every accepted string. With `options`, `gold` is the index of the right one
+    `answers` holds every accepted string. With `options`, `gold` is the index of the right option
     and `answers` is `(options[gold],)`.
     """
 
@@ -42,19 +54,18 @@ class Question:
     answers: tuple[str, ...]
     options: tuple[str, ...] = ()
     gold: int | None = None
-    metric: str = "contains_word"
 
 
 PASSAGES = 64
-"""That stand for a corpus too long to be taken whole."""
+"""Number of passages that represent a corpus too long to be read whole."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What one cartridge is built for: documents in order, and their questions if any were given.
+    """The text that one cartridge is built for: documents in order, and their questions, if any.
 
-    `fingerprint` is a hash over the document ids in order. `documents` may be read anew in every pass
-    (`cartridges.documents`); only `text` needs memory for all of them.
+    `fingerprint` is a hash over the document ids in order. `documents` may be read again in every pass
+    (`cartridges.documents`); only `text` holds all of them in memory.
     """
 
     corpus_id: str
@@ -67,7 +78,7 @@ class Corpus:
         return "\n\n".join(document.text for document in self.documents)
 
     def beginning(self, characters: int) -> str:
-        """`text`, or of a longer one its first `characters`."""
+        """The first `characters` of `text`."""
         parts, length = [], 0
         for document in self.documents:
             parts.append(document.text)
@@ -77,7 +88,7 @@ class Corpus:
         return "\n\n".join(parts)[:characters]
 
     def spread(self, characters: int) -> str:
-        """`text`, or of a longer one about `characters` in passages at even distances, the beginning first."""
+        """`text` if it has at most `characters`; otherwise passages at even distances, about as long together."""
         total = sum(len(document.text) + 2 for document in self.documents)
         if total <= characters:
             return self.text
@@ -91,20 +102,46 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Task:
+    """One conversation to make.
+
+    `seed` is its own random seed. `ordinal` counts the tasks of the same family for the same chunk, so that a family
+    can go through a chunk statement by statement. A general conversation has no chunk: its `chunk_id` is empty.
+    """
+
+    conversation_id: str
+    chunk_id: str
+    seed_family: str
+    seed: int
+    ordinal: int = 0
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A planned conversation that was not kept, the reason, and the `messages` it had by then."""
+
+    conversation_id: str
+    seed_family: str
+    reason: str
+    chunk_id: str = ""
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True)
 class Conversation:
     """One self-study conversation with the teacher's top-k logprobs.
 
-    `input_ids` (int32 `[n]`) is what follows the system turn: no chunk, no cartridge. Every other
-    tensor is aligned with the *predicting* position: row `i` is about predicting
-    `input_ids[i + 1]`. So `loss_mask[i]` is true where `input_ids[i + 1]` is the assistant's
-    (its end-of-turn token included). The shift lives here and nowhere else.
+    `input_ids` (int32 `[n]`) are the tokens after the system turn, without chunk or cartridge. Every other
+    tensor is aligned with the *predicting* position: row `i` is about predicting `input_ids[i + 1]`.
+    So `loss_mask[i]` is true if `input_ids[i + 1]` is the assistant's (including its end-of-turn token).
+    This shift is defined here and applied nowhere else.
 
-    `topk_ids` (int32) and `topk_logprobs` (float32), both `[loss_mask.sum(), k]`, hold the T=1
-    teacher's rows at the loss positions, in order, sorted by falling probability. (At rest, in
-    Parquet, they have one row per position, empty where there is no loss.)
+    `topk_ids` (int32) and `topk_logprobs` (float32), both `[loss_mask.sum(), k]`, hold the teacher's
+    rows at T=1 for the loss positions, in order, sorted by falling probability. (In Parquet they have one
+    row per position, empty where there is no loss.)
 
-    The first `shared_tokens` of `input_ids` are turns that every conversation of its form begins
-    with (short-answer examples); packing computes them once a pack.
+    The first `shared_tokens` of `input_ids` are example turns with which every conversation of this form
+    begins; packing computes them once per pack.
     """
 
     conversation_id: str

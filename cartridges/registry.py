@@ -1,12 +1,12 @@
 """The registry: named, versioned cartridges on any fsspec path.
 
     <root>/<name>/<version>/cartridge.safetensors
-    <root>/<name>/<version>/corpus.txt             only where the manifest says so
-    <root>/<name>/<version>/manifest.json          written last: a version is there when this is
+    <root>/<name>/<version>/corpus.txt             only if the manifest lists it
+    <root>/<name>/<version>/manifest.json          written last: the version exists once this does
     <root>/<name>/aliases.json                     {"latest": version, "prod": version, ...}
 
-A version is the content hash of its manifest, so a version never changes, publishing twice is the
-same as once, and two publishers of one cartridge write the same bytes.
+A version is the content hash of its manifest. So it never changes, publishing is idempotent, and two
+publishers of one cartridge write the same bytes.
 """
 
 import difflib
@@ -44,7 +44,7 @@ NAME = re.compile(rf"[a-z0-9][a-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
 VERSION = re.compile(r"[0-9a-f]{16}")
 VERSION_PREFIX = re.compile(r"[0-9a-f]{6,16}")
 DEFAULT_ALIASES = ("prod", "latest")
-"""What a bare name means: the first of these that is set, else the newest version."""
+"""A bare name resolves to the first of these aliases that is set, else to the newest version."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Entry:
 
 
 class Registry:
-    """Publish, find and fetch cartridges under `root`. Every mistake of a user's is a `UserError`."""
+    """Publishes, finds and fetches cartridges under `root`. Mistakes of the user raise `UserError`."""
 
     def __init__(self, root: str | Path, cache: str | Path | None = None):
-        """`cache` holds what `get` downloads; None is `$CARTRIDGES_HOME/registry`."""
+        """`cache` is the directory of downloads by `get`; None is `$CARTRIDGES_HOME/registry`."""
         self.root = str(root)
         self._store = Store(self.root)
         self._cache = Path(cache) if cache is not None else _default_cache()
@@ -70,8 +70,7 @@ class Registry:
     def publish(self, name: str, directory: str | Path, aliases: Iterable[str] = ("latest",)) -> str:
         """Add the artifact in `directory` as a version of `name` and move `aliases` to it.
 
-        A version that is there already keeps its tensors; of its provenance (report card, text) the
-        newest counts. Returns the version.
+        An existing version keeps its tensors and gets the new provenance (report card, text). Returns the version.
         """
         check_name(name)
         aliases = tuple(_checked_alias(alias) for alias in aliases)
@@ -87,14 +86,14 @@ class Registry:
         return version
 
     def corpus_text(self, entry: Entry) -> str | None:
-        """The text that the version's corpus was built from; None where it was not kept."""
+        """The text of the version's corpus; None if it was not kept."""
         if entry.manifest.corpus_text is None:
             return None
         data = self._store.read(entry.name, entry.version, TEXT)
         return check_text(data, entry.manifest.corpus_text, f"{entry.location}/{TEXT}")
 
     def resolve(self, ref: str) -> Entry:
-        """`name`, `name@version`, `name@alias`, or `name@` and six or more digits of a version."""
+        """The entry of `name`, `name@version`, `name@alias`, or `name@` and six or more digits of a version."""
         name, _, selector = ref.partition("@")
         check_name(name)
         if "@" in ref and not selector:
@@ -108,9 +107,9 @@ class Registry:
         return self._entry(name, version, aliases, manifest)
 
     def get(self, ref: str) -> Path:
-        """A local directory with the version's two files, downloaded and verified if remote.
+        """A local directory with the version's two files, downloaded and verified if the registry is remote.
 
-        `artifact.load` verifies the digest again each time it reads.
+        `artifact.load` verifies the digest again at each load.
         """
         entry = self.resolve(ref)
         if self._store.is_local:
@@ -122,18 +121,18 @@ class Registry:
         return directory
 
     def is_there(self) -> bool:
-        """Whether there is anything at a local root. Of another file system True: it says so itself where it is not."""
+        """Whether a local root exists. Always True for other file systems, which raise their own errors."""
         return not self._store.is_local or Path(self._store.full()).exists()
 
     def names(self) -> tuple[str, ...]:
-        """Names with at least one version, sorted; reads no manifest."""
+        """Names with at least one version, sorted, without reading manifests."""
         manifests = (path.split("/") for path in self._store.files() if path.endswith(f"/{MANIFEST}"))
         return tuple(sorted({parts[0] for parts in manifests if len(parts) == 3
                              and NAME.fullmatch(parts[0]) and VERSION.fullmatch(parts[1])}))
 
     def list(self) -> tuple[Entry, ...]:
-        """What each bare name means now. A damaged entry is left out, with a warning."""
-        with ThreadPoolExecutor(max_workers=16) as pool:  # a remote registry costs a round trip each
+        """The entry to which each bare name resolves. Damaged entries are omitted with a warning."""
+        with ThreadPoolExecutor(max_workers=16) as pool:  # each takes a round trip to a remote registry
             entries = pool.map(self._resolve_or_warn, self.names())
             return tuple(entry for entry in entries if entry is not None)
 
@@ -149,7 +148,7 @@ class Registry:
         return tuple(sorted(entries, key=lambda entry: (entry.manifest.created, entry.version), reverse=True))
 
     def aliases(self, name: str) -> dict[str, str]:
-        """Alias -> version."""
+        """Maps each alias to its version."""
         data = self._store.read(name, "aliases.json")
         if data is None:
             return {}
@@ -160,17 +159,17 @@ class Registry:
                             "versions again") from None
 
     def promote(self, name: str, version: str, alias: str = "prod") -> Entry:
-        """Let `alias` mean `version` (a version, its first digits, or another alias) from now on."""
+        """Point `alias` to `version` (a version, its first digits, or another alias)."""
         check_name(name)
         _checked_alias(alias)
-        self.resolve(f"{name}@{version}")  # a mistake leaves not even a lock file
+        self.resolve(f"{name}@{version}")  # before locking, so that a mistake leaves no lock file
         with self._store.lock(name):
             entry = self.resolve(f"{name}@{version}")
             self._write_aliases(name, self.aliases(name) | {alias: entry.version})
         return self.resolve(f"{name}@{entry.version}")
 
     def annotate(self, ref: str, **fields: Any) -> Entry:
-        """Set manifest `fields` that are not part of the version, such as what a later test found."""
+        """Set manifest `fields` that are not part of the version, such as the result of a later test."""
         assert fields.keys() <= PROVENANCE, fields
         with self._store.lock(ref.partition("@")[0]):
             entry = self.resolve(ref)
@@ -179,9 +178,9 @@ class Registry:
         return self.resolve(f"{entry.name}@{entry.version}")
 
     def delete(self, ref: str, force: bool = False) -> tuple[str, ...]:
-        """Delete one version (`name@...`) or the whole name; returns the versions deleted.
+        """Delete one version (`name@...`) or the whole name; returns the deleted versions.
 
-        A version that an alias means is refused unless `force`, which drops the alias too.
+        Raises `UserError` for a version with an alias unless `force`, which removes the alias too.
         """
         name = ref.partition("@")[0]
         check_name(name)
@@ -197,14 +196,14 @@ class Registry:
         return versions
 
     def export(self, ref: str, path: str | Path) -> Entry:
-        """Write a version to a tar file that `import_` reads, anywhere."""
+        """Write a version to a tar file, for `import_` into any registry."""
         entry = self.resolve(ref)
         archive.pack(self.get(f"{entry.name}@{entry.version}"), entry.name, Path(path))
         return entry
 
     def import_(self, path: str | Path, name: str | None = None,
                 aliases: Iterable[str] = ("latest",)) -> Entry:
-        """Publish a tar written by `export`, under `name` or the name it was exported with."""
+        """Publish a tar written by `export`, under `name` or the exported name."""
         with tempfile.TemporaryDirectory(prefix="cartridges-import-") as temporary:
             exported_as = archive.unpack(Path(path), Path(temporary))
             name = name or exported_as
@@ -243,7 +242,7 @@ class Registry:
         return Entry(name, version, mine, manifest, self._store.url(name, version))
 
     def _version_names(self, name: str) -> tuple[str, ...]:
-        """Versions whose manifest is there, sorted."""
+        """Versions with a manifest, sorted."""
         versions = (path.removesuffix(f"/{MANIFEST}") for path in self._store.files(name))
         return tuple(sorted(version for version in versions if VERSION.fullmatch(version)))
 
@@ -262,13 +261,13 @@ class Registry:
         data = self._store.read(name, version, MANIFEST)
         if data is None or self._store.size(name, version, TENSORS) != manifest.file_bytes:
             return False
-        # The version is the cartridge's; of two report cards on it the newer one counts.
+        # The version covers the cartridge only; a new report card or text replaces the old one.
         kept = parse_manifest(data, f"{name}@{version}")
         return (manifest.report_card in (None, kept.report_card)
                 and manifest.corpus_text == kept.corpus_text)
 
     def _upload(self, name: str, version: str, directory: Path, manifest: Manifest) -> None:
-        """Tensors, text, and last the manifest; a text that is no longer kept goes after it."""
+        """Write tensors, text and then the manifest; remove a text that is no longer kept after that."""
         data = self._store.read(name, version, MANIFEST)
         if data is not None:
             manifest = _with_findings(manifest, parse_manifest(data, f"{name}@{version}"))
@@ -282,7 +281,7 @@ class Registry:
     def _delete_version(self, entry: Entry, force: bool) -> str:
         aliases = self.aliases(entry.name)
         if entry.aliases and not force:
-            raise UserError(f"{entry.name}@{entry.version} is what {', '.join(entry.aliases)} means; "
+            raise UserError(f"{entry.name}@{entry.version} has the alias {', '.join(entry.aliases)}; "
                             "promote another version first, or use --force")
         kept = {alias: version for alias, version in aliases.items() if version != entry.version}
         if kept != aliases:
@@ -316,7 +315,7 @@ class Registry:
 
 
 def _with_findings(manifest: Manifest, kept: Manifest) -> Manifest:
-    """`manifest` with the report card and the composition test of `kept` where it has none."""
+    """`manifest`, with the report card and the composition test of `kept` if it has none of its own."""
     found = {} if manifest.report_card is not None else {"report_card": kept.report_card}
     if manifest.composition_card is None:
         found |= {"composition": kept.composition, "composition_card": kept.composition_card}
@@ -324,7 +323,7 @@ def _with_findings(manifest: Manifest, kept: Manifest) -> Manifest:
 
 
 def check_name(name: str) -> str:
-    """`name` if it may name a cartridge, else `UserError`."""
+    """`name`. Raises `UserError` if it is not a valid cartridge name."""
     if not NAME.fullmatch(name):
         raise UserError(f"{name!r} is not a cartridge name: use 1 to 64 of a-z 0-9 . _ -, "
                         "starting with a letter or digit")

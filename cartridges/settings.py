@@ -1,4 +1,4 @@
-"""How settings are read: defaults, then a YAML file, then `stage.key=value` overrides."""
+"""Reads settings: defaults, then a YAML file, then `stage.key=value` overrides."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Settings)
 def load(kind: type[S], file: str | None = None, overrides: list[str] | None = None) -> S:
     """Defaults, then the YAML file, then dotted `key=value` overrides (values are YAML).
 
-    Raises `UserError`, one line, for an unreadable file, an unknown key or a bad value.
+    Raises a one-line `UserError` for an unreadable file, an unknown key or a bad value.
     """
     merged: dict[str, Any] = _read_yaml(file) if file else {}
     for override in overrides or []:
@@ -42,7 +42,7 @@ def load(kind: type[S], file: str | None = None, overrides: list[str] | None = N
 
 
 def _nearest(kind: type[Settings], path: tuple[int | str, ...]) -> str:
-    """What may have been meant by the last name of `path`, or what there is."""
+    """A hint for the unknown last name of `path`: a similar name, or all names."""
     for part in path[:-1]:
         field = kind.model_fields.get(str(part))
         inner = [one for one in (get_args(field.annotation) or [field.annotation])

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, and of Hugging Face datasets on disk (`Dataset.save_to_disk`), batch by batch."""
+"""Reads Parquet files, and Hugging Face datasets on disk (`Dataset.save_to_disk`), batch by batch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from cartridges.errors import UserError
 
 PARQUET_SUFFIX = ".parquet"
 BATCH_ROWS = 32
-"""Read at once: a row may be a book."""
+"""Rows read at once; few, because a row may be a book."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows at `where`. `text_column` is the one called text, or else the only one of strings.
+    """The rows at `where`. `text_column` is the column named text, or else the only column of strings.
 
-    `batches` reads some of the columns, as Arrow tables or record batches.
+    `batches` reads the given columns as Arrow tables or record batches.
     """
 
     where: Path
@@ -25,21 +25,21 @@ class Table:
     batches: Callable[[list[str]], Iterator[Any]]
 
     def rows(self, *columns: str) -> Iterator[dict[str, Any]]:
-        """Rows in order with those of `columns` that there are, without empty values."""
+        """The rows in order, with the existing ones of `columns` and without empty values."""
         wanted = [column for column in columns if column in self.columns]
         for batch in self.batches(wanted):
             yield from map(_without_none, batch.to_pylist())
 
 
 def is_table(where: Path) -> bool:
-    """A Parquet file, a folder of nothing but Parquet files, or a Hugging Face dataset."""
+    """Whether `where` is a Parquet file, a folder of only Parquet files, or a Hugging Face dataset."""
     if where.is_file():
         return where.suffix.lower() == PARQUET_SUFFIX
     return where.is_dir() and (_is_dataset(where) or bool(_parquet_files(where)))
 
 
 def open_table(where: Path) -> Table:
-    """The table at `where`. Raises `UserError` where it is damaged or has no column of text."""
+    """The table at `where`. Raises `UserError` if it is damaged or has no text column."""
     from pyarrow import ArrowException
 
     try:
@@ -78,13 +78,13 @@ def _open_dataset(where: Path) -> Table:
 
 
 def _is_dataset(folder: Path) -> bool:
-    """By the files that `save_to_disk` writes; a folder of documents may have a state.json of its own."""
+    """Whether `folder` has the files that `save_to_disk` writes; a folder of documents may have a state.json too."""
     parts = (folder / "state.json", folder / "dataset_info.json")
     return all(part.is_file() for part in parts) or (folder / "dataset_dict.json").is_file()
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """The files of a folder of nothing else, in order; otherwise none."""
+    """The files of a folder that holds only Parquet files, in order; otherwise none."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     return files if all(path.is_file() and path.suffix.lower() == PARQUET_SUFFIX for path in files) else []
 
@@ -104,7 +104,7 @@ def _text_column(schema, where: Path) -> str:
 
 
 def _without_none(value: Any) -> Any:
-    """Arrow fills fields that a row does not have with None."""
+    """`value` without the None that Arrow fills in for missing fields."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

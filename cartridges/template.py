@@ -1,12 +1,11 @@
-"""The one place that renders chats to tokens, for synthesis, training, evaluation and serving.
+"""Renders chats to tokens, in one place for synthesis, training, evaluation and serving.
 
-A cartridge stands in for a *system turn*. So every prompt is split once, at the end of that turn:
-`system_ids(text)` is what a cartridge replaces, `conversation_ids(messages)` is what follows.
-Whatever stands before, the conversation's tokens are the same: teacher and student, report card
-and endpoint cannot drift apart.
+A cartridge stands in for a *system turn*. So every prompt is split at the end of that turn: a cartridge replaces
+`system_ids(text)`, and `conversation_ids(messages)` follows. The conversation's tokens do not depend on the prefix,
+so teacher, student, report card and endpoint all use the same ones.
 
-Only the template may open and close turns: where a text or a message spells a special token
-(`<|im_end|>`, say), it is read as the characters it is.
+Only the template opens and closes turns: a special token spelled out in a text or a message (`<|im_end|>`, say) is
+encoded as plain characters.
 """
 
 import hashlib
@@ -17,15 +16,16 @@ from cartridges.errors import UserError
 from cartridges.records import Message
 
 PREAMBLE = "Use the following text to answer the user.\n\n"
+MAX_CHARACTERS_PER_TOKEN = 64
+"""No text has tokens this long on average: a window of `n` tokens never holds more than `64 n` characters."""
 _MARK = re.compile("\ue000(\\d+)\ue001")
-"""Stands, while a chat is rendered, for what must be read as text: `ChatTemplate._literal` of that index."""
+"""Marks, in a rendered chat, a spelled-out special token: the one with that index in `ChatTemplate._literal`."""
 
 
 class ChatTemplate:
     """`tokenizer`'s chat template, split at the end of the system turn.
 
-    Raises `UserError` if the tokenizer has no chat template, or one without a system turn that
-    can stand alone.
+    Raises `UserError` if the tokenizer has no chat template, or a template without a separate system turn.
     """
 
     def __init__(self, tokenizer):
@@ -33,9 +33,9 @@ class ChatTemplate:
             raise UserError(f"{tokenizer.name_or_path} has no chat template; use an instruct model")
         self.tokenizer = tokenizer
         self.hash = hashlib.sha256((tokenizer.chat_template + PREAMBLE).encode()).hexdigest()
-        self._literal = [*_special_tokens(tokenizer), "\ue000"]  # the mark's own opening, too
+        self._literal = [*_special_tokens(tokenizer), "\ue000"]  # and the mark's own first character
         self._spelled = re.compile("|".join(map(re.escape, self._literal)))
-        # Once and here: the tokenizer's switch is not safe while other threads encode.
+        # Encoded once, because the tokenizer's switch is not safe while other threads encode.
         self._as_text = [tokenizer.encode(token, add_special_tokens=False, split_special_tokens=True)
                          for token in self._literal]
         self._sentinel = self._render([{"role": "system", "content": "x"}])
@@ -48,8 +48,24 @@ class ChatTemplate:
         """The closed system turn around the corpus or chunk `text`."""
         return self._encode(self._render([{"role": "system", "content": PREAMBLE + text}]))
 
+    def cut(self, text: str, max_tokens: int) -> str:
+        """The longest beginning of `text`, in whole tokens, whose system turn has at most `max_tokens`.
+
+        It is empty if the turn without any text is already longer.
+        """
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = [end for _, end in encoded["offset_mapping"]]
+        keep = min(len(ends), max_tokens)
+        while keep > 0:
+            part = text if keep == len(ends) else text[: ends[keep - 1]]
+            excess = len(self.system_ids(part)) - max_tokens
+            if excess <= 0:
+                return part
+            keep -= excess
+        return ""
+
     def default_ids(self) -> list[int]:
-        """What the template puts before a conversation when no system message is given."""
+        """The tokens that the template puts before a conversation without a system message."""
         message = {"role": "user", "content": "y"}
         opened = self._render([message])
         rest = self._render([{"role": "system", "content": "x"}, message])[len(self._sentinel):]
@@ -59,7 +75,7 @@ class ChatTemplate:
         return self._encode(opened[: len(opened) - len(rest)])
 
     def conversation_ids(self, messages: Sequence[Message], generation_prompt: bool = True) -> list[int]:
-        """What follows the system turn. With `generation_prompt`, ends where the assistant begins."""
+        """The tokens after the system turn. With `generation_prompt` they end where the assistant begins."""
         return self._encode(self._conversation_text(messages, generation_prompt))
 
     def _conversation_text(self, messages: Sequence[Message], generation_prompt: bool) -> str:
@@ -71,7 +87,7 @@ class ChatTemplate:
         return full[len(self._sentinel):]
 
     def text_ids(self, text: str) -> list[int]:
-        """`text` as it stands inside a turn."""
+        """The tokens of `text` inside a turn."""
         return self._encode(self._shielded(text))
 
     def _render(self, messages, generation_prompt: bool = False) -> str:
@@ -93,6 +109,6 @@ class ChatTemplate:
 
 
 def _special_tokens(tokenizer) -> list[str]:
-    """Longest first, so that none hides a longer one that begins with it."""
+    """All special tokens, longest first, so that a longer one is matched before its prefix."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))

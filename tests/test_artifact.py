@@ -11,6 +11,7 @@ from cartridges import artifact
 from cartridges.artifact import MANIFEST, TENSORS, CorpusRecord
 from cartridges.cartridge import Cartridge
 from cartridges.errors import UserError
+from cartridges.files import file_digest
 from cartridges.models import ModelIdentity
 
 IDENTITY = ModelIdentity(
@@ -51,7 +52,7 @@ def test_round_trip_is_bit_equal(tmp_path, dtype):
     for mine, theirs in zip(cartridge.keys_values(), loaded.cartridge.keys_values(), strict=True):
         assert torch.equal(mine.to(getattr(torch, dtype)).float(), theirs)
     assert loaded.cartridge.num_frozen_tokens == 1
-    assert loaded.digest == manifest.digest == artifact.file_digest(tmp_path / TENSORS)
+    assert loaded.digest == manifest.digest == file_digest(tmp_path / TENSORS)
     again = artifact.save(tmp_path / "again", loaded.cartridge, model=IDENTITY, corpus=CORPUS,
                           settings={}, dtype=dtype)
     assert again.digest == manifest.digest
@@ -102,7 +103,7 @@ def forge(directory, tensors):
         path.write_bytes(tensors)
     else:
         save_file(tensors, path)
-    edit_manifest(directory, digest=artifact.file_digest(path), file_bytes=path.stat().st_size)
+    edit_manifest(directory, digest=file_digest(path), file_bytes=path.stat().st_size)
 
 
 def test_forged_tensors(tmp_path):

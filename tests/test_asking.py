@@ -14,8 +14,8 @@ from cartridges.engines.base import Request, TextPrefix
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
 from cartridges.records import Conversation
-from cartridges.selfstudy.asking import Ask, as_question
-from cartridges.selfstudy.http_asking import HttpAsker
+from cartridges.selfstudy.asker import Ask, as_question
+from cartridges.selfstudy.endpoint_asker import EndpointAsker
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 from cartridges.selfstudy.synthesizer import Synthesizer
@@ -144,7 +144,7 @@ def test_what_is_odd_costs_its_own_conversation_and_a_refused_key_the_run(tiny_b
     app = Starlette(routes=[Route("/v1/chat/completions", respond, methods=["POST"])])
     with listening_app(app) as url:
         build = asking(tiny_model_dir, endpoint=f"{url}/v1", endpoint_model="m", api_key_env="THE_KEY")
-        asker = HttpAsker(build.synthesize, retries=0)
+        asker = EndpointAsker(build.synthesize, retries=0)
         made = asker.ask([Ask(0, seed_prompt=prompt) for prompt in ("odd", "none", "busy")])
         assert all(isinstance(one, Exception) for one in made)
         chunks = {chunk.chunk_id: chunk for chunk in CHUNKS}

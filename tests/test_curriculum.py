@@ -17,7 +17,7 @@ from cartridges.distill.remaining import chunk_weights, remaining_kl
 from cartridges.distill.student import Student
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.records import Chunk, Conversation
-from cartridges.selfstudy.finish import finish
+from cartridges.selfstudy.deduplicate import deduplicate
 from cartridges.selfstudy.held_out import without
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.storage import count_tasks, load_conversations
@@ -79,7 +79,7 @@ def test_a_family_goes_on_through_a_chunk_where_the_round_before_left_it(tmp_pat
 def test_what_an_earlier_round_has_is_a_duplicate(tmp_path):
     write_part(tmp_path / "first", "a.parquet", [conversation(9, "Who?")])
     write_part(tmp_path / "parts", "a.parquet", [conversation(1, "Who?"), conversation(2, "When?")])
-    finish(tmp_path / "parts", tmp_path / "shards", earlier=[tmp_path / "first" / "a.parquet"])
+    deduplicate(tmp_path / "parts", tmp_path / "shards", earlier=[tmp_path / "first" / "a.parquet"])
     assert [row["dropped"] for row in shard_rows(tmp_path)] == ["duplicate", ""]
 
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cartridges.errors import UserError
+from cartridges.records import Dropped
 from cartridges.selfstudy import filters
-from cartridges.selfstudy.card import Distribution, data_card
-from cartridges.selfstudy.finish import finish
-from cartridges.selfstudy.synthesizer import Dropped
+from cartridges.selfstudy.data_card import Distribution, data_card
+from cartridges.selfstudy.deduplicate import deduplicate
 from tests.test_synthesize import conversation, write_part
 from workflows.cli import main
 from workflows.runtime.manifests import write_manifest
@@ -74,7 +74,7 @@ def dataset(tmp_path, tiny_model_dir):
         Dropped("c005", "recall", "empty", "chunk", ({"role": "user", "content": "A & B"},)),
         Dropped("c006", "recall", "error: KeyError: x", "chunk"),
         Dropped("c007", "recall", "error: ValueError: y", "chunk")])
-    summary = finish(tmp_path / "parts", tmp_path / "shards")
+    summary = deduplicate(tmp_path / "parts", tmp_path / "shards")
     manifest = {"fingerprint": "f" * 16, "planned": 7, "chunks": 2, "seed": 5, "settings": {},
                 "corpus": {"id": "lights", "fingerprint": "a" * 32, "tokens": 1200}}
     model = {"name": str(tiny_model_dir), "revision": None, "weights_digest": "b" * 64}

@@ -80,7 +80,7 @@ def test_paired_interval_is_narrow_where_questions_vary_and_zero_for_the_same():
 TEXT = "\n\n".join(f"The toll of ship number {n} is {n * 37} crowns, paid at gate {n}." for n in range(12))
 QUESTIONS = tuple(Question(f"q{n}", f"What is the toll of ship number {n}?",
                            (str(n * 37), f"{n * 37} crowns")) for n in range(2, 8)) + (
-    Question("mc", "Which gate?", ("gate 2",), ("gate 1", "gate 2", "gate 3"), 1, "mc_accuracy"),)
+    Question("mc", "Which gate?", ("gate 2",), ("gate 1", "gate 2", "gate 3"), 1),)
 QUICK = EvaluateSettings(max_answer_tokens=4, bootstrap_samples=100)
 
 
@@ -157,18 +157,18 @@ def test_gold_likelihood_is_that_of_the_answer_s_tokens(report, tiny_base_model)
 
 
 def test_distractors_are_distinct_and_stable():
-    from cartridges.evaluation.asking import distractors
+    from cartridges.evaluation.asking import wrong_options
 
     questions = [Question(f"q{n}", "?", (answer,)) for n, answer in
                  enumerate(["1", "17", "The Bear", "bear", "42", "8", "93", "5"])]
     for question in questions:
-        drawn = distractors(question, questions, 0)
-        assert len(drawn) == 3 and drawn == distractors(question, questions, 0)
+        drawn = wrong_options(question, questions, 0)
+        assert len(drawn) == 3 and drawn == wrong_options(question, questions, 0)
         folded = [metrics.normalize_squad(text) for text in (*question.answers, *drawn)]
         assert not any(a.startswith(b) for a in folded for b in folded if a is not b)
-    assert {distractors(questions[6], questions, seed) for seed in range(5)} != {
-        distractors(questions[6], questions, 0)}
-    assert distractors(questions[0], questions[:4], 0) == ()
+    assert {wrong_options(questions[6], questions, seed) for seed in range(5)} != {
+        wrong_options(questions[6], questions, 0)}
+    assert wrong_options(questions[0], questions[:4], 0) == ()
 
 
 def test_questions_are_drawn_by_seed_in_their_order(tiny_base_model):
@@ -182,12 +182,10 @@ def test_questions_are_drawn_by_seed_in_their_order(tiny_base_model):
 
 
 def test_text_within_fills_the_room_and_is_a_beginning(tiny_base_model):
-    from cartridges.evaluation.arms import text_within
-
     template = tiny_base_model.template
     overhead = len(template.system_ids(""))
     for room in (1, overhead, overhead + 1, overhead + 20, 10_000):
-        text = text_within(template, TEXT + " 漢字😀", room)
+        text = template.cut(TEXT + " 漢字😀", room)
         assert (TEXT + " 漢字😀").startswith(text)
         assert len(template.system_ids(text)) <= max(room, overhead)
         if overhead < room < 1000:

@@ -10,7 +10,6 @@ from cartridges import artifact
 from cartridges.corpus_text import TEXT, keep_text
 from cartridges.engines.base import Request, TextPrefix
 from cartridges.errors import UserError
-from cartridges.evaluation.arms import text_within
 from cartridges.registry import Registry
 from tests.serve_support import TEXTS, listening, make_service, publish, value_of
 
@@ -83,7 +82,7 @@ def test_a_corpus_longer_than_the_window_is_cut_and_says_so(client, base, engine
     assert answer.context["truncated"] is True
     window, room = base.identity.max_position_embeddings, len(base.template.conversation_ids(ASK)) + 12
     assert window - room - 300 < answer.context["tokens"] <= window - room
-    kept = text_within(base.template, LONG, answer.context["tokens"])
+    kept = base.template.cut(LONG, answer.context["tokens"])
     assert LONG.startswith(kept) and len(base.template.system_ids(kept)) == answer.context["tokens"]
     assert answer.choices[0].message.content == direct(base, engine, kept)
     # Without max_tokens there is room for an answer.

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cartridges import download
-from cartridges.cartridge import KVShape
 from cartridges.config import DEFAULT_MODEL, ModelSettings
 from cartridges.errors import UserError
 from cartridges.models import (
@@ -23,6 +22,7 @@ from cartridges.models import (
     resolve_model_dir,
     weights_digest,
 )
+from cartridges.records import KVShape
 from cartridges.template import ChatTemplate
 from conftest import TINY, make_tiny
 

@@ -11,14 +11,14 @@ from cartridges.config import SynthesizeSettings
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
 from cartridges.prompts import example_messages
-from cartridges.records import Chunk, Conversation
+from cartridges.records import Chunk, Conversation, Dropped
 from cartridges.selfstudy import filters, questions
 from cartridges.selfstudy.families import FAMILIES, Proposal, draw_spans, register
 from cartridges.selfstudy.phrases import noun_phrases
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.spans import Statement, answer_spans, statements
 from cartridges.selfstudy.storage import from_row, load_conversations, schema, to_row
-from cartridges.selfstudy.synthesizer import Dropped, Synthesizer
+from cartridges.selfstudy.synthesizer import Synthesizer
 from cartridges.selfstudy.verbs import agent_verb
 
 PROSE = ("The Light Service was founded in 1611 by Perrin Voss, a fisherman. The harbour of Marl has 84 berths. "

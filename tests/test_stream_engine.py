@@ -5,8 +5,10 @@ from contextlib import aclosing
 
 import pytest
 
-from cartridges.engines.base import CartridgePrefix, Request, TextPrefix
+from cartridges.engines.answer import Answer
+from cartridges.engines.base import CartridgePrefix, RawPrefix, Request, TextPrefix
 from cartridges.engines.detokenize import TextStream
+from cartridges.engines.prefix_cache import prefix_key
 from cartridges.engines.stream import TransformersStreamingEngine
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
@@ -90,6 +92,15 @@ def test_exact_kv_answers_as_the_text(base, engine):
                  for prefix in (cartridge, TextPrefix(text))]
         assert [e.token_id for e in asked[0]] == [e.token_id for e in asked[1]]
         assert [e.logprob for e in asked[0]] == pytest.approx([e.logprob for e in asked[1]], abs=1e-4)
+
+
+def test_a_raw_text_and_a_system_turn_are_different_prefixes(base, tiny_base_model, engine):
+    requests = [ask(base, "Who?", prefix=kind(TEXTS["harbour"])) for kind in (TextPrefix, RawPrefix, TextPrefix)]
+    for request, expected in zip(requests, TransformersEngine(tiny_base_model).generate(requests), strict=True):
+        events = asyncio.run(collect(engine, request))
+        assert [event.logprob for event in events] == pytest.approx(expected.logprobs.tolist(), abs=1e-4)
+    assert len(engine.prefixes._entries) == 2
+    assert prefix_key(RawPrefix("a")) != prefix_key(TextPrefix("a")) == prefix_key(TextPrefix("a", shared=False))
 
 
 def test_concurrent_streams_do_not_mix(base, engine):
@@ -182,3 +193,19 @@ def test_an_unfinished_character_is_dropped(base):
     stream = TextStream(tokenizer)
     ids = tokenizer.encode("ok 🦜", add_special_tokens=False)[:-1]
     assert "".join([*[stream.push(i) for i in ids], stream.finish()]).rstrip() == "ok"
+
+
+class CountingTokenizer:
+    decoded = 0
+
+    def decode(self, ids, **_):
+        self.decoded += len(ids)
+        return "".join(chr(97 + token % 26) for token in ids)
+
+
+def test_looking_for_a_stop_string_decodes_each_token_a_few_times_only():
+    tokenizer = CountingTokenizer()
+    answer = Answer(Request((1,), max_tokens=500, stop=("never",)), tokenizer, frozenset())
+    for token in range(500):
+        answer.take(token)
+    assert answer.finish_reason == "length" and tokenizer.decoded < 5 * 500

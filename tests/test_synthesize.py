@@ -18,13 +18,11 @@ from cartridges.config import BuildSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.prompts import example_messages
-from cartridges.records import Conversation
-from cartridges.selfstudy.finish import finish
+from cartridges.records import Conversation, Dropped, Task
+from cartridges.selfstudy.deduplicate import deduplicate
 from cartridges.selfstudy.held_out import split, without
-from cartridges.selfstudy.near import near_duplicates
-from cartridges.selfstudy.plan import Task
+from cartridges.selfstudy.near_duplicates import near_duplicates
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
-from cartridges.selfstudy.synthesizer import Dropped
 from workflows.building.budget import Rates, estimate, fit, parse_time, steps_within
 from workflows.runtime.manifests import Clock, write_manifest
 from workflows.synthesis.failures import forget_failed, require_few, run_with_retry
@@ -74,7 +72,7 @@ def test_finish_marks_duplicates_counts_reasons_and_orders_rows(tmp_path):
     write_part(tmp_path / "parts", "a.parquet", [
         conversation(2, "When?"), Dropped("c000", "cloze", "empty"),
         Dropped("c004", "recall", "error: KeyError: x")])
-    summary = finish(tmp_path / "parts", tmp_path / "shards", rows_per_shard=2)
+    summary = deduplicate(tmp_path / "parts", tmp_path / "shards", rows_per_shard=2)
     rows = shard_rows(tmp_path)
     assert [(row["conversation_id"], row["dropped"]) for row in rows] == [
         ("c000", "empty"), ("c001", ""), ("c002", ""), ("c003", "duplicate"), ("c004", "error: KeyError: x")]
@@ -93,7 +91,7 @@ def test_near_duplicates_are_dropped_where_asked_for(tmp_path):
     reasons = {}
     for name, how in (("off", {}), ("on", {"similarity": 0.6}), ("near", {"similarity": 0.6, "exact": False}),
                       ("strict", {"similarity": 0.99}), ("neither", {"exact": False})):
-        finish(tmp_path / "parts", tmp_path / name / "shards", **how)
+        deduplicate(tmp_path / "parts", tmp_path / name / "shards", **how)
         reasons[name] = [row["dropped"] for row in shard_rows(tmp_path / name)]
     assert reasons["off"] == reasons["strict"] == ["", "", "", "duplicate"]
     assert reasons["on"] == ["", "near_duplicate", "", "duplicate"]

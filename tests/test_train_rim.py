@@ -26,7 +26,7 @@ from cartridges.distill.student import Student
 from cartridges.distill.trainer import TorchStepper, Trainer
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.errors import UserError
-from cartridges.selfstudy.finish import finish
+from cartridges.selfstudy.deduplicate import deduplicate
 from cartridges.selfstudy.held_out import split
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.storage import load_conversations
@@ -65,7 +65,7 @@ def dataset(tiny_base_model, settings, corpus_file, tmp_path_factory):
                               {chunk.chunk_id: chunk for chunk in chunks}, settings.synthesize)
     tasks = plan(chunks, settings.synthesize, settings.seed)
     write_part(directory / "parts", "a.parquet", synthesizer.run(tasks))
-    summary = finish(directory / "parts", directory / "shards").as_dict()
+    summary = deduplicate(directory / "parts", directory / "shards").as_dict()
     write_manifest(directory / "dataset.json", {
         **summary, "fingerprint": dataset_fingerprint(corpus, settings), "settings": {},
         "corpus": {"id": corpus.corpus_id, "fingerprint": corpus.fingerprint,

@@ -1,7 +1,7 @@
-"""What an inference engine must do. `transformers` is the reference; `vllm` must match it.
+"""The interface of an inference engine. `transformers` is the reference; `vllm` must match it.
 
 An engine answers conversations that follow a *prefix* in the KV cache. Every arm of the report
-card, every teacher and every served request is a prefix and a conversation:
+card, every teacher and every served request consists of a prefix and a conversation:
 
     None                    the base model as its chat template opens (default system turn)
     TextPrefix(text)        a system turn that holds the text (a chunk, or the whole corpus)
@@ -22,8 +22,8 @@ from cartridges.cartridge import Cartridge
 class TextPrefix:
     """A system turn around `text`, rendered by `cartridges.template`.
 
-    `shared`: many requests stand behind the same one, so that a service keeps its KV. One that was made for a
-    question must not be kept: it would tell others, by its speed, what was asked.
+    `shared` says that many requests use this text, so a service caches its KV. A text retrieved for one question is
+    not shared and must not be cached: a faster answer would reveal to others what was asked.
     """
 
     text: str
@@ -32,7 +32,7 @@ class TextPrefix:
 
 @dataclass(frozen=True)
 class RawPrefix:
-    """`text` as it is, tokenised without a chat template."""
+    """`text` tokenised without a chat template."""
 
     text: str
 
@@ -55,7 +55,7 @@ class Request:
     `input_ids` comes from `template.conversation_ids(messages, generation_prompt=True)`.
     `topk > 0` asks for the top-k logprobs of every generated token, always of the T=1
     distribution whatever the sampling temperature. `seed` makes sampling repeatable. `ignore_end`
-    goes on past end-of-turn tokens to `max_tokens`, for measuring speed.
+    continues past end-of-turn tokens to `max_tokens`, for measuring speed.
     """
 
     input_ids: tuple[int, ...]
@@ -71,10 +71,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated. `output_ids` includes the end-of-turn token when it was produced.
+    """A generated answer. `output_ids` includes the end-of-turn token if there was one.
 
     `text` is `output_ids` decoded without special tokens and cut before a stop string.
-    `finish_reason` is "stop" or "length". `logprobs` float32 `[n]` is of the chosen tokens at T=1;
+    `finish_reason` is "stop" or "length". `logprobs` float32 `[n]` are those of the chosen tokens at T=1;
     `topk_ids` int32 and `topk_logprobs` float32 are `[n, topk]`, or None when `topk == 0`.
     """
 
@@ -98,7 +98,7 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """At the loss positions, in order: `logprobs` float32 `[m]` of the given next tokens, and the
+    """`logprobs` float32 `[m]` of the given next tokens at the `m` loss positions, in order, and the
     top-k rows `[m, topk]` (None when `topk == 0`)."""
 
     logprobs: np.ndarray
@@ -108,7 +108,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One generated token of a stream. `text` is the piece that became printable (may be empty).
+    """One generated token of a stream. `text` is the text that became printable with it (may be empty).
 
     The last event of a stream has `finish_reason` "stop" or "length".
     """
@@ -130,10 +130,10 @@ class Engine(Protocol):
 
 
 class StreamingEngine(Protocol):
-    """Serving. Closing the iterator (a client that left) frees the request's slot at once.
+    """Serving. Closing the iterator (when a client leaves) frees the request's slot at once.
 
-    What is cached of a conversation is never shared between tenants: how quickly an answer comes must
-    not tell one what another has asked.
+    Cached conversations are never shared between tenants: the speed of an answer must not reveal to one tenant
+    what another has asked.
     """
 
     def stream(self, request: Request, tenant: str = "") -> AsyncIterator[TokenEvent]: ...

@@ -1,4 +1,4 @@
-"""Which requests share a forward pass: groups of one prefix, in a few recurring shapes."""
+"""Groups requests into forward passes by prefix, in a few recurring shapes."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Piece:
-    """Requests (by index) that share a prefix; they fill `rows` rows, the rest of them idle. `longest`: the
-    tokens of the longest."""
+    """Requests (by index) that share a prefix, in `rows` rows of a batch; rows without a request are idle.
+    `longest` is the length in tokens of the longest request."""
 
     prefix: Hashable
     indices: tuple[int, ...]
@@ -21,7 +21,7 @@ def power_of_two(n: int) -> int:
 
 
 def pieces(prefixes: Sequence[Hashable], lengths: Sequence[int], max_rows: int) -> list[Piece]:
-    """Split each prefix' requests, in order of length, into pieces of at most `max_rows`."""
+    """Split the requests of each prefix, in order of length, into pieces of at most `max_rows`."""
     groups: dict[Hashable, list[int]] = {}
     for index in sorted(range(len(prefixes)), key=lambda i: lengths[i]):
         groups.setdefault(prefixes[index], []).append(index)
@@ -34,10 +34,10 @@ def pieces(prefixes: Sequence[Hashable], lengths: Sequence[int], max_rows: int) 
 
 
 def decoding_pieces(prefixes: Sequence[Hashable], lengths: Sequence[int], max_rows: int) -> list[Piece]:
-    """As `pieces`, all of as many rows: the number with which they make the fewest batches.
+    """Like `pieces`, but all pieces have the same number of rows: the one that gives the fewest batches.
 
-    A step of decoding reads all of the model's weights whatever the rows, so few large batches beat many small
-    ones (docs/log.md).
+    Each decoding step reads all of the model's weights whatever the number of rows, so few large batches beat many
+    small ones (docs/log.md).
     """
     sizes = Counter(prefixes).values()
 
@@ -50,7 +50,7 @@ def decoding_pieces(prefixes: Sequence[Hashable], lengths: Sequence[int], max_ro
 
 
 def batches(all_pieces: Sequence[Piece], max_rows: int) -> Iterator[list[Piece]]:
-    """Batches of pieces with equally many rows and alike in length, `max_rows` rows at most together."""
+    """Batches of pieces that have the same number of rows and similar lengths, with at most `max_rows` rows each."""
     by_rows: dict[int, list[Piece]] = {}
     for piece in sorted(all_pieces, key=lambda piece: piece.longest):
         by_rows.setdefault(piece.rows, []).append(piece)
@@ -64,8 +64,8 @@ def common_starts(prefixes: Sequence[Hashable], inputs: Sequence[Sequence[int]],
                   shortest: int = 16) -> list[int]:
     """How many leading tokens each request shares with others after the same prefix.
 
-    Those tokens (example turns, say) need to be computed once only. `limits` is the most that may
-    be taken from each; starts shorter than `shortest` are not worth it and count as 0.
+    These tokens (example turns, say) are computed only once. `limits` is the maximum for each request; shared
+    starts shorter than `shortest` are not worth it and count as 0.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, (prefix, ids) in enumerate(zip(prefixes, inputs, strict=True)):

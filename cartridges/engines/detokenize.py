@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time, as a client may see it."""
+"""Converts token ids to text, one token at a time."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ REPLACEMENT = "\ufffd"
 class TextStream:
     """Turns a growing list of token ids into printable pieces.
 
-    The pieces joined are the decoded text, special tokens left out, cut before the first stop string.
-    A piece never ends within a character (byte-level tokenizers split them) nor within what may
-    still become a stop string.
+    Joined, the pieces are the decoded text without special tokens, cut before the first stop string.
+    A piece never ends within a character (byte-level tokenizers split them) or within the beginning
+    of a possible stop string.
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()):
@@ -23,19 +23,19 @@ class TextStream:
         self._held = ""
 
     def push(self, token_id: int) -> str:
-        """The text that became printable with `token_id`. Sets `stopped` when a stop string ended it."""
+        """The text that became printable with `token_id`. Sets `stopped` at a stop string."""
         self._ids.append(token_id)
         before = self._decode(self._ids[self._begin:self._read])
         after = self._decode(self._ids[self._begin:])
         if after.endswith(REPLACEMENT) or len(after) <= len(before):
             return ""
-        # Decoding restarts at the last whole piece: a token's text may depend on the one before it
-        # (leading spaces), but not on more.
+        # Decoding restarts at the last complete piece: a token's text may depend on the token before it
+        # (leading spaces), but on no earlier one.
         self._begin, self._read = self._read, len(self._ids)
         return self._release(self._held + after[len(before):])
 
     def finish(self) -> str:
-        """What was held back and did not become a stop string. An unfinished character is dropped."""
+        """The text that was held back as a possible stop string. An unfinished character is dropped."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._begin:self._read])
@@ -60,7 +60,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -1,88 +1,64 @@
-"""What stands before a request, computed once: the KV of prefixes and of starts that requests share."""
+"""KV of prefixes that an engine keeps between requests, and the key by which it finds them again."""
 
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable
 
-import torch
-
-from cartridges.engines.base import CartridgePrefix, Prefix, RawPrefix, Request, ScoreRequest, TextPrefix
-from cartridges.engines.batching import common_starts
-from cartridges.forward import PrefixKV, extend, prefill
+from cartridges.engines.base import CartridgePrefix, Prefix, RawPrefix, TextPrefix
+from cartridges.forward import PrefixKV
 from cartridges.models import BaseModel
-
-
-@dataclass(frozen=True)
-class Trimmed:
-    """A request without its first tokens: `common`, shared with others, is part of its prefix."""
-
-    prefix: Prefix
-    common: tuple[int, ...]
-    input_ids: tuple[int, ...]
-
-    @property
-    def key(self):
-        return prefix_key(self.prefix), self.common
-
-
-def trim(requests: Sequence[Request | ScoreRequest], limits: list[int]) -> list[Trimmed]:
-    """The requests, each without the start that it shares with others: at most `limits` tokens of each."""
-    starts = common_starts([prefix_key(r.prefix) for r in requests], [r.input_ids for r in requests], limits)
-    return [Trimmed(r.prefix, tuple(r.input_ids[:start]), tuple(r.input_ids[start:]))
-            for r, start in zip(requests, starts, strict=True)]
+from cartridges.template import ChatTemplate
 
 
 class PrefixCache:
-    """KV of prefixes, least recently used out first once they exceed `max_bytes`.
+    """KV by key, up to `max_bytes` bytes; the least recently used entry is evicted first. Thread-safe.
 
-    `computed_tokens` counts what was computed because it was not there.
+    The newest entry stays even where it alone exceeds `max_bytes`.
     """
 
-    def __init__(self, base: BaseModel, max_bytes: int):
-        self.base, self.max_bytes = base, max_bytes
-        self.computed_tokens = 0
-        self.entries: OrderedDict[object, PrefixKV] = OrderedDict()
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[Hashable, PrefixKV] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def get(self, row: Trimmed) -> PrefixKV:
-        """The KV of a row's prefix and of what it shares with other rows."""
-        before = self._get(prefix_key(row.prefix), lambda: self._make(row.prefix))
-        if not row.common:
-            return before
-        return self._get(row.key, lambda: extend(self.base.model, before, row.common), before.num_tokens)
+    @property
+    def num_bytes(self) -> int:
+        return sum(kv.num_bytes for kv in self._entries.values())
 
-    def num_tokens(self, row: Trimmed) -> int:
-        return self.get(row).num_tokens
+    def get(self, key: Hashable) -> PrefixKV | None:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
 
-    def _get(self, key, make, known_tokens: int = 0) -> PrefixKV:
-        if key not in self.entries:
-            self.entries[key] = make()
-            self.computed_tokens += self.entries[key].num_tokens - known_tokens
-            while len(self.entries) > 1 and sum(kv.num_bytes for kv in self.entries.values()) > self.max_bytes:
-                self.entries.popitem(last=False)
-        self.entries.move_to_end(key)
-        return self.entries[key]
+    def put(self, key: Hashable, kv: PrefixKV) -> None:
+        with self._lock:
+            self._entries[key] = kv
+            self._entries.move_to_end(key)
+            while self.num_bytes > self.max_bytes and len(self._entries) > 1:
+                self._entries.popitem(last=False)
 
-    def _make(self, prefix: Prefix) -> PrefixKV:
-        if isinstance(prefix, CartridgePrefix):
-            keys, values = prefix.cartridge.keys_values()
-            to = dict(dtype=self.base.dtype, device=self.base.device)
-            return PrefixKV(keys.detach().to(**to), values.detach().to(**to))
-        ids = prefix_ids(self.base, prefix)
-        if not ids:
-            shape = self.base.shape
-            empty = torch.zeros(shape.num_layers, shape.num_key_value_heads, 0, shape.head_dim,
-                                dtype=self.base.dtype, device=self.base.device)
-            return PrefixKV(empty, empty)
-        return prefill(self.base.model, ids)
+    def drop(self, key: Hashable) -> None:
+        with self._lock:
+            self._entries.pop(key, None)
 
 
-def prefix_ids(base: BaseModel, prefix: TextPrefix | RawPrefix | None) -> list[int]:
+def prefix_key(prefix: Prefix) -> Hashable:
+    """Equal for two prefixes exactly when their KV is: by a cartridge's digest, by a text and how it is rendered."""
+    if isinstance(prefix, CartridgePrefix):
+        return prefix.digest
+    return None if prefix is None else (type(prefix).__name__, prefix.text)
+
+
+def prefix_ids(template: ChatTemplate, prefix: TextPrefix | RawPrefix | None) -> list[int]:
     """The tokens of a prefix that is text."""
     if isinstance(prefix, RawPrefix):
-        return base.tokenizer.encode(prefix.text, add_special_tokens=False)
-    return base.template.system_ids(prefix.text) if prefix else base.template.default_ids()
+        return template.tokenizer.encode(prefix.text, add_special_tokens=False)
+    return template.default_ids() if prefix is None else template.system_ids(prefix.text)
 
 
-def prefix_key(prefix: Prefix):
-    """What makes two prefixes the same: the text, or the digest of the cartridge's bytes."""
-    return prefix.digest if isinstance(prefix, CartridgePrefix) else prefix
+def cartridge_kv(base: BaseModel, prefix: CartridgePrefix) -> PrefixKV:
+    """The cartridge's keys and values on the device and in the dtype of `base`."""
+    keys, values = (tensor.detach().to(device=base.device, dtype=base.dtype)
+                    for tensor in prefix.cartridge.keys_values())
+    return PrefixKV(keys, values)

@@ -1,4 +1,4 @@
-"""From logits to tokens and logprobs."""
+"""Sampling of tokens from logprobs."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ import torch
 
 def sample(logprobs: torch.Tensor, temperatures: torch.Tensor, top_ps: Sequence[float],
            draws: torch.Tensor) -> torch.Tensor:
-    """One token a row from T=1 `logprobs` `[B, V]` by inverse transform of `draws` `[B]` in [0, 1).
+    """One token per row from T=1 `logprobs` `[B, V]` by inverse transform of `draws` `[B]` in [0, 1).
 
-    A temperature of 0 is greedy. Because each row brings its own draw, what a row samples does not
-    depend on which rows happen to be beside it.
+    A temperature of 0 is greedy. Each row has its own draw, so its sample does not depend on the other rows
+    of the batch.
     """
     greedy = logprobs.argmax(dim=-1)
     if not bool((temperatures > 0).any()):
@@ -35,7 +35,7 @@ def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 class Draws:
-    """A row's private stream of uniform numbers."""
+    """The stream of uniform random numbers of one row."""
 
     def __init__(self, seed: int):
         self.generator = np.random.default_rng(seed)

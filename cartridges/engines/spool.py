@@ -1,8 +1,8 @@
-"""Where cartridges wait for vLLM: one safetensors file each, named by the sha256 of its bytes.
+"""The directory through which cartridges reach vLLM: one safetensors file each, named by the sha256 of its bytes.
 
-vLLM's workers may be other processes. They are told a hash and nothing else, look the file up in a
-directory of their own settings, and check its bytes against its name: a request can neither name a
-path nor get another cartridge's keys.
+vLLM's workers may be other processes. They receive only a hash, look the file up in the directory given by their
+own settings, and check its bytes against its name: a request can neither name a path nor get another cartridge's
+keys.
 """
 
 import hashlib
@@ -16,26 +16,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 
-from cartridges.artifact import file_digest, write_atomically
 from cartridges.cartridge import Cartridge
 from cartridges.engines.base import CartridgePrefix
+from cartridges.files import file_digest, write_atomically
 
 _HASH = re.compile("[0-9a-f]{64}")
 
 
 class SpoolError(RuntimeError):
-    """A spooled file is missing or is not what its name says."""
+    """A spooled file is missing, or its bytes do not match its name."""
 
 
 def spool_file(root: Path, content: str) -> Path:
-    """The file that holds the cartridge with sha256 `content`. Raises `SpoolError` for anything else."""
+    """The file that holds the cartridge with sha256 `content`. Raises `SpoolError` if that is not a hash."""
     if not _HASH.fullmatch(content):
         raise SpoolError(f"{content[:80]!r} is not a cartridge's hash")
     return root / f"{content}.safetensors"
 
 
 def check_spooled(root: Path, content: str) -> Path:
-    """`spool_file`, after checking that it is there and has the bytes its name promises."""
+    """`spool_file`, after checking that the file exists and its bytes match its name."""
     path = spool_file(root, content)
     if not path.is_file():
         raise SpoolError(f"{path} is missing")
@@ -47,7 +47,7 @@ def check_spooled(root: Path, content: str) -> Path:
 class Spool:
     """Writes cartridges to `directory` (None: a temporary one, removed with the spool).
 
-    Least recently used files go once they exceed `max_bytes`, except those in use. Thread-safe.
+    Above `max_bytes` the least recently used files are removed, except those in use. Thread-safe.
     """
 
     def __init__(self, directory: str | None = None, max_bytes: int = 8 << 30):
@@ -63,7 +63,7 @@ class Spool:
 
     @contextmanager
     def hold(self, prefix: CartridgePrefix) -> Iterator[str]:
-        """Spool `prefix`'s cartridge; yields the hash of its file, which stays for the `with` block."""
+        """Spool `prefix`'s cartridge and yield the hash of its file, which is kept for the `with` block."""
         with self._lock:
             content = self.put(prefix)
             self._in_use[content] += 1
@@ -75,11 +75,11 @@ class Spool:
                 self._evict()
 
     def put(self, prefix: CartridgePrefix) -> str:
-        """Write `prefix`'s cartridge unless it is there already; the hash of its file."""
+        """Write `prefix`'s cartridge unless its file exists; return the hash of the file."""
         with self._lock:
             known = self._known.get(prefix.digest)
             if known is None or not known.still_is(prefix.cartridge):
-                # The name is never believed: bytes that differ get another file and another salt.
+                # The digest is not trusted: different bytes get another file and another salt.
                 known = _Known(prefix.cartridge, self._write(prefix.cartridge))
                 self._known[prefix.digest] = known
             self._sizes.move_to_end(known.content)
@@ -87,7 +87,7 @@ class Spool:
             return known.content
 
     def forget(self, digest: str) -> None:
-        """Let the file of the cartridge known as `digest` go, once no request uses it."""
+        """Remove the file of the cartridge with `digest` once no request uses it."""
         with self._lock:
             known = self._known.pop(digest, None)
             if known is not None:
@@ -95,7 +95,7 @@ class Spool:
                 self._evict()
 
     def distrust(self, content: str) -> None:
-        """After a failed load: the next request writes the file again."""
+        """Make the next request write the file again, after a failed load."""
         with self._lock:
             self._known = {digest: known for digest, known in self._known.items() if known.content != content}
             self._sizes.pop(content, None)
@@ -126,7 +126,7 @@ class Spool:
 
 
 class _Known:
-    """Which tensors were spooled as `content`: the very same objects, not written to since."""
+    """The cartridge object that was spooled as `content`, and its state at that time."""
 
     def __init__(self, cartridge: Cartridge, content: str):
         self.content = content
@@ -138,6 +138,6 @@ class _Known:
 
 
 def _stamp(cartridge: Cartridge) -> tuple[int, ...]:
-    """Changes with every in-place update (an optimiser's step) and every replaced tensor."""
+    """A value that changes with every in-place update (an optimiser step) and every replaced tensor."""
     tensors = (*cartridge.buffers(), *cartridge.parameters())
     return tuple(number for tensor in tensors for number in (tensor.data_ptr(), tensor._version))

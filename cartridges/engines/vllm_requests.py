@@ -1,8 +1,8 @@
-"""Our requests as vLLM's prompts and parameters, and its outputs as our records.
+"""Translates our requests to vLLM's prompts and parameters, and its outputs to our records.
 
-The only place that writes placeholders, `cache_salt` and `kv_transfer_params`: they belong together.
-A salt without parameters, or a prompt that is computed over placeholders, would put garbage into the
-prefix cache that later requests on the cartridge get without a sign.
+Only this module writes placeholders, `cache_salt` and `kv_transfer_params`, because they must agree. A salt
+without parameters, or a forward pass over placeholders, would silently put garbage into the prefix cache that
+later requests with the cartridge read.
 """
 
 import hashlib
@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from cartridges.engines.answer import cut_at_stop, stop_token_ids
 from cartridges.engines.base import (
     CartridgePrefix,
     Completion,
     Prefix,
-    RawPrefix,
     Request,
     Score,
     ScoreRequest,
-    TextPrefix,
 )
+from cartridges.engines.prefix_cache import prefix_ids
 from cartridges.errors import UserError
 from cartridges.models import kv_shape, load_config, load_tokenizer
 from cartridges.template import ChatTemplate
@@ -30,10 +30,10 @@ from cartridges.template import ChatTemplate
 
 @dataclass(frozen=True)
 class Prompt:
-    """`prefix_tokens` ids of the prefix, then the conversation.
+    """`prefix_tokens` ids of the prefix, followed by the conversation.
 
-    `content` is the hash of the spooled cartridge whose `prefix_tokens` placeholders these are, or
-    None for text. `salt` parts the prefix cache: prompts share blocks only under the same salt.
+    For a cartridge the prefix ids are placeholders and `content` is the hash of the spooled file; for text
+    `content` is None. Prompts share prefix-cache blocks only under the same `salt`.
     """
 
     token_ids: tuple[int, ...]
@@ -51,13 +51,13 @@ class Prompt:
         return {"kv_transfer_params": {"cartridge": self.content, "num_tokens": self.prefix_tokens}}
 
     def alone(self) -> "Prompt":
-        """The same prompt under a salt that nobody else has, so that it finds nothing cached."""
+        """The same prompt under a unique salt, so that none of it is in the cache."""
         return replace(self, salt=f"{self.salt or 'text'}-{uuid.uuid4().hex}")
 
 
 class Translator:
-    """Requests for the model in `model_dir`, whose context window is `window` tokens (0: the model's)
-    and which gives at most `max_topk` logprobs a token."""
+    """Translates requests for the model in `model_dir`, with a context window of `window` tokens (0: the model's)
+    and at most `max_topk` logprobs per token."""
 
     def __init__(self, model_dir: str | Path, window: int = 0, max_topk: int = 20):
         directory = Path(model_dir)
@@ -67,13 +67,13 @@ class Translator:
         self.shape = kv_shape(config)
         self.window = window or config.max_position_embeddings
         self.max_topk = max_topk
-        self.stop_ids = _stop_ids(directory, config, self.tokenizer)
-        # Any id of the vocabulary does: its embedding is never computed.
+        self.stop_ids = stop_token_ids(_generation_config(directory, config), self.tokenizer)
+        # Any id of the vocabulary works: its KV is never computed.
         self._placeholder = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
 
     def prompt(self, prefix: Prefix, input_ids: tuple[int, ...], content: str | None, tenant: str = "",
                purpose: str = "") -> Prompt:
-        """`content` is the spooled file of a `CartridgePrefix`. Tenants never share cached blocks."""
+        """`content` is the hash of a `CartridgePrefix`'s spooled file. Tenants never share cached blocks."""
         if not input_ids:
             raise UserError("the prompt has no tokens; send at least one")
         ids = self._prefix_ids(prefix)
@@ -86,15 +86,11 @@ class Translator:
                 raise UserError(f"cartridge {prefix.digest[:16]} is {prefix.cartridge.shape}, the model "
                                 f"needs {self.shape}; serve it with the model it was built for")
             return [self._placeholder] * prefix.cartridge.num_tokens
-        if isinstance(prefix, TextPrefix):
-            return self.template.system_ids(prefix.text)
-        if isinstance(prefix, RawPrefix):
-            return self.tokenizer.encode(prefix.text, add_special_tokens=False)
-        return self.template.default_ids()
+        return prefix_ids(self.template, prefix)
 
     def check_limits(self, prompt: Prompt, answer_tokens: int, topk: int) -> None:
         if topk > self.max_topk:
-            raise UserError(f"{topk} logprobs a token are more than this engine's {self.max_topk}; ask for "
+            raise UserError(f"{topk} logprobs per token exceed this engine's maximum of {self.max_topk}; ask for "
                             "fewer")
         given = len(prompt.token_ids) - prompt.prefix_tokens
         if len(prompt.token_ids) + answer_tokens > self.window:
@@ -102,7 +98,7 @@ class Translator:
                             f"exceed the model's window of {self.window} tokens")
 
     def generation(self, request: Request, prompt: Prompt, **kwargs):
-        """`SamplingParams` that generate `request`. Logprobs are of T=1 (the engine's raw ones)."""
+        """`SamplingParams` that generate `request`. Logprobs are the engine's raw ones, at T=1."""
         from vllm import SamplingParams
 
         self.check_limits(prompt, request.max_tokens, request.topk)
@@ -114,7 +110,7 @@ class Translator:
         return guarded(prompt, params)
 
     def scoring(self, request: ScoreRequest, prompt: Prompt):
-        """`SamplingParams` that score a given conversation by one prefill."""
+        """`SamplingParams` that score a given conversation in one prefill."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -129,21 +125,19 @@ class Translator:
     def completion(self, request: Request, output) -> Completion:
         """`output` is vLLM's `CompletionOutput` of a finished request."""
         ids = tuple(output.token_ids)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        cuts = [text.index(stop) for stop in request.stop if stop in text]
+        text = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), request.stop)
         chosen, top_ids, top_logprobs = rows(output.logprobs, range(len(ids)), request.topk)
-        return Completion(ids, text[: min(cuts)] if cuts else text, output.finish_reason, chosen,
-                          top_ids, top_logprobs)
+        return Completion(ids, text, output.finish_reason, chosen, top_ids, top_logprobs)
 
     def score(self, request: ScoreRequest, prompt: Prompt, prompt_logprobs) -> Score:
-        # Counted from the end: what was cached may have no rows at the front.
+        # Counted from the end, because cached tokens may have no rows at the front.
         back = len(prompt_logprobs) - len(prompt.token_ids) + prompt.prefix_tokens
         at = [back + position + 1 for position in loss_positions(request)]
         return Score(*rows(prompt_logprobs, at, request.topk))
 
 
 def guarded(prompt: Prompt, params):
-    """`params`, unless they would compute placeholders as if they were text. Raises `ValueError`."""
+    """`params`. Raises `ValueError` if they would compute placeholders as if they were text."""
     sent = (params.extra_args or {}).get("kv_transfer_params")
     if prompt.content is None:
         if sent is not None:
@@ -163,10 +157,11 @@ def loss_positions(request: ScoreRequest) -> list[int]:
 
 
 def rows(flat, at, topk: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Of vLLM's `FlatLogprobs` at positions `at`: chosen `[n]`, top-k ids and logprobs `[n, topk]`.
+    """Logprobs of the chosen tokens `[n]`, and top-k ids and logprobs `[n, topk]`, at positions `at` of vLLM's
+    `FlatLogprobs`.
 
-    A position holds the chosen token first and then the top k by falling probability; where vLLM has
-    merged outputs that were not fetched in time, a chosen token of the top k is there only once.
+    A position holds the chosen token, then the top k by falling probability. Where vLLM has merged outputs that
+    were not fetched in time, a chosen token that is in the top k occurs only once.
     """
     starts = [flat.start_indices[position] for position in at]
     chosen = np.array([flat.logprobs[start] for start in starts], np.float32)
@@ -180,7 +175,7 @@ def rows(flat, at, topk: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray
 
 
 def _ranked(flat, start: int, end: int) -> list[tuple[int, float]]:
-    """A position's distinct tokens by falling logprob; ties stay in vLLM's order."""
+    """The distinct tokens of a position by falling logprob; ties keep vLLM's order."""
     distinct = dict(zip(flat.token_ids[start:end], flat.logprobs[start:end], strict=True))
     return sorted(distinct.items(), key=lambda item: -item[1])
 
@@ -189,13 +184,9 @@ def _tenant_salt(tenant: str) -> str:
     return f"tenant.{hashlib.sha256(tenant.encode()).hexdigest()[:16]}" if tenant else ""
 
 
-def _stop_ids(directory: Path, config, tokenizer) -> frozenset[int]:
-    """End-of-turn tokens: the model's generation settings and the tokenizer's EOS."""
+def _generation_config(directory: Path, config):
     from transformers import GenerationConfig
 
     if (directory / "generation_config.json").is_file():
-        declared = GenerationConfig.from_pretrained(directory).eos_token_id
-    else:
-        declared = GenerationConfig.from_model_config(config).eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in [*declared, tokenizer.eos_token_id] if i is not None)
+        return GenerationConfig.from_pretrained(directory)
+    return GenerationConfig.from_model_config(config)

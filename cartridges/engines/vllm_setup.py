@@ -1,14 +1,14 @@
-"""How vLLM is set up: its arguments and its environment, from our settings."""
+"""vLLM's arguments and environment, derived from our settings."""
 
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cartridges.cartridge import KVShape
 from cartridges.config import EngineName, ModelSettings, VllmSettings
 from cartridges.errors import UserError
 from cartridges.models import choose_dtype
+from cartridges.records import KVShape
 
 
 def is_installed() -> bool:
@@ -16,25 +16,25 @@ def is_installed() -> bool:
 
 
 def wants_vllm(engine: EngineName, where: str) -> bool:
-    """Whether the setting `where`, `engine`, means vLLM here. Raises `UserError` where it asks for what is missing."""
+    """Whether `engine`, the value of the setting `where`, selects vLLM. Raises `UserError` for a missing vLLM."""
     if engine == "vllm" and not is_installed():
         raise UserError(f"{where} is vllm, but vLLM is not installed; `make vllm` installs it")
     return engine == "vllm" or (engine == "auto" and is_installed())
 
 
 def gpus_of_an_engine(settings: VllmSettings, engine: EngineName) -> int:
-    """GPUs that one engine takes, where there are any."""
+    """GPUs that one engine uses on a machine with GPUs."""
     return 1 if engine == "transformers" else settings.tensor_parallel_size
 
 
 def for_model(settings: VllmSettings, model: ModelSettings) -> VllmSettings:
-    """`settings` with the dtype that they leave to `model`."""
+    """`settings`, with `auto` as dtype replaced by that of `model`."""
     return settings if settings.dtype != "auto" else settings.model_copy(update={"dtype": model.dtype})
 
 
 def engine_arguments(model_dir: str | Path, settings: VllmSettings, shape: KVShape,
                      spool: str | Path) -> dict[str, Any]:
-    """vLLM's own arguments, with what cartridges need: the connector, the cache, T=1 logprobs.
+    """vLLM's arguments, including those that cartridges need: connector, prefix cache, T=1 logprobs.
 
     Raises `UserError` for a model that vLLM's CPU attention cannot run (it would fail at the first token).
     """
@@ -55,7 +55,7 @@ def engine_arguments(model_dir: str | Path, settings: VllmSettings, shape: KVSha
         "enable_prefix_caching": True, "logprobs_mode": "raw_logprobs", "max_logprobs": settings.max_topk,
         "generation_config": "vllm", "disable_log_stats": True,
         "tensor_parallel_size": settings.tensor_parallel_size,
-        # Compiling takes minutes on a CPU and is not kept for the next start.
+        # Compiling takes minutes on a CPU, and the result is not kept for the next start.
         "enforce_eager": cpu,
         "kv_cache_memory_bytes": settings.kv_cache_bytes or (2 << 30 if cpu else None),
         "kv_transfer_config": {
@@ -68,7 +68,7 @@ def engine_arguments(model_dir: str | Path, settings: VllmSettings, shape: KVSha
 
 
 def prepare(in_process: bool) -> None:
-    """Environment variables that vLLM reads; what the user has set stays."""
+    """Set the environment variables that vLLM reads, unless the user has set them."""
     from torch.cuda import is_available as cuda_is_available
 
     if not is_installed():
@@ -76,13 +76,13 @@ def prepare(in_process: bool) -> None:
     defaults = {
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout belongs to --json
         "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1",
-        # Threads pinned to cores are several times slower as soon as anything else runs there.
+        # Pinned threads are several times slower as soon as anything else runs on their cores.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # Forking after torch has used its threads can hang.
+        # A fork after torch has used its threads can hang.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if in_process and not cuda_is_available():
-        # A start of seconds instead of a minute. (A GPU's engine stays apart from Python's lock.)
+        # Starts in seconds instead of a minute. (On a GPU a separate process avoids Python's lock.)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -1,1 +1,1 @@
-"""The report card: the same questions after different prefixes, with intervals."""
+"""The report card: the same questions after different prefixes, with confidence intervals."""

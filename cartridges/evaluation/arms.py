@@ -1,11 +1,11 @@
-"""The arms of a report card: what stands before the questions, and how many KV slots it takes.
+"""The arms of a report card: the prefix before the questions, and its number of KV slots.
 
-    closed_book      the base model alone: what it knows without the corpus
-    full_context     the corpus as a system turn (cut where it exceeds the model's window)
-    truncated        as much of the corpus' beginning as fits in the cartridge's p slots
+    closed_book      the base model alone, for its knowledge without the corpus
+    full_context     the corpus as a system turn (cut to the model's window)
+    truncated        the beginning of the corpus that fits in the cartridge's p slots
     cartridge        the cartridge
-    wrong_cartridge  another text's cartridge: what having *any* cartridge does
-    exact_kv         full_context's KV pushed through the cartridge path; must equal full_context
+    wrong_cartridge  a cartridge of another text, for the effect of *any* cartridge
+    exact_kv         full_context's KV as a cartridge; the results must equal full_context
 """
 
 import hashlib
@@ -19,20 +19,16 @@ from cartridges.errors import UserError
 from cartridges.evaluation.decoy import DECOY
 from cartridges.models import BaseModel
 from cartridges.records import Corpus
-from cartridges.template import ChatTemplate
+from cartridges.template import MAX_CHARACTERS_PER_TOKEN
 
 CORPUS_ARMS = frozenset({"full_context", "truncated", "exact_kv"})
 """Arms that need the corpus' text."""
 
 
-CHARACTERS_A_TOKEN = 64
-"""Most, on the average of a window: of a longer corpus more cannot be in it."""
-
-
 @dataclass(frozen=True)
 class ArmPrefix:
-    """`prefix` takes `num_tokens` KV slots. `truncated_to_window` is set where the corpus did not fit:
-    the slots that were left for it."""
+    """`prefix` takes `num_tokens` KV slots. If the corpus did not fit in the window, `truncated_to_window` is the
+    number of slots that were available for it."""
 
     arm: Arm
     prefix: Prefix
@@ -42,10 +38,10 @@ class ArmPrefix:
 
 def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: CartridgePrefix | None,
               corpus_text: str | None, room: int) -> ArmPrefix:
-    """The prefix of `arm`. `room` is the most tokens that question and answer take behind it.
+    """The prefix of `arm`. `room` is the maximum number of tokens for question and answer after it.
 
-    `wrong` None takes the decoy. Raises `UserError` when an arm of `CORPUS_ARMS` has no `corpus_text`,
-    or the window no room.
+    `wrong` None uses the decoy. Raises `UserError` if an arm of `CORPUS_ARMS` has no `corpus_text`,
+    or if the window is too small.
     """
     check_arms([arm], has_text=corpus_text is not None)
     if arm == "closed_book":
@@ -55,7 +51,7 @@ def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: Cart
     if arm == "wrong_cartridge":
         return _of_cartridge(arm, wrong or decoy_cartridge(base, cartridge.cartridge.num_tokens))
     if arm == "truncated":
-        text = text_within(base.template, corpus_text, cartridge.cartridge.num_tokens)
+        text = base.template.cut(corpus_text, cartridge.cartridge.num_tokens)
         return ArmPrefix(arm, TextPrefix(text), len(base.template.system_ids(text)))
     text, cut = _fit_window(base, corpus_text, room)
     if arm == "exact_kv":
@@ -65,12 +61,12 @@ def build_arm(arm: Arm, base: BaseModel, cartridge: CartridgePrefix, wrong: Cart
 
 
 def text_for_arms(corpus: Corpus, base: BaseModel) -> str:
-    """As much of the corpus' text as any arm may need."""
-    return corpus.beginning(CHARACTERS_A_TOKEN * base.identity.max_position_embeddings)
+    """The part of the corpus' text that the arms may need."""
+    return corpus.beginning(MAX_CHARACTERS_PER_TOKEN * base.identity.max_position_embeddings)
 
 
 def check_arms(arms: Sequence[Arm], has_text: bool) -> None:
-    """Raise `UserError` for an arm that needs a corpus text where there is none."""
+    """Raise `UserError` for an arm that needs a corpus text if there is none."""
     needy = [arm for arm in arms if arm in CORPUS_ARMS]
     if needy and not has_text:
         raise UserError(f"arm {needy[0]} needs the corpus text; give it with --corpus, or leave the arm "
@@ -78,9 +74,9 @@ def check_arms(arms: Sequence[Arm], has_text: bool) -> None:
 
 
 def exact_cartridge(base: BaseModel, text: str) -> CartridgePrefix:
-    """The untrained KV of `text`'s system turn as a cartridge, by Hugging Face's own cache.
+    """The untrained KV of `text`'s system turn as a cartridge, computed with Hugging Face's own cache.
 
-    Not by the engine's prefill: the arm is there to catch an error in the engine's prefix path.
+    It does not use the engine's prefill, because the arm must reveal errors in the engine's prefix path.
     """
     import torch
     from transformers import DynamicCache
@@ -97,29 +93,12 @@ def exact_cartridge(base: BaseModel, text: str) -> CartridgePrefix:
 
 
 def decoy_cartridge(base: BaseModel, num_tokens: int) -> CartridgePrefix:
-    """The exact KV of the bundled unrelated text, cut to `num_tokens` slots (or all that it has)."""
-    return exact_cartridge(base, text_within(base.template, DECOY, num_tokens))
-
-
-def text_within(template: ChatTemplate, text: str, max_tokens: int) -> str:
-    """The longest beginning of `text`, in whole tokens, whose system turn has at most `max_tokens`.
-
-    It is empty where the turn without text is that long already.
-    """
-    encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = [end for _, end in encoded["offset_mapping"]]
-    keep = min(len(ends), max_tokens)
-    while keep > 0:
-        part = text if keep == len(ends) else text[: ends[keep - 1]]
-        excess = len(template.system_ids(part)) - max_tokens
-        if excess <= 0:
-            return part
-        keep -= excess
-    return ""
+    """The exact KV of the bundled unrelated text, cut to at most `num_tokens` slots."""
+    return exact_cartridge(base, base.template.cut(DECOY, num_tokens))
 
 
 def window_room(base: BaseModel, conversations: Sequence[Sequence[int]], max_answer_tokens: int) -> int:
-    """Tokens to keep free behind any prefix: the longest of `conversations` and an answer."""
+    """Tokens to reserve after any prefix: for the longest of `conversations` and an answer."""
     return max(len(ids) for ids in conversations) + max_answer_tokens
 
 
@@ -134,4 +113,4 @@ def _fit_window(base: BaseModel, text: str, room: int) -> tuple[str, int | None]
                         f"{base.identity.name}'s window of {base.identity.max_position_embeddings}")
     if len(base.template.system_ids(text)) <= limit:
         return text, None
-    return text_within(base.template, text, limit), limit
+    return base.template.cut(text, limit), limit

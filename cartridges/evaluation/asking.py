@@ -1,4 +1,4 @@
-"""Questions -> engine requests -> values: one arm at a time, every arm with the same requests."""
+"""Asks the questions of one arm: from questions to engine requests to metric values, the same in every arm."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -13,20 +13,19 @@ from cartridges.records import Question
 from cartridges.template import ChatTemplate
 
 Progress = Callable[[int, int, str], None]
-"""`(done, total, label)`: requests done of all."""
+"""Called with `(done, total, label)`: finished requests, all requests, and the arm."""
 
-NUM_DISTRACTORS = 3
+NUM_WRONG_OPTIONS = 3
 BLOCK_REQUESTS = 128
-"""Requests handed to the engine at once: enough for full batches, few enough to report progress."""
+"""Requests per engine call: enough for full batches, few enough to report progress."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question as it is asked: `candidate_ids[gold]` are the gold answer's tokens.
+    """A question with its token ids. `candidate_ids[gold]` are the gold answer's tokens.
 
-    `generation_ids` (the plain question, for free generation) and `input_ids` (after short-answer
-    examples, for likelihoods) end where the assistant begins. With one candidate there is no choice to
-    score.
+    `generation_ids` (the plain question, for free generation) and `input_ids` (the question after short-answer
+    examples, for likelihoods) end where the assistant begins. With one candidate there is no choice to score.
     """
 
     question: Question
@@ -38,13 +37,14 @@ class Item:
 
     @property
     def is_generated(self) -> bool:
-        """Multiple-choice questions are judged by likelihood: their gold texts are too long to match."""
+        """Whether an answer is generated. Multiple-choice questions are scored by likelihood only, because their
+        gold texts are too long to match."""
         return not self.question.options
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One question after one arm: `values` by metric, and chrF's statistics when it was generated."""
+    """The result of one question in one arm: `values` by metric, and chrF statistics of a generated answer."""
 
     item: Item
     values: dict[str, float]
@@ -57,8 +57,8 @@ def plan_items(questions: Sequence[Question], template: ChatTemplate, seed: int,
                max_questions: int = 0) -> list[Item]:
     """The items to ask: all, or `max_questions` of them drawn by `seed`, in their order.
 
-    A question without options is set against the answers of three other questions (of all
-    `questions`), drawn by seed and question id, so the draw does not depend on the selection.
+    A question without options gets the answers of three other questions as wrong options. These are drawn from
+    all `questions` by seed and question id, so they do not depend on the selection.
     """
     chosen = range(len(questions))
     if 0 < max_questions < len(questions):
@@ -69,7 +69,7 @@ def plan_items(questions: Sequence[Question], template: ChatTemplate, seed: int,
 
 def ask(engine: Engine, items: Sequence[Item], prefix: Prefix, max_answer_tokens: int,
         report: Callable[[int], None]) -> list[Answered]:
-    """Generate (greedy) and score all `items` after `prefix`. `report` is told of finished requests."""
+    """Generate (greedily) and score all `items` after `prefix`. Calls `report` with numbers of finished requests."""
     generated = [item for item in items if item.is_generated]
     requests = [Request(item.generation_ids, prefix, max_tokens=max_answer_tokens) for item in generated]
     completions = _in_blocks(engine.generate, requests, report)
@@ -81,14 +81,14 @@ def ask(engine: Engine, items: Sequence[Item], prefix: Prefix, max_answer_tokens
 
 
 def num_requests(items: Sequence[Item]) -> int:
-    """Requests that `ask` makes of the engine for one arm."""
+    """Number of engine requests by `ask` for one arm."""
     return sum(item.is_generated + len(item.candidates) for item in items)
 
 
 def score_requests(items: Sequence[Item], prefix: Prefix) -> list[ScoreRequest]:
-    """One request a candidate. Only the answer's own tokens are scored, not the end of the turn.
+    """One request per candidate. It scores only the answer's own tokens, not the end of the turn.
 
-    The answer is encoded apart from the prompt, as generation would continue it.
+    The answer is encoded separately from the prompt, as generation would continue it.
     """
     return [ScoreRequest(item.input_ids + ids, _answer_mask(len(item.input_ids), len(ids)), prefix)
             for item in items for ids in item.candidate_ids]
@@ -101,7 +101,7 @@ def _answer_mask(prompt: int, answer: int) -> tuple[bool, ...]:
 def _item(question: Question, questions: Sequence[Question], template: ChatTemplate, seed: int) -> Item:
     candidates, gold = question.options, question.gold
     if not candidates:
-        candidates, gold = (question.answers[0], *distractors(question, questions, seed)), 0
+        candidates, gold = (question.answers[0], *wrong_options(question, questions, seed)), 0
     ids = tuple(tuple(template.tokenizer.encode(text.strip(), add_special_tokens=False))
                 for text in candidates)
     plain = tuple(template.conversation_ids(plain_messages(question.question)))
@@ -109,10 +109,10 @@ def _item(question: Question, questions: Sequence[Question], template: ChatTempl
     return Item(question, plain, prompt, tuple(candidates), ids, gold)
 
 
-def distractors(question: Question, questions: Sequence[Question], seed: int) -> tuple[str, ...]:
+def wrong_options(question: Question, questions: Sequence[Question], seed: int) -> tuple[str, ...]:
     """Three answers of other questions that are not accepted for this one; empty if there are fewer.
 
-    None begins with another or with the gold answer: of `1` and `17`, `1` can never be less likely.
+    None of them is a prefix of another or of the gold answer, because a prefix (`1` of `17`) is never less likely.
     """
     digest = hashlib.sha256(f"{seed}:{question.question_id}".encode()).digest()
     order = np.random.default_rng(int.from_bytes(digest[:8])).permutation(len(questions))
@@ -125,7 +125,7 @@ def distractors(question: Question, questions: Sequence[Question], seed: int) ->
             continue
         taken.append(folded)
         chosen.append(other.answers[0])
-        if len(chosen) == NUM_DISTRACTORS:
+        if len(chosen) == NUM_WRONG_OPTIONS:
             return tuple(chosen)
     return ()
 
@@ -135,7 +135,7 @@ def _nested(left: str, right: str) -> bool:
 
 
 def _in_blocks(call, requests: list, report: Callable[[int], None]) -> list:
-    # Alike lengths share a block, so that the engine sees few shapes.
+    # Requests of similar length share a block, so that the engine sees few shapes.
     order = sorted(range(len(requests)), key=lambda index: len(requests[index].input_ids))
     results: list = [None] * len(requests)
     for start in range(0, len(order), BLOCK_REQUESTS):

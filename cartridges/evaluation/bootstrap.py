@@ -1,4 +1,4 @@
-"""Percentile bootstrap over questions: of a mean, and of the difference of two arms."""
+"""Percentile bootstrap over questions, for a mean and for the difference of two arms."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""`[..., d]` mean of the questions' statistics -> `[...]` figure."""
+"""Maps the mean `[..., d]` of the questions' statistics to a figure `[...]`."""
 
 BLOCK_ELEMENTS = 1 << 22
 CONFIDENCE = 0.95
@@ -18,10 +18,10 @@ def mean_statistic(means: np.ndarray) -> np.ndarray:
 
 def interval(values: np.ndarray, samples: int, seed: int,
              statistic: Statistic = mean_statistic) -> dict[str, float]:
-    """`{mean, low, high, n}`: the figure on all questions and its 95 % interval.
+    """`{mean, low, high, n}`: the figure over all questions and its 95 % interval.
 
-    `values` is `[n]`, or `[n, d]` with a `statistic` of their mean. Questions are resampled
-    `samples` times; the same seed and n draw the same questions.
+    `values` is `[n]`, or `[n, d]` with a `statistic` of their mean. Questions are resampled `samples` times;
+    equal seed and n draw equal samples.
     """
     values = _as_matrix(values)
     return _summary(statistic(values.mean(0)), statistic(resampled_means(values, samples, seed)),
@@ -30,7 +30,7 @@ def interval(values: np.ndarray, samples: int, seed: int,
 
 def paired_interval(left: np.ndarray, right: np.ndarray, samples: int, seed: int,
                     statistic: Statistic = mean_statistic) -> dict[str, float]:
-    """The same of `left - right`, both over the same questions, resampled together."""
+    """The interval of `left - right`, both over the same questions, which are resampled together."""
     left, right = _as_matrix(left), _as_matrix(right)
     if left.shape != right.shape:
         raise ValueError(f"{left.shape} and {right.shape} are not over the same questions")
@@ -41,7 +41,7 @@ def paired_interval(left: np.ndarray, right: np.ndarray, samples: int, seed: int
 
 
 def resampled_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Means `[samples, d]` of `values` `[n, d]` drawn with replacement."""
+    """Means `[samples, d]` of rows of `values` `[n, d]` drawn with replacement."""
     n = len(values)
     block = max(1, BLOCK_ELEMENTS // n)
     counts = _draws(n, samples, seed)
@@ -51,7 +51,7 @@ def resampled_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _draws(n: int, samples: int, seed: int) -> np.ndarray:
-    """How often each sample draws each question, `[samples, n]`; kept, as every metric needs it."""
+    """How often each sample draws each question, `[samples, n]`; cached, because every metric needs it."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(n, np.full(n, 1 / n), size=samples).astype(np.uint16)
 

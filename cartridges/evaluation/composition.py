@@ -1,19 +1,18 @@
 """The collapse test: does a cartridge still answer when others are loaded beside it?
 
-Cartridges that were trained alone can drown each other out (others saw 74 % fall to 26 % at twenty).
-So the questions of one cartridge are asked with 1, 3 and 7 partners loaded, the cartridge first
-(then its sink is the one that is kept) and last, and what is left of its gain over the model without
-any cartridge decides with how many partners it may be served.
+Independently trained cartridges can fail together (in a reproduction by others, accuracy fell from 74 % to 26 % at
+twenty). So the questions of one cartridge are asked with 1, 3 and 7 other cartridges (partners) loaded, with the
+cartridge first (so that its sink is kept) and last. The remaining share of its gain over the model without any
+cartridge determines with how many partners it may be served.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cartridges.compose import compose
+from cartridges.compose import compose, composed_digest
 from cartridges.config import EvaluateSettings
 from cartridges.engines.base import CartridgePrefix, Prefix
 from cartridges.errors import UserError
@@ -22,28 +21,28 @@ from cartridges.evaluation.bootstrap import interval, paired_interval
 from cartridges.models import BaseModel, rope_frequencies
 
 LOADED = (2, 4, 8)
-"""Cartridges loaded together, the one under test among them."""
+"""Numbers of cartridges loaded together, including the one under test."""
 
 
 def compose_prefix(base: BaseModel, parts: Sequence[CartridgePrefix]) -> CartridgePrefix:
     """Several cartridges as one prefix of `base`."""
     cartridge = compose([part.cartridge for part in parts], rope_frequencies(base.identity))
-    return CartridgePrefix(cartridge, hashlib.sha256("+".join(part.digest for part in parts).encode()).hexdigest())
+    return CartridgePrefix(cartridge, composed_digest([part.digest for part in parts]))
 
 
 @dataclass(frozen=True)
 class CollapseTest:
-    """What was answered without a cartridge, after the one under test alone, and with others beside it: by how many
-    were loaded, and its place among them (`first`, `last`)."""
+    """The answers without a cartridge, with only the one under test, and with others beside it: by the number of loaded
+    cartridges and its place among them (`first`, `last`)."""
 
     closed_book: list[Answered]
     alone: list[Answered]
     loaded: dict[int, dict[str, list[Answered]]]
 
     def card(self, settings: EvaluateSettings, seed: int) -> dict[str, Any]:
-        """`{passed_partners, share, questions, closed_book, alone, loaded: [{loaded, first, last, passed}]}`; an arm is
-        `{accuracy, nll_per_token}` with intervals, and where loaded the paired difference to alone. `accuracy` is
-        `contains`, or the choice where a question has options."""
+        """`{passed_partners, share, questions, closed_book, alone, loaded: [{loaded, first, last, passed}]}`. An arm is
+        `{accuracy, nll_per_token}` with intervals; loaded arms also have the paired difference to `alone`. `accuracy`
+        is `contains`, or `choice_accuracy` for questions with options."""
         closed = _accuracy(self.closed_book).mean()
         gain = _accuracy(self.alone).mean() - closed
         rows, passed_partners, held = [], 0, gain > 0
@@ -61,8 +60,8 @@ class CollapseTest:
 
 def collapse_test(asked: Callable[[Prefix], list[Answered]], base: BaseModel, subject: CartridgePrefix,
                   partners: Sequence[CartridgePrefix]) -> CollapseTest:
-    """The questions of `subject` after it alone and beside the first 1, 3 and 7 of `partners`; `asked` asks them all
-    after a prefix. Raises `UserError` without partners."""
+    """Ask the questions of `subject` with it alone and with the first 1, 3 and 7 of `partners` beside it. `asked` asks
+    all of them after a prefix. Raises `UserError` without partners."""
     if not partners:
         raise UserError("name at least one other cartridge to load beside it")
     closed, alone = asked(None), asked(subject)
@@ -75,7 +74,7 @@ def collapse_test(asked: Callable[[Prefix], list[Answered]], base: BaseModel, su
 
 
 def pooled(tests: Sequence[CollapseTest]) -> CollapseTest:
-    """The questions of several cartridges as if they were of one; with as many loaded as all were tested with."""
+    """The tests of several cartridges pooled into one, for the numbers of loaded cartridges that all of them have."""
     counts = [count for count in LOADED if all(count in test.loaded for test in tests)]
     return CollapseTest(
         [one for test in tests for one in test.closed_book], [one for test in tests for one in test.alone],
@@ -86,11 +85,11 @@ def pooled(tests: Sequence[CollapseTest]) -> CollapseTest:
 def _figures(answered: list[Answered], settings: EvaluateSettings, seed: int,
              alone: list[Answered] | None = None) -> dict[str, Any]:
     samples = settings.bootstrap_samples
-    told = {"accuracy": interval(_accuracy(answered), samples, seed),
-            "nll_per_token": interval(_nll(answered), samples, seed)}
+    figures = {"accuracy": interval(_accuracy(answered), samples, seed),
+               "nll_per_token": interval(_nll(answered), samples, seed)}
     if alone is None:
-        return told
-    return told | {"accuracy_change": paired_interval(_accuracy(answered), _accuracy(alone), samples, seed)}
+        return figures
+    return figures | {"accuracy_change": paired_interval(_accuracy(answered), _accuracy(alone), samples, seed)}
 
 
 def _accuracy(answered: list[Answered]) -> np.ndarray:

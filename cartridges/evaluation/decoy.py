@@ -1,4 +1,4 @@
-"""An unrelated text for the wrong_cartridge arm. Written for this project; every fact is invented."""
+"""An unrelated text for the wrong_cartridge arm, written for this project. All facts in it are invented."""
 
 DECOY = """\
 The glasshouse at Vell was put up in the winter of 1871 by a brewer who had no use for it. He had \

@@ -1,4 +1,4 @@
-"""What one output is worth against its gold answers. Pure functions of strings."""
+"""Metrics of an output against its gold answers, as pure functions of strings."""
 
 import re
 import string
@@ -15,7 +15,7 @@ EDGE_MARKS = " \t\n.,;:!?\"'`()[]“”‘’"
 
 
 def normalize_squad(text: str) -> str:
-    """Lower case, punctuation and articles off, spaces folded: the official SQuAD 1.1 script."""
+    """Lower case without punctuation, articles and repeated spaces, as in the official SQuAD 1.1 script."""
     text = "".join(ch for ch in text.lower() if ch not in set(string.punctuation))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -26,7 +26,7 @@ def exact_match(output: str, answers: Sequence[str]) -> float:
 
 
 def f1(output: str, answers: Sequence[str]) -> float:
-    """Best token F1 over the answers, as in the SQuAD 1.1 script."""
+    """The best token F1 over the answers, as in the SQuAD 1.1 script."""
     return max(_f1(normalize_squad(output).split(), normalize_squad(answer).split()) for answer in answers)
 
 
@@ -39,9 +39,9 @@ def _f1(output: list[str], answer: list[str]) -> float:
 
 
 def contains(output: str, answers: Sequence[str]) -> float:
-    """1 if an answer occurs in the output as a whole word: case, spaces and outer marks are folded.
+    """1 if an answer occurs in the output as whole words, ignoring case, spaces and outer punctuation.
 
-    Digits next to a decimal point or a thousands comma are one word: `1` is not in `1,000`.
+    A number with a decimal point or thousands comma is one word: `1` is not in `1,000`.
     """
     folded = _fold(output)
     return float(any(_word_pattern(_fold(answer)).search(folded) for answer in answers))
@@ -62,7 +62,7 @@ def _word_pattern(answer: str) -> re.Pattern:
 def chrf_statistics(output: str, answers: Sequence[str]) -> np.ndarray:
     """Character n-gram counts against the closest answer: float64 `[order, (output, answer, common)]`.
 
-    Summed over questions they give sacreBLEU's `corpus_chrf` (its defaults) through `chrf_score`.
+    `chrf_score` of their sum over questions equals sacreBLEU's `corpus_chrf` with its defaults.
     """
     ours = extract_all_char_ngrams(output, CHRF_ORDER, False)
     candidates = [_ngram_statistics(ours, extract_all_char_ngrams(answer, CHRF_ORDER, False))
@@ -71,7 +71,7 @@ def chrf_statistics(output: str, answers: Sequence[str]) -> np.ndarray:
 
 
 def _ngram_statistics(ours: list[Counter], theirs: list[Counter]) -> np.ndarray:
-    # Output n-grams of an order that the answer is too short for do not count against precision.
+    # Output n-grams longer than the answer do not count against precision.
     return np.array([(o.total() if t else 0, t.total(), (o & t).total())
                      for o, t in zip(ours, theirs, strict=True)], float)
 

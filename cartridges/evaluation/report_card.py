@@ -1,4 +1,4 @@
-"""The report card: every arm asked the same questions, figures with intervals, paired differences."""
+"""The report card: the same questions in every arm, with confidence intervals and paired differences."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cartridges.artifact import write_atomically
 from cartridges.config import EvaluateSettings
 from cartridges.engines.base import CartridgePrefix, Engine
 from cartridges.errors import UserError
@@ -19,6 +18,7 @@ from cartridges.evaluation.arms import ArmPrefix, build_arm, check_arms, window_
 from cartridges.evaluation.asking import Answered, Item, Progress, ask, num_requests, plan_items
 from cartridges.evaluation.bootstrap import interval, mean_statistic, paired_interval
 from cartridges.evaluation.metrics import CHRF_ORDER, chrf_score
+from cartridges.files import write_atomically
 from cartridges.models import BaseModel
 from cartridges.records import Question
 
@@ -29,8 +29,8 @@ QuestionsSource = Literal["user", "held_out_self_study"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is under test. `corpus_text` (`arms.text_for_arms`) is None where only the cartridge is at hand: then
-    the arms that read the corpus cannot run. `version` is None before it is known."""
+    """The cartridge under test and its corpus. Without `corpus_text` (`arms.text_for_arms`) the arms that read the
+    corpus cannot run. `version` is None before it is known."""
 
     name: str
     cartridge: CartridgePrefix
@@ -43,7 +43,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Report:
-    """`card` is the JSON of the manifest; `rows` one object a question and arm, for a JSONL."""
+    """`card` is the JSON for the manifest; `rows` has one JSON object per question and arm."""
 
     card: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -53,8 +53,8 @@ class Report:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_atomically(directory / "rows.jsonl", lines.encode())
-        write_atomically(directory / "report_card.json", (json.dumps(self.card, indent=1) + "\n").encode())
+        write_atomically(directory / "rows.jsonl", lines)
+        write_atomically(directory / "report_card.json", json.dumps(self.card, indent=1) + "\n")
 
 
 def report_card(engine: Engine, base: BaseModel, subject: Subject, questions: Sequence[Question],
@@ -63,8 +63,8 @@ def report_card(engine: Engine, base: BaseModel, subject: Subject, questions: Se
                 notes: Sequence[str] = (), progress: Progress | None = None) -> Report:
     """Run `settings.arms` over `questions` and assemble the card.
 
-    `wrong` is the wrong_cartridge arm's cartridge; None takes the bundled decoy. `build` is put in as
-    it is. Raises `UserError` without questions, or for an arm that cannot be built.
+    `wrong` is the wrong_cartridge arm's cartridge; None uses the bundled decoy. `build` is included
+    unchanged. Raises `UserError` without questions, or for an arm that cannot be built.
     """
     if not questions:
         raise UserError("there are no questions to ask; give some with --questions")
@@ -96,7 +96,7 @@ def report_card(engine: Engine, base: BaseModel, subject: Subject, questions: Se
 
 
 def machine(base: BaseModel) -> dict[str, Any]:
-    """Where the figures were taken."""
+    """The model, machine and versions with which the figures were measured."""
     import torch
 
     device = torch.cuda.get_device_name() if base.device.startswith("cuda") else base.device
@@ -155,8 +155,8 @@ def _paired_part(answered: dict[str, list[Answered]], settings: EvaluateSettings
 
 
 def _columns(answered: list[Answered]) -> dict[str, tuple[np.ndarray, Any]]:
-    """Metric -> (per-question values, statistic). Questions that a metric is not defined for are left
-    out; which they are depends on the question alone, so the arms stay paired."""
+    """Per-question values and statistic of each metric. Questions for which a metric is not defined are omitted;
+    this depends only on the question, so the arms remain paired."""
     columns = {}
     for metric in METRICS:
         having = [one for one in answered if metric in one.values]
@@ -174,7 +174,7 @@ def _corpus_chrf(means: np.ndarray) -> np.ndarray:
 
 
 def _controls(answered: dict[str, list[Answered]]) -> dict[str, float]:
-    """exact_kv must equal full_context: the cartridge path computes what the model computes."""
+    """How far exact_kv, which uses the cartridge path, differs from full_context; it must be equal."""
     if not {"exact_kv", "full_context"} <= answered.keys():
         return {}
     pairs = list(zip(answered["exact_kv"], answered["full_context"], strict=True))

@@ -1,9 +1,9 @@
 """Seed families: ways to start a conversation about a chunk.
 
-A family is a frozen dataclass, its fields are its hyperparameters, and its one method proposes a
-conversation. `register` adds one of your own. The paper's five families and its generic baseline
-(arXiv 2506.06266, section on self-study) let the model write its message freely; the anchored and
-cloze families are for models too small to ask well, and know the answer from the text.
+A family is a frozen dataclass whose fields are its hyperparameters and whose one method proposes a
+conversation. `register` adds a family. In the paper's five families and its generic baseline (arXiv
+2506.06266, section on self-study) the model writes its message freely. The anchored and cloze families
+are for models too small to ask well; their answers are known from the text.
 """
 
 import random
@@ -22,17 +22,16 @@ from cartridges.selfstudy.spans import Statement, answer_spans, content_words, s
 
 @dataclass(frozen=True)
 class Proposal:
-    """How a conversation about a chunk is to be made.
+    """Instructions for making a conversation about a chunk.
 
-    Exactly one of `seed_prompt` (the asking side sees the chunk and this), `completion` (the asking
-    side continues this text after few-shot examples) and `user` (the message itself) is set.
-    `answer` is known from the text, and the teacher only scores it; None lets the teacher write.
-    `must_contain`: a written answer without it is dropped. `short` puts the short-answer examples
-    before the question.
+    Exactly one of `seed_prompt` (which the asking side sees with the chunk), `completion` (which the asking
+    side continues after few-shot examples) and `user` (the message itself) is set. An `answer` is known from
+    the text, and the teacher only scores it; with None the teacher writes one. A written answer without
+    `must_contain` is dropped. `short` puts the short-answer examples before the question.
 
-    Of several rounds, `earlier` are questions and answers that stand before, known from the text as `answer` is and
-    scored with it; and after the teacher has written an answer, the asking side is shown question and answer and
-    the next of `follow_ups`, as many rounds as there are.
+    There are two forms of several rounds. `earlier` are previous questions and answers that are known from the text
+    and scored together with `answer`. With `follow_ups`, after each answer of the teacher the asking side sees
+    question, answer and the next follow-up prompt.
     """
 
     seed_prompt: str | None = None
@@ -46,10 +45,10 @@ class Proposal:
 
 
 class SeedFamily(Protocol):
-    """Proposes a conversation about `chunk`, or None where the chunk has nothing for it.
+    """Proposes conversations about `chunk`; None if the chunk has nothing suitable.
 
-    `ordinal` counts the family's proposals for this chunk. `decodes` says whether a model has to write
-    anything: such tasks are batched with each other, so that the others do not wait for them.
+    `ordinal` counts the family's proposals for this chunk. `decodes` is true if a model has to write
+    anything. Such tasks are batched together, so that the others do not wait for them.
     """
 
     @property
@@ -60,7 +59,7 @@ class SeedFamily(Protocol):
 
 @dataclass(frozen=True)
 class SeedPrompts:
-    """The asking side is told what kind of message to write."""
+    """A seed prompt describes the kind of message that the asking side writes."""
 
     prompts: tuple[str, ...]
     decodes: ClassVar[bool] = True
@@ -72,7 +71,7 @@ class SeedPrompts:
 
 @dataclass(frozen=True)
 class MultiRound:
-    """The asking side asks on after every answer, `rounds` times in all (the paper's k)."""
+    """The asking side asks `rounds` questions, each after the previous answer (the paper's k)."""
 
     rounds: int = 2
     decodes: ClassVar[bool] = True
@@ -84,11 +83,12 @@ class MultiRound:
 
 @dataclass(frozen=True)
 class Anchored:
-    """A question by rule whose answer is a span of the text; the teacher scores that answer.
+    """A question by rule whose answer is a span of the text.
 
-    No decoding at all, one prefill: many times as many conversations a second. `answer` is what the
-    teacher scores: the "span" after short-answer examples, or the "sentence" that holds it, as a
-    model answers when it is simply asked; "written" lets the teacher write, and it must say the span.
+    The teacher scores that answer in one prefill without decoding, which gives many times more conversations per
+    second. `answer` is the form that is scored: the "span" after short-answer examples, or the "sentence" that
+    contains it, as a model answers a plain question. With "written" the teacher writes an answer, which must
+    contain the span.
     """
 
     answer: Literal["span", "sentence", "written"] = "span"
@@ -105,8 +105,8 @@ class Anchored:
             if question and self.answer == "written":
                 return Proposal(user=question, must_contain=span)
             if question and self.answer == "sentence":
-                told = questions.sentence(statement, span, question)
-                return Proposal(user=question, answer=told) if told else None
+                answer = questions.sentence(statement, span, question)
+                return Proposal(user=question, answer=answer) if answer else None
             if question:
                 return Proposal(user=question, answer=span, short=True)
         return None
@@ -114,28 +114,28 @@ class Anchored:
 
 @dataclass(frozen=True)
 class AnchoredRounds:
-    """Up to `rounds` questions by rule in one conversation, each answered by the sentence that holds the answer; one
-    prefill scores them all."""
+    """Up to `rounds` questions by rule in one conversation, each answered by the sentence that contains the answer.
+    One prefill scores them all."""
 
     rounds: int = 3
     decodes: ClassVar[bool] = False
 
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
-        one, told = Anchored("sentence"), {}
+        one, rounds = Anchored("sentence"), {}
         for turn in range(self.rounds):
             found = one.propose(chunk, rng, ordinal * self.rounds + turn)
-            # An answer that was given already would be copied.
-            if found and found.user not in told and found.answer not in told.values():
-                told[found.user] = found.answer
-        if len(told) < 2:
+            # The model could copy an answer that was already given.
+            if found and found.user not in rounds and found.answer not in rounds.values():
+                rounds[found.user] = found.answer
+        if len(rounds) < 2:
             return None
-        *earlier, (asked, answer) = told.items()
+        *earlier, (asked, answer) = rounds.items()
         return Proposal(user=asked, answer=answer, earlier=tuple(earlier))
 
 
 @dataclass(frozen=True)
 class AnchoredAsked:
-    """The question for a span is asked by the model, which continues few-shot examples."""
+    """The asking side writes the question for a span, by continuing few-shot examples."""
 
     decodes: ClassVar[bool] = True
 
@@ -161,17 +161,17 @@ class Cloze:
 
 @dataclass(frozen=True)
 class Recall:
-    """The start of a statement; the teacher scores how the text goes on."""
+    """The start of a statement; the teacher scores the rest."""
 
     decodes: ClassVar[bool] = False
 
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
-        told = [s.verbatim.split(" ") for s in statements(chunk.text) if len(s.verbatim.split()) >= 6]
-        if not told:
+        texts = [s.verbatim.split(" ") for s in statements(chunk.text) if len(s.verbatim.split()) >= 6]
+        if not texts:
             return None
-        words = told[ordinal % len(told)]
-        shared = max((len(commonprefix([words, others])) for others in told if others is not words), default=0)
-        first = max(3, shared + 1)  # from here on no other statement begins so
+        words = texts[ordinal % len(texts)]
+        shared = max((len(commonprefix([words, others])) for others in texts if others is not words), default=0)
+        first = max(3, shared + 1)  # with this many words the start is unique
         if first >= len(words):
             return None
         cut = rng.randint(first, max(first, len(words) - 3))
@@ -180,9 +180,9 @@ class Recall:
 
 @dataclass(frozen=True)
 class Keywords:
-    """A few words of a statement, in any order; the teacher scores the statement that holds them.
+    """A few words of a statement in random order; the teacher scores the statement.
 
-    Of these there are many for every statement, and none depends on a rule of grammar.
+    Every statement gives many of these, and none depends on a rule of grammar.
     """
 
     decodes: ClassVar[bool] = False
@@ -196,14 +196,14 @@ class Keywords:
             rng.shuffle(words)
             asked = rng.choice(("What about {}?", "Tell me about {}.", "What is known of {}?"))
             user = asked.format(", ".join(dict.fromkeys(words)))
-            told = questions.sentence(statement, span, user)
-            return Proposal(user=user, answer=told) if told else None
+            answer = questions.sentence(statement, span, user)
+            return Proposal(user=user, answer=answer) if answer else None
         return None
 
 
 def _row_words(statement: Statement, span: str) -> list[str]:
-    """The row's subject and the column asked for. A subject alone says which row; but of a table told in sentences
-    several may be about it."""
+    """The row's subject and the requested column; the subject alone if it is the span and has a column name. (Several
+    rows without one, which are sentences, may be about the same subject.)"""
     (named, subject), *rest = statement.cells
     if span == subject and named:
         return [subject]
@@ -234,7 +234,7 @@ DEFAULT_MIXTURE = {
     "anchored_written": 0.01, "question": 0.01, "structuring": 0.005, "summarization": 0.005, "use_case": 0.005,
     "creative": 0.005,
 }
-"""Shares of the planned conversations, for a small asking model; see docs/log.md."""
+"""Shares of the planned conversations, chosen for a small asking model (docs/log.md)."""
 
 
 def register(name: str, family: SeedFamily) -> None:
@@ -243,55 +243,53 @@ def register(name: str, family: SeedFamily) -> None:
 
 
 def decodes(name: str) -> bool:
-    """Whether a model has to write anything for the conversations of the family `name`. The general ones, which are of
-    none, are written."""
+    """Whether a model has to write anything for the family `name`; true for general conversations, which have none."""
     return name not in FAMILIES or FAMILIES[name].decodes
 
 
 def draw_spans(chunk: Chunk, rng: random.Random, ordinal: int,
                attempts: int) -> Iterator[tuple[Statement, str]]:
-    """`attempts` draws of a span; the `ordinal`-th proposal begins with the `ordinal`-th pair.
+    """`attempts` draws of a statement and a span; the `ordinal`-th proposal starts at the `ordinal`-th pair.
 
-    Going through the statements in an order of the chunk's own, and through the spans of each round by
-    round, asks about every statement as often as any other and begins with no span of a sentence twice
-    before all of them have had their turn. Numbers and names come early. The second draw is the statement's
-    next span, whose own turn comes a round later; those after it are free.
+    Proposals go through the statements in a fixed random order per chunk, and in each round take the next span of a
+    statement. So all statements are asked about equally often, and no span is first twice before every span of its
+    statement was. Numbers and names come early. The second draw is the statement's next span; later draws are random.
     """
-    told = _told(chunk.text)
-    order = random.Random(chunk.chunk_id).sample(range(len(told)), len(told))
-    for attempt in range(attempts if told else 0):
+    found = _with_spans(chunk.text)
+    order = random.Random(chunk.chunk_id).sample(range(len(found)), len(found))
+    for attempt in range(attempts if found else 0):
         if attempt > 1:
-            statement, spans = rng.choice(told)
+            statement, spans = rng.choice(found)
             yield statement, rng.choice(spans)
             continue
-        turn, index = divmod(ordinal, len(told))
-        statement, spans = told[order[index]]
+        turn, index = divmod(ordinal, len(found))
+        statement, spans = found[order[index]]
         yield statement, _in_turn(spans, statement.text)[(turn + attempt) % len(spans)]
 
 
 @lru_cache(maxsize=64)
-def _told(text: str) -> tuple[tuple[Statement, list[str]], ...]:
-    """The statements with their spans, but for those that half of them hold ("port number", and so "the port
-    number of echo"): they tell nothing apart.
+def _with_spans(text: str) -> tuple[tuple[Statement, list[str]], ...]:
+    """The statements of `text` with their spans, except spans that occur in half of them ("port number", and so "the
+    port number of echo"): these do not distinguish statements.
 
-    The cells of a row come twice as often as its subject, because that is how tables are asked about.
+    The cells of a row come twice as often as its subject, as in people's questions about tables.
     """
     found = [(statement, answer_spans(statement)) for statement in statements(text)]
     counts = Counter(span for _, spans in found for span in set(spans))
     common = {span for span, count in counts.items() if count > max(2, len(found) // 2)}
-    told = []
+    kept = []
     for statement, spans in found:
         spans = [span for span in spans if span not in common and (statement.cells or head(span) not in common)]
         if statement.cells:
             subject = statement.cells[0][1]
             spans = 2 * [span for span in spans if span != subject] + [span for span in spans if span == subject]
         if spans:
-            told.append((statement, spans))
-    return tuple(told)
+            kept.append((statement, spans))
+    return tuple(kept)
 
 
 def _in_turn(spans: list[str], seed: str) -> list[str]:
-    """An order of `spans` in which the first, the likelier answers, tend to stay first."""
+    """`spans` in a random order in which the first ones, the likelier answers, tend to stay first."""
     rng = random.Random(seed)
     keys = [position + 3 * rng.random() for position in range(len(spans))]
     return [span for _, span in sorted(zip(keys, spans, strict=True))]

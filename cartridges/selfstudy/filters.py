@@ -1,4 +1,4 @@
-"""Why a conversation is dropped. Each filter is a function; each drop is counted by its reason."""
+"""Filters for conversations, one function each. Dropped conversations are counted by reason."""
 
 import re
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ _NUMBER = re.compile(r"\d[\d,.]*(?<![,.])")
 _CAPITALISED = re.compile(r"(?<![\w'’-])[A-Z][\w'’-]+")
 _WORD = re.compile(r"[\w'’-]+")
 _OPENS = re.compile(r"(?:^|[.!?:;|*•\n\"“(\[-])[\s\"“(\[*_]*$")
-"""What ends just before the first word of a sentence, a list item or a cell."""
+"""Matches text that ends just before the first word of a sentence, a list item or a cell."""
 
 
 def question_faults(question: str, short: bool) -> Iterator[str]:
-    """Empty, cut off or no question where one was asked for, or about a text that the reader has not."""
+    """The faults of a question: too short, not a question, or a reference to a text that the reader does not have."""
     if len(question.split()) < 3:
         yield "empty"
     if short and not question.endswith("?"):
@@ -23,27 +23,27 @@ def question_faults(question: str, short: bool) -> Iterator[str]:
 
 
 def gives_answer_away(question: str, answer: str) -> bool:
-    """The answer stands in the question, so that answering teaches nothing."""
+    """Whether the question contains the answer, so that answering it teaches nothing."""
     return says(question, answer)
 
 
 def ungrounded_numbers(answer: str, chunk: str, question: str) -> list[str]:
-    """Numbers of the answer that stand neither in the chunk nor in the question."""
+    """Numbers in the answer that are neither in the chunk nor in the question."""
     known = set(_NUMBER.findall(chunk)) | set(_NUMBER.findall(question))
     return [number for number in _NUMBER.findall(answer) if number not in known]
 
 
 def ungrounded_names(answer: str, chunk: str, question: str) -> list[str]:
-    """Capitalised words inside sentences of the answer that stand neither in the chunk nor in the question.
+    """Capitalised words inside sentences of the answer that are neither in the chunk nor in the question.
 
-    The first word of a sentence is left out: its capital says nothing. Latin and like scripts only.
+    The first word of a sentence is ignored, because it is always capitalised. Works for Latin and similar scripts.
     """
     known = {_bare(word) for text in (chunk, question) for word in _WORD.findall(text)}
     return [name for name in names(answer) if _bare(name) not in known]
 
 
 def names(text: str) -> list[str]:
-    """The capitalised words of `text` that do not open a sentence."""
+    """The capitalised words of `text` that do not start a sentence."""
     return [match.group() for match in _CAPITALISED.finditer(text) if not _OPENS.search(text[:match.start()])]
 
 
@@ -53,7 +53,7 @@ def _bare(word: str) -> str:
 
 
 def groundedness(answer: str, chunk: str, question: str) -> dict[str, float]:
-    """Numbers and names of the answer, and how many of them stand neither in the chunk nor the question."""
+    """Counts of numbers and names in the answer, and of those that are neither in the chunk nor in the question."""
     return {
         "numbers": float(len(_NUMBER.findall(answer))), "names": float(len(names(answer))),
         "ungrounded_numbers": float(len(ungrounded_numbers(answer, chunk, question))),
@@ -62,10 +62,10 @@ def groundedness(answer: str, chunk: str, question: str) -> dict[str, float]:
 
 
 def says(text: str, span: str) -> bool:
-    """`span` occurs in `text` as whole words."""
+    """Whether `text` contains `span` as whole words."""
     return re.search(rf"(?<!\w){re.escape(span.lower())}(?!\w)", text.lower()) is not None
 
 
 def information_gain(with_chunk: np.ndarray, without: np.ndarray) -> float:
-    """Nats a token by which the chunk makes the answer likelier (logprobs of the same tokens)."""
+    """Nats per token by which the chunk makes the answer likelier (both logprobs are of the same tokens)."""
     return float(with_chunk.mean() - without.mean())

@@ -1,7 +1,7 @@
-"""Conversations that are about no chunk: the teacher is the model as it is, without any.
+"""General conversations, without a chunk: their teacher is the base model alone.
 
-A few of them among the others hold a cartridge to what the model does when it is asked for something
-else than the corpus (general data mixing, as in the follow-ups to arXiv 2506.06266).
+A small share of them preserves the model's behaviour outside the corpus (general data mixing, as in the
+follow-ups to arXiv 2506.06266).
 """
 
 import random
@@ -12,7 +12,7 @@ from cartridges.records import Chunk
 from cartridges.selfstudy.families import Proposal
 
 NAME = "general"
-"""Its name among the seed families; `synthesize.general_share` plans it, and not `families`."""
+"""The name of this seed family. Its share is `synthesize.general_share` and not in `families`."""
 
 REQUESTS = (
     "What is {0}?", "Explain {0} to a child.", "Write two sentences about {0}.", "Why do people care about {0}?",
@@ -35,7 +35,7 @@ TOPICS = (
 
 @dataclass(frozen=True)
 class General:
-    """Everyday requests. Going by `ordinal`, none comes twice until all have come once."""
+    """Everyday requests. In the order of `ordinal`, none repeats before all have been used once."""
 
     decodes: ClassVar[bool] = True
 

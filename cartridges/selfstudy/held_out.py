@@ -1,4 +1,4 @@
-"""Self-study questions kept from training, for where the user has none of their own."""
+"""Self-study questions held out from training, for evaluation without questions of the user's."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from cartridges.prompts import example_messages
 from cartridges.records import Conversation, Question
 
 MAX_ANSWER_WORDS = 12
-"""Longer answers are not facts to be matched: containment would be 0 for every arm."""
+"""Longest answer; longer ones cannot be matched, and containment would be 0 for every arm."""
 
 
 def split(conversations: Sequence[Conversation], count: int,
           seed: int) -> tuple[list[Conversation], list[Question]]:
-    """`(for training, held-out questions)`: at most `count`, and at most a tenth of the conversations.
+    """`(conversations for training, held-out questions)`, at most `count` and a tenth of the conversations.
 
-    Drawn by `seed` among the questions with a short answer. A conversation in which the same question as a
-    held-out one is asked is in neither.
+    The questions are drawn by `seed` from those with a short answer. All conversations that ask a held-out
+    question are removed from training.
     """
     eligible = [i for i, conversation in enumerate(conversations) if _is_question(conversation)]
     wanted = min(count, len(conversations) // 10, len(eligible))
@@ -31,7 +31,7 @@ def split(conversations: Sequence[Conversation], count: int,
 
 
 def without(conversations: Sequence[Conversation], questions: Sequence[str]) -> list[Conversation]:
-    """`conversations` but those in which one of `questions` is asked, capitals and spaces aside."""
+    """`conversations` except those that ask one of `questions`, ignoring case and spaces."""
     asked = {_folded(question) for question in questions}
     return [conversation for conversation in conversations if not _asked(conversation) & asked]
 
@@ -39,9 +39,9 @@ def without(conversations: Sequence[Conversation], questions: Sequence[str]) -> 
 def _is_question(conversation: Conversation) -> bool:
     question, answer = (message["content"] for message in conversation.messages[-2:])
     if not conversation.chunk_id:
-        return False  # a general one: the corpus does not answer it
+        return False  # a general conversation, which the corpus does not answer
     if len(conversation.messages) > 2 and not conversation.shared_tokens:
-        return False  # by itself, the last question of several rounds may not say what it is about
+        return False  # the last of several rounds may not be understood without the others
     return question.rstrip().endswith("?") and 0 < len(answer.split()) <= MAX_ANSWER_WORDS
 
 
@@ -51,7 +51,7 @@ def _as_question(conversation: Conversation) -> Question:
 
 
 def _asked(conversation: Conversation) -> set[str]:
-    """But for the example turns that it begins with."""
+    """The questions of a conversation, without those of its example turns."""
     own = conversation.messages[len(example_messages()) if conversation.shared_tokens else 0:]
     return {_folded(message["content"]) for message in own if message["role"] == "user"}
 

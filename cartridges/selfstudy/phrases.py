@@ -1,6 +1,6 @@
-"""Noun phrases, without a tagger: runs of words that a dictionary lets be nouns or stand before one.
+"""Finds noun phrases without a tagger: runs of words that, by a dictionary, may be nouns or precede one.
 
-English only. Wrong ones are many ("use computer programs"): what is meant is that no right one is missed.
+English only. Many results are wrong ("use computer programs"), because recall matters more than precision here.
 """
 
 import re
@@ -19,20 +19,20 @@ yet you your one two there's it's
 
 _ARTICLES = frozenset("the a an its their his her".split())  # noqa: SIM905
 PLACES = frozenset("in at on within inside during under near".split())  # noqa: SIM905
-"""Prepositions that people begin an answer with, to where and when."""
+"""Prepositions with which answers to where and when begin."""
 _LINKS = frozenset("of and or for by with into over along between from".split())  # noqa: SIM905
 _TOKEN = re.compile(r"[\w\-%]+(?:['’](?!s\b)\w+)*|['’]s\b|[^\w\s]")
 _NOUNS = re.compile(r"p?(?P<article>a?)(?P<nouns>(?<!n)n{1,5}(?!n))(?=(?P<rest>(?:[lp]a?n{1,5}(?!n)){0,3}))")
-"""Over the kinds of words (`_kind`): a noun phrase, and how far what hangs on it goes."""
+"""Matches, in a string of word kinds (`_kind`), a noun phrase and the phrases linked to it."""
 _LINK = re.compile("[lp]")
 _LIST_OF = re.compile(r"(?<![an])(?=(a?n{1,4}(?:,a?n{1,4}){1,8},?la?n{1,4}(?!n)))")
 
 
 def noun_phrases(text: str) -> list[str]:
-    """The noun phrases of `text`: bare, then with article and preposition ("in the shallow crust"), with what
-    hangs on them ("Slave craton in northwestern Canada"), in lists, and their ends.
+    """The noun phrases of `text`: alone, with article and preposition ("in the shallow crust"), with linked phrases
+    ("Slave craton in northwestern Canada"), in lists, and parts of them.
 
-    People answer with any of these, and a cartridge that has never met a phrase as an answer finds it unlikely.
+    People answer with any of these, and a cartridge finds a phrase unlikely that was never an answer in training.
     """
     words = _TOKEN.findall(text)
     kinds = "".join(map(_kind, words))
@@ -43,7 +43,7 @@ def noun_phrases(text: str) -> list[str]:
         led += [(at, end) for at in range(match.start(), start)]
         links = [link.start() for link in _LINK.finditer(kinds, end + 1, whole)]
         longer += [(match.start("article"), cut) for cut in [*links, whole] if cut > end]
-        # A verb may be among them: "Structural geologists use microscopic analysis".
+        # The run may contain a verb: "Structural geologists use microscopic analysis".
         parts += [(cut, end) for cut in range(max(start + 1, end - 2), end)]
         parts += [(start, cut) for cut in range(start + 1, min(end, start + 3)) if may_be_verb(words[cut])]
     lists = [match.span(1) for match in _LIST_OF.finditer(kinds)]
@@ -53,7 +53,7 @@ def noun_phrases(text: str) -> list[str]:
 
 
 def head(phrase: str) -> str:
-    """`phrase` without what leads to it and what hangs on it: "The port number of echo" -> "port number"."""
+    """`phrase` without preposition, article and linked phrases: "The port number of echo" -> "port number"."""
     words = phrase.split()
     kinds = "".join(map(_kind, words))
     start = len(kinds) - len(kinds.lstrip("pa"))
@@ -62,7 +62,7 @@ def head(phrase: str) -> str:
 
 
 def _is_noun_phrase(phrase: str, last: str, after: str) -> bool:
-    """`after` is the kind of what follows: with an article there, the `last` word may be the verb."""
+    """Whether `phrase` is one. `after` is the kind of the next word; before an article, `last` may be a verb."""
     if len(phrase) < 4 or not (may_be_noun(last.lower()) or last[0].isupper()):
         return False
     if after == "a" and may_be_verb(last):
@@ -76,8 +76,8 @@ def _joined(run: list[str]) -> str:
 
 
 def _kind(word: str) -> str:
-    """a(rticle), p(reposition of place or time), l(ink), n(oun or what may stand before one), a comma, or -
-    for the rest."""
+    """The kind of `word`: a(rticle), p(reposition of place or time), l(ink), n(oun or a word that may precede one), a
+    comma, or - for the rest."""
     lower = word.lower()
     if lower in _ARTICLES:
         return "a"

@@ -1,47 +1,32 @@
-"""What is to be generated: a deterministic list of tasks, before any model is loaded."""
+"""Plans a deterministic list of tasks before any model is loaded."""
 
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from cartridges.config import SynthesizeSettings
 from cartridges.errors import UserError
-from cartridges.records import Chunk
+from cartridges.records import Chunk, Task
 from cartridges.selfstudy import general
 from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES, decodes
 
 _PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")
-"""About a token, whatever the tokenizer. Characters would slight tables, which say more in fewer."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One conversation to make. `seed` is its private source of chance; `ordinal` counts the tasks of
-    the same family for the same chunk, so that a family can go through a chunk statement by statement.
-    A general conversation is about no chunk: its `chunk_id` is empty."""
-
-    conversation_id: str
-    chunk_id: str
-    seed_family: str
-    seed: int
-    ordinal: int = 0
+"""About one token of any tokenizer. Counting characters would underrate tables, which are denser than prose."""
 
 
 def plan(chunks: Iterable[Chunk], settings: SynthesizeSettings, seed: int,
          weights: Mapping[str, float] | None = None,
          before: Mapping[tuple[str, str], int] | None = None) -> list[Task]:
-    """`settings.num_conversations` tasks; a function of its arguments and of nothing else.
+    """`settings.num_conversations` tasks, determined by the arguments alone.
 
-    Every chunk gets conversations in proportion to its length in tokens, times its weight where `weights` has one
-    by its id (systematic sampling: edges as often as the middle), every family its share. Tasks of a
-    chunk stand together, so that those in flight share its prefill; those for which a model has to
-    write come last, the general ones at the end. `before` counts the tasks that there were already, by chunk and
-    family: ordinals go on from there, and so does a family's way through the chunk. One pass over `chunks`, of which
-    none is kept. Raises `UserError` for a family that does not exist.
+    A chunk gets conversations in proportion to its length in tokens, times its weight in `weights` (by chunk id; 1 if
+    missing), by systematic sampling; a family gets its share. Tasks of a chunk are adjacent, so that they share its
+    prefill. Tasks for which a model has to write come last, and the general ones at the very end. `before` counts
+    earlier tasks by chunk and family; ordinals continue from there, so a family continues through the chunk. `chunks`
+    is iterated once and not stored. Raises `UserError` for an unknown family.
     """
     count = round(settings.num_conversations * settings.general_share)
     about_chunks = _about_chunks(chunks, settings, settings.num_conversations - count, seed, weights or {},

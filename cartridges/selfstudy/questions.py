@@ -1,17 +1,17 @@
-"""Questions from statements by rule: which question has this span of this sentence as its answer?
+"""Makes questions from statements by rule: a question whose answer is a given span of a sentence.
 
-A 135M model asks badly and slowly; a rule asks in microseconds. English only: for other languages there
-are `Cloze`, `Recall` and the model itself (`AnchoredAsked`).
-The teacher's likelihood of the span drops afterwards what does not belong together at all.
+A 135M model asks badly and slowly; a rule takes microseconds. English only: for other languages there are
+`Cloze`, `Recall` and the model itself (`AnchoredAsked`). The filter on the teacher's likelihood of the span
+later drops questions that do not fit it.
 """
 
 import random
 import re
 
 from cartridges.selfstudy.phrases import PLACES
+from cartridges.selfstudy.question_cleanup import QUESTION_WORD, without_trailing_words, without_unpaired_brackets
 from cartridges.selfstudy.spans import DATE, SCALES, YEAR, Statement
 from cartridges.selfstudy.table_questions import ask_row, row_sentence
-from cartridges.selfstudy.tidy import QUESTION_WORD, without_halves, without_loose_end
 from cartridges.selfstudy.verbs import has_verb, is_participle, is_plural, is_unit, is_word, main_verb
 
 _AUXILIARY = re.compile(
@@ -21,7 +21,7 @@ _PERFECT = re.compile(r"^\w+(ed|en|wn|ne)\b")
 _PREPOSITIONS = "in|on|at|by|to|of|for|from|with|into|as|near"
 _PREPOSITION = re.compile(rf"\b({_PREPOSITIONS}|since|until|after|before)\s*$")
 _OF_PERSONS = frozenset(("by", "to", "for", "from", "with"))
-"""Prepositions behind which a name may well be a person's."""
+"""Prepositions after which a name may be a person's."""
 _DETERMINER = re.compile(r"(?i)(^|\s)(the|a|an|its|his|her|their)\s*$")
 _LEADING = re.compile(
     r"^((?:in|by|since) (?:1\d{3}|20\d\d)(?=,? )"
@@ -44,7 +44,7 @@ _TIME = re.compile(
     r"\b(1\d{3}|20\d\d)s?\b|(day|night|year|week|month|century|decade|period|time|spring|summer|autumn|winter|morning"
     r"|evening|noon|beginning|end|January|February|March|April|May|June|July|August|September|October|November"
     r"|December)s?$")
-# Words that few sentences of other languages have.
+# Words that are rare in other languages.
 _ENGLISH = re.compile(r"(?i)\b(the|of|and|to|is|are|were|by|with|it|they|this|these|has|have)\b")
 _MEASURE = re.compile(rf"^(\d[\d,.]*(?: (?:{SCALES}))?)\s+(?!(?:{SCALES}|percent)$)([a-z]+)$")
 _OPENERS = frozenset(("The", "A", "An", "Every", "Each", "Some", "In", "On", "At", "All", "If", "While", "When"))
@@ -53,15 +53,15 @@ _LIST = re.compile(r"\b(and|or)\b")
 _VAGUE_START = re.compile(r"^(It|He|She|They|This|That|These|Those|There|His|Her|Their|Its|We|You|I|And|But)\b")
 
 MAX_SENTENCE_WORDS = 26
-"""A longer statement answers with its clause: a small model told a long one loses what was asked for."""
+"""For a longer statement the answer is only a clause of it: a small model loses the point in a long answer."""
 MAX_GAP_WORDS = 10
-"""Before the question word of `gap`; half as many after it."""
+"""Most words before the question word of `gap`; half as many may follow it."""
 MAX_QUESTION_WORDS = 22
-"""A longer question comes from a sentence that no rule understood."""
+"""Longest question; longer ones come from sentences that the rules do not fit."""
 
 
 def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
-    """A question about `statement` that `span` answers, or None if no rule fits."""
+    """A question about `statement` with the answer `span`, or None if no rule fits."""
     if statement.cells:
         return ask_row(statement, span, rng)
     text = _subject_first(_lower_start(statement.text.rstrip(" .!?;:")), span)
@@ -72,7 +72,7 @@ def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
     if at == 0:
         word, rest = _subject_word(span, text[len(span):], rng)
         return _finish(f"{word} {rest}")
-    # A question word in the middle of a sentence is how nobody asks.
+    # The last resort, because nobody asks with a question word inside the sentence.
     last = [_in_place] if len(text[:at].split()) > 3 and not _clause(text[at + len(span):]) else []
     for rule in (_front, _with_do, *last):
         question = rule(text, at, span, rng)
@@ -82,31 +82,31 @@ def ask(statement: Statement, span: str, rng: random.Random) -> str | None:
 
 
 def gap(statement: Statement, span: str, rng: random.Random) -> str | None:
-    """The clause around `span` with a question word in its place, for what no rule of `ask` fits. English.
+    """The clause around `span` with a question word in its place, for spans that no rule of `ask` fits. English only.
 
-    Clumsy, and about "this" where the sentence is; but a phrase that was never an answer stays an
-    unlikely one, whatever is asked. None for a table row, and for a clause of one or two words.
+    The question is clumsy, but a phrase that was never an answer in training remains an unlikely one. None for a
+    table row, and for a clause of one or two words.
     """
     found = None if statement.cells else _find(statement.text.rstrip(" .!?;:"), span)
     if not found or not _ENGLISH.search(statement.text):
         return None
     before = re.split(r"[,;:]\s|\(", statement.text[:found.start()])[-1].split()[-MAX_GAP_WORDS:]
     after = _clause(statement.text[found.end():].rstrip(" .!?;:")).split()[:MAX_GAP_WORDS // 2]
-    told = _DETERMINER.sub("", " ".join(before))
-    word, rest = _word_in_place(span, told, " ".join(["", *after]), rng)
-    return _finish(f"{told} {word} {rest}")
+    start = _DETERMINER.sub("", " ".join(before))
+    word, rest = _word_in_place(span, start, " ".join(["", *after]), rng)
+    return _finish(f"{start} {word} {rest}")
 
 
 def _find(text: str, span: str) -> re.Match | None:
-    """`span` in `text` as whole words and numbers; with another capital only where it is nowhere as it is."""
+    """The first match of `span` in `text` as whole words and numbers, ignoring case if there is no exact match."""
     pattern = rf"(?<![\w,.]){re.escape(span)}(?!\w|[,.]\w)"
     return re.search(pattern, text) or re.search(pattern, text, re.I)
 
 
 def sentence(statement: Statement, span: str, question: str) -> str | None:
-    """`span` as the answer to `question` in a full sentence: the statement itself where it is not too long.
+    """A full sentence with the answer `span` to `question`: the statement itself if it is not too long.
 
-    None for a table row that says nothing of its subject.
+    None for a table row without any other cell than its subject.
     """
     if statement.cells:
         return row_sentence(statement, span, question)
@@ -115,8 +115,8 @@ def sentence(statement: Statement, span: str, question: str) -> str | None:
         return statement.text
     clauses = re.split(r"(?<=[;,])\s+", statement.text)
     holding = [clause for clause in clauses if span in clause]
-    told = without_halves(holding[0], re.compile(re.escape(span))).rstrip(" ,;.") if holding else ""
-    return told + "." if len(told.split()) > 3 else span
+    clause = without_unpaired_brackets(holding[0], re.compile(re.escape(span))).rstrip(" ,;.") if holding else ""
+    return clause + "." if len(clause.split()) > 3 else span
 
 
 def _front(text: str, at: int, span: str, rng: random.Random) -> str | None:
@@ -151,7 +151,7 @@ def _with_do(text: str, at: int, span: str, rng: random.Random) -> str | None:
     if not _may_be_subject(subject) or _OWNS.match(after):
         return None
     if _AUXILIARY.search(before) and is_participle(text[verb.start:verb.end]):
-        return None  # "antigens expressed by tumours can": it was no verb
+        return None  # "antigens expressed by tumours can": the match is not the verb
     if _LIST.search(before) or len(before.split()) > 10:
         return None
     word, before, after = _question_word(span, before, after, rng)
@@ -161,9 +161,9 @@ def _with_do(text: str, at: int, span: str, rng: random.Random) -> str | None:
 
 def _in_place(text: str, at: int, span: str, rng: random.Random) -> str:
     """The mill opened in 1702 -> The mill opened in which year?"""
-    told = _DETERMINER.sub("", text[:at].rstrip())
-    word, rest = _word_in_place(span, told, text[at + len(span):], rng)
-    return f"{told} {word} {_clause(rest)}"
+    start = _DETERMINER.sub("", text[:at].rstrip())
+    word, rest = _word_in_place(span, start, text[at + len(span):], rng)
+    return f"{start} {word} {_clause(rest)}"
 
 
 def _may_be_subject(text: str) -> bool:
@@ -171,14 +171,14 @@ def _may_be_subject(text: str) -> bool:
 
 
 def _tail(before: str, after: str) -> str:
-    """What of the clause behind the span still fits where the span is gone: not what hangs on it."""
+    """The part of the clause after the span that still fits without it: not a phrase that depends on the span."""
     tail = "" if after.startswith(",") else _clause(after)
     hangs = _HANGS.match(tail)
     return "" if hangs and (hangs.group() == "of" or _PREPOSITION.search(before)) else tail
 
 
 def _word_in_place(span: str, before: str, after: str, rng: random.Random) -> tuple[str, str]:
-    """The question word in the middle of a sentence, and what is left of the words after it."""
+    """The question word for the middle of a sentence, and the remaining words after it."""
     if YEAR.fullmatch(span):
         return "which year", after
     if _OWNS.match(after.lstrip()) and span.partition(" ")[0] not in PLACES:
@@ -189,7 +189,7 @@ def _word_in_place(span: str, before: str, after: str, rng: random.Random) -> tu
 
 
 def _question_word(span: str, before: str, after: str, rng: random.Random) -> tuple[str, str, str]:
-    """The question word for `span`, and what is left of the words before and after it."""
+    """The question word for `span`, and the remaining words before and after it."""
     first, _, rest = span.partition(" ")
     if rest and first.lower() in PLACES:
         return ("When" if first.lower() == "during" or _TIME.search(rest) else "Where"), before, after
@@ -220,7 +220,7 @@ def _question_word(span: str, before: str, after: str, rng: random.Random) -> tu
 
 
 def _subject_word(span: str, after: str, rng: random.Random) -> tuple[str, str]:
-    """The question word for `span` that begins the sentence, and what is left of the words after it."""
+    """The question word for a `span` at the start of a sentence, and the remaining words after it."""
     if _OWNS.match(after):
         return "Whose", _OWNS.sub("", after)
     if _NUMBER.match(span):
@@ -233,12 +233,12 @@ def _subject_word(span: str, after: str, rng: random.Random) -> tuple[str, str]:
 
 
 def _clause(text: str) -> str:
-    """What follows the span, up to where the clause ends."""
+    """The beginning of `text` up to the end of the clause."""
     return re.split(r"[,;:]| and | but | which | who ", text, maxsplit=1)[0].strip()
 
 
 def _lower_start(text: str) -> str:
-    """Without the capital that only the start of the sentence gave its first word."""
+    """`text` without a capital that its first word has only as the start of the sentence."""
     first, _, rest = text.partition(" ")
     plain = first in _OPENERS or (rest[:1].islower() and first.istitle() and is_word(first.lower()))
     return f"{first.lower()} {rest}" if plain else text
@@ -253,12 +253,12 @@ def _subject_first(text: str, span: str) -> str:
     if not found:
         return text
     clause = _clause(found.group(2))
-    told = f"{_lower_start(clause)} {found.group(1)[:1].lower()}{found.group(1)[1:]}"
-    return told if span in told and len(clause.split()) > 2 else text
+    turned = f"{_lower_start(clause)} {found.group(1)[:1].lower()}{found.group(1)[1:]}"
+    return turned if span in turned and len(clause.split()) > 2 else text
 
 
 def _finish(question: str) -> str | None:
-    question = _JOINS.sub("", " ".join(without_halves(question, QUESTION_WORD).split()))
-    question = without_loose_end(re.sub(r" (?=[,;:])", "", question))
+    question = _JOINS.sub("", " ".join(without_unpaired_brackets(question, QUESTION_WORD).split()))
+    question = without_trailing_words(re.sub(r" (?=[,;:])", "", question))
     words = question.split()
     return question[:1].upper() + question[1:] + "?" if 3 <= len(words) <= MAX_QUESTION_WORDS else None

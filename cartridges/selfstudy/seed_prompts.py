@@ -1,4 +1,4 @@
-"""Texts of the seed prompts. Every one is independent of the corpus."""
+"""The texts of the seed prompts, all independent of the corpus."""
 
 FORMATS = ("JSON", "YAML", "TOML", "XML", "INI", "plain text")
 
@@ -34,7 +34,7 @@ FOLLOW_UP = (
     "Below are a question about the text and its answer. Write another question, about something in the text that "
     "goes with it. Name the people, places and things it is about. Write only the question.",
 )
-"""Question and answer of the round before follow."""
+"""Question and answer of the previous round are appended."""
 
 ASKING_EXAMPLES = """Each question is answered by the text.
 
@@ -63,4 +63,4 @@ Answer: blue
 Question: What colour does the lantern fish glow when it is frightened?
 
 """
-"""Completion examples from invented texts: a small model asks far better this way than when told to."""
+"""Few-shot examples about invented texts: a small model asks far better this way than by instruction."""

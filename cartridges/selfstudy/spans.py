@@ -1,4 +1,4 @@
-"""What in a chunk can be asked about: statements, and the spans in them that could be answers."""
+"""Finds the statements in a chunk, and the spans in them that can be answers."""
 
 import re
 from collections import Counter
@@ -20,20 +20,23 @@ DATE = re.compile(rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?\s(?:of\s)?(?:{_MONTH})(?:,?\
 _WORD = re.compile(r"[\w'’\-]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]”’]*\s+(?=[\"'(\[“‘]?[A-Z0-9])")
 MAX_SPAN = 60
-"""Characters of the longest answer span."""
+"""Longest answer span in characters."""
 _TABLE_RULE = re.compile(r"^\|?[\s:|-]+\|?$")
-_TOLD = re.compile(r"^The (.+) (?:is|was|are|were) (.+?)[.;]?$")
+_ATTRIBUTED = re.compile(r"^The (.+) (?:is|was|are|were) (.+?)[.;]?$")
 _OWNED = re.compile(r"^(.+?)['’]s? ([a-z][^,;]*) (?:is|was|are|were) (.+?)[.;]?$")
 MAX_SUBJECT_WORDS = 12
 FEWEST_ALIKE = 3
-"""Sentences of a text that say the same of different things, from which on they are read as the rows of a table."""
+"""Fewest sentences of the same form about different subjects that are treated as the rows of a table."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """A sentence, list item or table row. `text` says it by itself; `verbatim` is how the chunk has it;
-    `cells` are a row's (column, cell) pairs, the first of which says what it is about. A table that is told in
-    sentences ("The port number of echo is 7.") has rows too; what they are about has no column name there."""
+    """A sentence, list item or table row.
+
+    `text` can be understood alone; `verbatim` is the form in the chunk. `cells` are a row's (column, cell) pairs,
+    starting with its subject. Sentences of the same form ("The port number of echo is 7.") are rows too; the column
+    of their subject has no name.
+    """
 
     text: str
     verbatim: str
@@ -41,7 +44,7 @@ class Statement:
 
 
 def statements(text: str) -> list[Statement]:
-    """The statements of `text`, in order. A table row is told with its column names."""
+    """The statements of `text`, in order. The text of a table row includes the column names."""
     found: list[Statement] = []
     header: list[str] | None = None
     title = ""
@@ -53,10 +56,10 @@ def statements(text: str) -> list[Statement]:
                 continue
             if _TABLE_RULE.match(following) and following:
                 header = cells
-            elif header:  # rows whose header was cut off cannot be asked about by column
+            elif header:  # without a header, nothing can be asked by column
                 pairs = tuple(zip(header, cells, strict=False))
-                told = "; ".join(f"{name}: {cell}" for name, cell in pairs)
-                found.append(Statement(f"{title} {told}".strip(), line, pairs))
+                row = "; ".join(f"{name}: {cell}" for name, cell in pairs)
+                found.append(Statement(f"{title} {row}".strip(), line, pairs))
             continue
         header = None
         if line.startswith("#"):
@@ -69,7 +72,7 @@ def statements(text: str) -> list[Statement]:
 
 
 def _with_rows(found: list[Statement]) -> list[Statement]:
-    """Where enough sentences say the same of different things, their cells."""
+    """`found`, with cells for sentences of a form that is frequent enough."""
     readings = {index: _readings(one.text) for index, one in enumerate(found) if not one.cells}
     columns = Counter(column for ways in readings.values() for column, _, _ in ways)
     rows = list(found)
@@ -84,10 +87,10 @@ def _with_rows(found: list[Statement]) -> list[Statement]:
 def _readings(text: str) -> list[tuple[str, str, str]]:
     """`(column, subject, value)` of "The port number of echo is 7." or "Echo's port number is 7.", at each "of" and
     "for". Names such as University of Chicago are no columns."""
-    told, owned = _TOLD.match(text), _OWNED.match(text)
+    attributed, owned = _ATTRIBUTED.match(text), _OWNED.match(text)
     ways = []
-    if told:
-        named, value = told.groups()
+    if attributed:
+        named, value = attributed.groups()
         ways = [(named[:cut.start()], named[cut.end():], value) for cut in re.finditer(r" (?:of|for) ", named)]
     if owned:
         subject, column, value = owned.groups()
@@ -98,13 +101,13 @@ def _readings(text: str) -> list[tuple[str, str, str]]:
 
 
 def _without_remark(value: str) -> str:
-    """"95 dabs, however short the stay" is 95 dabs; a list stays whole."""
+    """"95 dabs, however short the stay" -> "95 dabs"; a list is not cut."""
     first, _, rest = value.partition(", ")
     return value if re.search(r"\b(and|or)\b", rest) else first
 
 
 def answer_spans(statement: Statement) -> list[str]:
-    """Numbers, names and short phrases of `statement`; numbers and names come first."""
+    """Numbers, names and short phrases in `statement`; numbers and names come first."""
     if statement.cells:
         return [cell for _, cell in statement.cells if cell]
     dates = DATE.findall(statement.text)
@@ -121,20 +124,20 @@ def answer_spans(statement: Statement) -> list[str]:
 
 
 def _counts(number: str, unit: str | None) -> bool:
-    """Whether `unit` is what there are `number` of: not of money, nor where the number is a year ("1977 merger")."""
+    """Whether `number` counts `unit`: not for money, nor if the number is a year ("1977 merger")."""
     return (unit is not None and number[0].isdigit() and unit not in STOP_WORDS and is_unit(unit)
             and (is_plural(unit) or not YEAR.fullmatch(number)))
 
 
 def _is_torn(span: str, text: str) -> bool:
-    """Whether it ends within an abbreviation, "in the U" of "in the U.S.", or begins within a number, "2 billion" of
-    "$2.2 billion"."""
+    """Whether `span` ends within an abbreviation ("in the U" in "in the U.S.") or begins within a number
+    ("2 billion" in "$2.2 billion")."""
     if span[0].isdigit():
         return not re.search(rf"(?<![\w.,$€£¥]){re.escape(span)}", text)
     return bool(re.search(r"\b[A-Z]$", span)) and bool(re.search(rf"\b{re.escape(span)}\.(\w|\s\S)", text))
 
 
 def content_words(text: str) -> list[str]:
-    """The words of `text` that are not function words, each once."""
+    """The distinct words of `text` that are not function words."""
     words = (match.group() for match in _WORD.finditer(text))
     return list(dict.fromkeys(word for word in words if word.lower() not in STOP_WORDS and len(word) > 2))

@@ -1,7 +1,7 @@
-"""Conversations at rest: Parquet rows that `datasets.load_dataset` reads.
+"""Stores conversations as Parquet rows, readable with `datasets.load_dataset`.
 
-Per position, so that row `i` of `topk_ids` and `topk_logprobs` is about predicting
-`input_ids[i + 1]`; empty where `loss_mask[i]` is false.
+`topk_ids` and `topk_logprobs` have one row per position: row `i` is about predicting `input_ids[i + 1]` and is
+empty if `loss_mask[i]` is false.
 """
 
 import json
@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cartridges.errors import UserError
-from cartridges.records import Conversation
-from cartridges.selfstudy.synthesizer import Dropped
+from cartridges.records import Conversation, Dropped
 
 
 def schema() -> pa.Schema:
@@ -30,7 +29,7 @@ def schema() -> pa.Schema:
 
 
 def to_row(result: Conversation | Dropped) -> dict:
-    """A row of `schema()`. A dropped conversation keeps the messages it had, and the reason in `dropped`."""
+    """`result` as a row of `schema()`. A dropped conversation has its messages so far, and its reason in `dropped`."""
     if isinstance(result, Dropped):
         return {"conversation_id": result.conversation_id, "chunk_id": result.chunk_id,
                 "seed_family": result.seed_family, "dropped": result.reason, "messages": list(result.messages),
@@ -58,7 +57,7 @@ def from_row(row: dict) -> Conversation | Dropped:
 
 
 def count_tasks(directories: Iterable[str | Path]) -> Counter[tuple[str, str]]:
-    """Conversations below `directories`, dropped ones too, by chunk and family."""
+    """Number of conversations below `directories`, including dropped ones, by chunk and family."""
     counts: Counter[tuple[str, str]] = Counter()
     for file in (file for directory in directories for file in Path(directory).rglob("*.parquet")):
         table = pq.read_table(file, columns=["chunk_id", "seed_family"])
@@ -67,9 +66,9 @@ def count_tasks(directories: Iterable[str | Path]) -> Counter[tuple[str, str]]:
 
 
 def load_conversations(directory: str | Path) -> list[Conversation]:
-    """The kept conversations of all Parquet files below `directory`, by conversation id.
+    """The kept conversations in all Parquet files below `directory`, in order of conversation id.
 
-    Raises `UserError` where there are none.
+    Raises `UserError` if there are none.
     """
     rows = [row for file in sorted(Path(directory).rglob("*.parquet"))
             for row in pq.read_table(file).to_pylist() if "conversation_id" in row and not row["dropped"]]

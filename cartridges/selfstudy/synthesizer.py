@@ -1,7 +1,7 @@
-"""Tasks to conversations: the model asks, the teacher answers or scores, filters decide.
+"""Turns tasks into conversations: the model asks, the teacher answers or scores, and filters decide.
 
 Source: self-study as in arXiv 2506.06266 (the asking side sees chunk and seed prompt, the answering
-side the chunk only). Ours: answers known from the text, which the teacher scores without decoding.
+side only the chunk). Added here: answers known from the text, which the teacher scores without decoding.
 """
 
 import random
@@ -14,32 +14,20 @@ import numpy as np
 from cartridges.config import SynthesizeSettings
 from cartridges.engines.base import Completion, Engine, Request, Score, ScoreRequest, TextPrefix
 from cartridges.prompts import example_messages
-from cartridges.records import Chunk, Conversation, Message
+from cartridges.records import Chunk, Conversation, Dropped, Message, Task
 from cartridges.selfstudy import filters
-from cartridges.selfstudy.asking import Ask, Asker, EngineAsker
-from cartridges.selfstudy.card import error_reason
+from cartridges.selfstudy.asker import Ask, Asker, EngineAsker
+from cartridges.selfstudy.drop_reasons import error_reason
 from cartridges.selfstudy.families import FAMILIES, Proposal
 from cartridges.selfstudy.general import General
-from cartridges.selfstudy.plan import Task
-from cartridges.selfstudy.taught import said, taught_ids
+from cartridges.selfstudy.loss_mask import with_loss_mask, without_end_of_turn
 from cartridges.template import ChatTemplate
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """A planned conversation that was not kept, and why. `messages` are those it had by then."""
-
-    conversation_id: str
-    seed_family: str
-    reason: str
-    chunk_id: str = ""
-    messages: tuple[Message, ...] = ()
-
-
-@dataclass(frozen=True)
 class _Draft:
-    """A conversation on its way: `turns` ends with the user's message. `chunk` is None for a general one, `earlier` are
-    the rounds before, question and answer."""
+    """An unfinished conversation; `turns` ends with the user's message. `chunk` is None for a general one. `earlier`
+    are the questions and answers of the previous rounds."""
 
     task: Task
     chunk: Chunk | None
@@ -49,7 +37,7 @@ class _Draft:
 
     @property
     def prefix(self) -> TextPrefix | None:
-        """What the model sees before it."""
+        """The prefix of the conversation."""
         return TextPrefix(self.chunk.text) if self.chunk else None
 
     def turns(self) -> list[Message]:
@@ -60,18 +48,18 @@ class _Draft:
 
     @property
     def last(self) -> bool:
-        """No further question follows the answer."""
+        """Whether no further question follows the answer."""
         return len(self.earlier) >= len(self.proposal.follow_ups)
 
     def followed(self, answer: str) -> "_Draft":
-        """The next round, its question not yet asked."""
+        """The next round, without its question."""
         return replace(self, question="", earlier=(*self.earlier, (self.question, answer)))
 
 
 class Synthesizer:
-    """Makes the conversations of `tasks` with `engine` on both sides.
+    """Makes conversations with `engine` as the teacher and, unless there is an `asker`, also as the asking side.
 
-    `chunks` by id. `asker`: another asking side (None: `engine`).
+    `chunks` maps chunk ids to chunks.
     """
 
     def __init__(self, engine: Engine, template: ChatTemplate, chunks: Mapping[str, Chunk],
@@ -82,7 +70,7 @@ class Synthesizer:
         self.shared = template.conversation_ids(example_messages(), generation_prompt=False)
 
     def run(self, tasks: Sequence[Task]) -> list[Conversation | Dropped]:
-        """One result a task, in order."""
+        """One result per task, in order."""
         results: dict[str, Conversation | Dropped] = {}
         drafts = self._ask(self._propose(tasks, results), results)
         known = [draft for draft in drafts if draft.proposal.answer is not None]
@@ -104,7 +92,7 @@ class Synthesizer:
         return drafts
 
     def _ask(self, drafts: list[_Draft], results) -> list[_Draft]:
-        """Questions for the drafts that have none yet; those that come out unusable are dropped."""
+        """Add questions to the drafts that have none, and drop those with unusable questions."""
         silent = [draft for draft in drafts if not draft.question]
         written = self.asker.ask([_ask_for(draft) for draft in silent])
         asked = {draft.task.conversation_id: question for draft, question in zip(silent, written, strict=True)}
@@ -123,11 +111,11 @@ class Synthesizer:
         return kept
 
     def _first(self, reasons: Iterable[str]) -> str | None:
-        """The first of `reasons` whose filter is on."""
+        """The first of `reasons` whose filter is enabled."""
         return next((reason for reason in reasons if reason not in self.settings.filters_off), None)
 
     def _earlier_faults(self, proposal: Proposal) -> Iterator[str]:
-        """Of the questions by rule that stand before the last one."""
+        """The faults of the questions before the last one, which are by rule."""
         for question, answer in proposal.earlier:
             yield from filters.question_faults(question, short=False)
             if filters.gives_answer_away(question, answer):
@@ -139,13 +127,13 @@ class Synthesizer:
             return
         yield from filters.question_faults(question, short=proposal.completion is not None)
         if question in [asked for asked, _ in draft.earlier]:
-            yield "malformed"  # nobody asks the same again
+            yield "malformed"  # a repeated question
         answer = proposal.answer or proposal.must_contain
         if answer and filters.gives_answer_away(question, answer):
             yield "answer_in_question"
 
     def _score_known(self, drafts: list[_Draft], results) -> None:
-        """Top-k rows for answers known from the text, and the two filters that need likelihoods."""
+        """Score the answers known from the text, and apply the two filters on likelihoods."""
         rows = [self._known_ids(draft) for draft in drafts]
         taught = self.engine.score([ScoreRequest(ids, mask, draft.prefix, self.settings.topk)
                                     for draft, (ids, mask) in zip(drafts, rows, strict=True)])
@@ -161,14 +149,14 @@ class Synthesizer:
         return self._taught(draft, (*self.template.text_ids(draft.proposal.answer), self.tokenizer.eos_token_id))
 
     def _taught(self, draft: _Draft, answer_ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        return taught_ids(self.template, draft.turns(), answer_ids, rounds=1 + len(draft.earlier))
+        return with_loss_mask(self.template, draft.turns(), answer_ids, rounds=1 + len(draft.earlier))
 
     def _said(self, ids, mask, logprobs: np.ndarray) -> np.ndarray:
-        return said(ids, mask, logprobs, self.tokenizer.eos_token_id)
+        return without_end_of_turn(ids, mask, logprobs, self.tokenizer.eos_token_id)
 
     def _gains(self, drafts, rows, taught: list[np.ndarray]) -> list[dict[str, float]]:
-        """`{"information_gain": nats a token}` for each, by one more pass without the chunk; `{}` where
-        the filter is off or there is no chunk. `taught`: the answers' logprobs with the chunk."""
+        """`{"information_gain": nats per token}` for each draft, by one more pass without the chunk; `{}` if the filter
+        is disabled or there is no chunk. `taught` holds the answers' logprobs with the chunk."""
         asked = [i for i, draft in enumerate(drafts)
                  if draft.chunk and len(taught[i]) > 1 and self.settings.min_information_gain is not None]
         blind = self.engine.score([ScoreRequest(*rows[i]) for i in asked])
@@ -188,7 +176,7 @@ class Synthesizer:
             yield "low_information_gain"
 
     def _go_on(self, drafts: list[_Draft], results) -> list[_Draft]:
-        """The drafts at their last question: before it the teacher answers, and the asking side asks on."""
+        """The drafts at their last question, after the teacher and the asking side have completed the rounds before."""
         ready: list[_Draft] = []
         while drafts:
             ready += [draft for draft in drafts if draft.last]
@@ -208,13 +196,13 @@ class Synthesizer:
         return kept
 
     def _answers(self, drafts: Sequence[_Draft]) -> list[Completion]:
-        """The teacher's, greedy."""
+        """The teacher's greedy answers."""
         return self.engine.generate([
             Request(tuple(self.template.conversation_ids(draft.turns())), draft.prefix,
                     max_tokens=self.settings.max_answer_tokens, topk=self.settings.topk) for draft in drafts])
 
     def _write(self, drafts: list[_Draft], results) -> None:
-        """The teacher answers; its top-k rows are those of what it wrote."""
+        """Let the teacher write the last answers; its top-k rows come from generation."""
         answers = self._answers(drafts)
         rows = [self._taught(draft, answer.output_ids) for draft, answer in zip(drafts, answers, strict=True)]
         taught = self._with_earlier(drafts, rows, answers)
@@ -226,7 +214,7 @@ class Synthesizer:
                 {"teacher_nll": float(-score.logprobs.mean()), **gain})
 
     def _with_earlier(self, drafts, rows, answers: list[Completion]) -> list[Score]:
-        """The rows that writing gave; of several rounds, of which it gave the last, one more pass gives all."""
+        """The rows from generation. Conversations of several rounds take one more pass, which scores all answers."""
         several = [i for i, draft in enumerate(drafts) if draft.earlier]
         scored = self.engine.score([ScoreRequest(*rows[i], drafts[i].prefix, self.settings.topk) for i in several])
         found = [Score(answer.logprobs, answer.topk_ids, answer.topk_logprobs) for answer in answers]
@@ -236,7 +224,7 @@ class Synthesizer:
 
     def _answer_faults(self, draft: _Draft, answer: Completion) -> Iterator[str]:
         if draft.chunk and answer.finish_reason != "stop":
-            yield "truncated"  # a general one may be: cut off or not, each token says what the model does
+            yield "truncated"  # general answers may be: every token shows the model's behaviour
         if not answer.text.strip():
             yield "empty"
         if draft.chunk is None:

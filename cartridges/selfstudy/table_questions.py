@@ -13,15 +13,15 @@ _MEASURE = re.compile(r"^\d[\d,.]*\s([a-z]+)$")
 _TIME = re.compile(r"^\d{1,2}:\d{2}$")
 _HOW = {"height": ("high", "tall"), "length": ("long",), "width": ("wide",), "depth": ("deep",), "age": ("old",),
         "weight": ("heavy",), "size": ("big", "large"), "distance": ("far",), "duration": ("long",)}
-"""What is asked for a quantity instead of its noun."""
+"""Adjectives that ask for a quantity ("how high") instead of its noun."""
 _NO_PERSON = re.compile(r"\b(capital|city|town|village|country|county|state|region|place|location|island|river|sea|port"
                         r"|language|currency|name|title|kind|type)\b", re.I)
-"""Columns whose capitals are no person's."""
+"""Columns whose capitalised cells are not persons."""
 _PERSON = re.compile(r"^[A-Z][\w'’\-]+(\s[A-Z][\w'’\-]+)+$")
 
 
 def ask_row(statement: Statement, span: str, rng: random.Random) -> str | None:
-    """A question that the cell `span` answers: by the row's subject, or, for the subject, by another cell."""
+    """A question that the cell `span` answers. It names the row's subject, or another cell if the subject is asked."""
     asked = [(name, cell) for name, cell in statement.cells if cell == span]
     others = [(name, cell) for name, cell in statement.cells if cell != span and cell]
     subject_column, subject = statement.cells[0]
@@ -36,19 +36,18 @@ def ask_row(statement: Statement, span: str, rng: random.Random) -> str | None:
 
 
 def row_sentence(statement: Statement, span: str, question: str) -> str | None:
-    """The cell `span` in a sentence; for the row's subject, the cell that `question` names.
+    """A sentence with the cell `span`, or for the row's subject with the cell that `question` names.
 
-    A table that is told in sentences has them. None for a row that says nothing of its subject: a table of one column,
-    or one filled cell.
+    Rows that are sentences are returned as they are. None for a row without any other cell than its subject.
     """
     (subject_column, subject), *rest = statement.cells
     if not subject_column:
         return statement.text
-    told = [(name, cell) for name, cell in rest if cell]
-    if not subject or not told:
+    filled = [(name, cell) for name, cell in rest if cell]
+    if not subject or not filled:
         return None
-    columns = [pair for pair in told if pair[1] == span]
-    columns = columns or [pair for pair in told if says(question, pair[1])] or told
+    columns = [pair for pair in filled if pair[1] == span]
+    columns = columns or [pair for pair in filled if says(question, pair[1])] or filled
     column, cell = _lower(columns[0][0]), columns[0][1]
     head, _, tail = column.partition(" ")
     if tail and third_person(head):
@@ -75,7 +74,7 @@ def _for_cell(column: str, cell: str, subject: str) -> list[str]:
 
 
 def _plainly(column: str, subject: str) -> list[str]:
-    """Questions that any column allows."""
+    """Questions that are possible for any column."""
     return [f"What is the {column} of {subject}?", f"What is the {column} for {subject}?",
             f"What {column} does {subject} have?", f"What is {subject}'s {column}?",
             f"Which {column} belongs to {subject}?", f"{subject}: what is the {column}?",
@@ -83,7 +82,7 @@ def _plainly(column: str, subject: str) -> list[str]:
 
 
 def _by_kind(column: str, cell: str, subject: str) -> list[str]:
-    """Questions as people ask for a price, a person, a quantity or a time."""
+    """Questions in the usual form for a price, a person, a quantity or a time."""
     forms = []
     if _MONEY.search(column):
         forms += [f"How much is the {column} of {subject}?", f"How much is the {column} for {subject}?",
@@ -105,7 +104,7 @@ def _by_kind(column: str, cell: str, subject: str) -> list[str]:
 
 
 def _counts(column: str, cell: str) -> bool:
-    """Whether the column says how many there are: 12 beds."""
+    """Whether the column is a count: 12 beds."""
     return cell.replace(",", "").isdigit() and column.endswith("s") and not _MONEY.search(column)
 
 
@@ -121,11 +120,11 @@ def _for_subject(column: str, other: str, cell: str) -> list[str]:
 
 
 def _for_unnamed(other: str, cell: str) -> list[str]:
-    """The same where the column has no name."""
+    """Questions for the subject if its column has no name."""
     return [f"What has the {other} {cell}?", f"Whose {other} is {cell}?", f"{cell} is the {other} of what?",
             f"What has {cell} as its {other}?"]
 
 
 def _lower(column: str) -> str:
-    """A column's name inside a sentence; abbreviations stay."""
+    """A column's name inside a sentence; abbreviations are unchanged."""
     return column if column.isupper() else column[:1].lower() + column[1:]

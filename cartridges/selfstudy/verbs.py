@@ -1,8 +1,8 @@
-"""English verbs by dictionary: which word of a clause is its verb, and how it asks with "do".
+"""Finds the verb of an English clause, and its form in a question with "do", by a dictionary.
 
-No tagger: a word counts as the verb where the dictionary has such a form of a known verb and what
-stands beside it does not make it a noun. Wrong guesses make odd questions, which the teacher's
-likelihood of the answer weeds out later.
+There is no tagger: a word counts as the verb if the dictionary has it as a form of a verb and its neighbours do
+not make it a noun. Wrong guesses give odd questions, which the filter on the teacher's likelihood of the answer
+removes later.
 """
 
 import re
@@ -24,7 +24,7 @@ again""".split())  # noqa: SIM905
 
 @dataclass(frozen=True)
 class Verb:
-    """`text[start:end]` is the verb; "`auxiliary` subject `lemma`" asks with it."""
+    """`text[start:end]` is the verb; a question with it has the form "`auxiliary` subject `lemma`"."""
 
     start: int
     end: int
@@ -33,7 +33,7 @@ class Verb:
 
 
 def main_verb(text: str) -> Verb | None:
-    """The first verb of `text`, which begins with its subject; None where none is plain."""
+    """The first verb of `text`, which begins with its subject; None if no verb is clear."""
     words = list(re.finditer(r"[\w'’\-]+", text))
     for before, word, after in zip(words, words[1:], [*words[2:], None], strict=False):
         between = text[before.end():word.start()]
@@ -54,7 +54,7 @@ def _may_follow(word: re.Match | None) -> bool:
 
 @lru_cache(maxsize=20000)
 def _form(word: str) -> tuple[str, str] | None:
-    """(lemma, "did" or "does") of an inflected verb, else None."""
+    """`(lemma, "did" or "does")` of an inflected verb, else None."""
     if not word.islower():
         return None
     for lemma in lemminflect.getLemma(word, "VERB"):
@@ -68,8 +68,8 @@ def _form(word: str) -> tuple[str, str] | None:
 
 
 def has_verb(text: str) -> bool:
-    """Whether `text` is a clause: its verb can be neither a participle ("built") nor a plural ("walls"), or a "that"
-    follows one ("said that the boat")."""
+    """Whether `text` is a clause: it has a verb that cannot be a participle ("built") or a plural ("walls"), or a verb
+    before "that" ("said that the boat")."""
     said, that, _ = text.partition(" that ")
     if that and main_verb(said):
         return True
@@ -85,15 +85,15 @@ def is_participle(word: str) -> bool:
 
 
 def third_person(word: str) -> str | None:
-    """The lemma of "leaves", "carries", ...; None for other words."""
+    """The lemma of a verb in the third person ("leaves", "carries"); None for other words."""
     form = _form(word)
     return form[0] if form and form[1] == "does" else None
 
 
 @lru_cache(maxsize=20000)
 def agent_verb(noun: str) -> str | None:
-    """What a keeper does: keeps. None for nouns that are not made of a verb."""
-    if not noun.endswith(("er", "or")) or not noun.islower() or noun == "master":  # who does not mast
+    """The verb of an agent noun: keeper -> keeps. None for nouns that are not derived from a verb."""
+    if not noun.endswith(("er", "or")) or not noun.islower() or noun == "master":  # not derived from "mast"
         return None
     stem = noun[:-2]
     for lemma in (stem, noun[:-1], stem[:-1] if stem[-1:] == stem[-2:-1] else stem):
@@ -105,14 +105,14 @@ def agent_verb(noun: str) -> str | None:
 
 @lru_cache(maxsize=20000)
 def is_word(word: str) -> bool:
-    """Whether the lower-case `word` is in the dictionary (so that a capital is only a sentence's)."""
+    """Whether the lower-case `word` is in the dictionary, so that its capital comes from the start of a sentence."""
     return bool(lemminflect.getAllLemmas(word))
 
 
 @lru_cache(maxsize=20000)
 def may_be_noun(word: str) -> bool:
-    """Whether `word` is a noun by the dictionary, or not in it at all (another language, a term), or may be the
-    plural of one that it has as a verb only ("logs")."""
+    """Whether `word` is a noun in the dictionary, or not in it at all (another language, a term), or may be the
+    plural of a noun that is in it only as a verb ("logs")."""
     lemmas = lemminflect.getAllLemmas(word)
     return not lemmas or "NOUN" in lemmas or "PROPN" in lemmas or (word.endswith("s") and "VERB" in lemmas)
 
@@ -124,7 +124,7 @@ def is_plural(word: str) -> bool:
 
 @lru_cache(maxsize=20000)
 def is_unit(word: str) -> bool:
-    """Whether "how many `word`" may be asked: berths and kilometres, not "3 per" or "12 globally"."""
+    """Whether "how many `word`" is a possible question: berths and kilometres, not "3 per" or "12 globally"."""
     return word not in _VERB_AFTER | _NOUN_BEFORE and word != "per" and not word.endswith("ly") and may_be_noun(word)
 
 

@@ -97,13 +97,7 @@ class Contexts:
 
     def text(self, tokens: int, number: int) -> TextPrefix:
         """Its system turn has `tokens` tokens, or a few fewer."""
-        wanted = tokens
-        while True:
-            text = self._text(wanted, number)
-            over = len(self.template.system_ids(text)) - tokens
-            if over <= 0:
-                return TextPrefix(text)
-            wanted -= over
+        return TextPrefix(self.template.cut(self._text(tokens, number), tokens))
 
     def _text(self, length: int, number: int) -> str:
         start = number * 97 % len(self.ids)

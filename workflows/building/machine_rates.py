@@ -11,10 +11,10 @@ from statistics import mean
 from typing import Any
 
 from cartridges.config import BuildSettings
-from cartridges.download import home, write_atomically
+from cartridges.download import home
 from cartridges.errors import UserError
-from cartridges.records import Chunk, Conversation, Corpus
-from cartridges.selfstudy.plan import Task
+from cartridges.files import write_atomically
+from cartridges.records import Chunk, Conversation, Corpus, Task
 from workflows.building.budget import Rates
 from workflows.runtime.manifests import fingerprint
 

@@ -5,13 +5,13 @@ A stage is done when its manifest is there and holds the fingerprint of what it 
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cartridges.errors import UserError
+from cartridges.files import write_atomically
 
 
 def fingerprint(content: Any) -> str:
@@ -20,14 +20,9 @@ def fingerprint(content: Any) -> str:
 
 
 def write_manifest(path: Path, content: dict[str, Any]) -> None:
-    """Temporary name, fsync, rename: a reader sees the old file, the new one or none."""
+    """A reader sees the old file, the new one or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, json.dumps(content, indent=1, sort_keys=True))
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

@@ -1,13 +1,12 @@
 """What stands behind the HTTP service: in this process, or behind a Ray handle."""
 
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cartridges.artifact import Artifact, check_compatible, load
-from cartridges.compose import compose
+from cartridges.compose import compose, composed_digest
 from cartridges.config import ReplicaSettings
 from cartridges.engines.base import Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
 from cartridges.models import ModelIdentity, rope_frequencies
@@ -123,5 +122,4 @@ class LocalBackend:
     def _composed(self, parts: list[Artifact]) -> Artifact:
         """Held, put out and counted like one cartridge, under a digest of its own."""
         cartridge = compose([part.cartridge for part in parts], rope_frequencies(self.identity))
-        digest = hashlib.sha256(PLUS.join(part.digest for part in parts).encode()).hexdigest()
-        return Artifact(cartridge, parts[0].manifest, digest)
+        return Artifact(cartridge, parts[0].manifest, composed_digest([part.digest for part in parts]))

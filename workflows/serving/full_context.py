@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cartridges.errors import UserError
-from cartridges.evaluation.arms import text_within
 from cartridges.registry import Entry, Registry
-from cartridges.template import ChatTemplate
+from cartridges.template import MAX_CHARACTERS_PER_TOKEN, ChatTemplate
 from workflows.serving.errors import ApiError
 
 STEP = 256
@@ -16,9 +15,6 @@ in the engine's cache."""
 
 KEPT = 64
 """Texts kept in memory, the oldest out first."""
-
-MAX_CHARACTERS_PER_TOKEN = 64
-"""No text has tokens this long on average: what stands further back than the window holds is not read."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class CorpusTexts:
 
     def _make(self, versions: tuple[str, ...], entries: Sequence[Entry], limit: int) -> Turn:
         text = "\n\n".join(self.read(entry) for entry in entries)
-        kept = text_within(self.template, text[: MAX_CHARACTERS_PER_TOKEN * self.window], limit)
+        kept = self.template.cut(text[: MAX_CHARACTERS_PER_TOKEN * self.window], limit)
         turn = Turn(kept, len(self.template.system_ids(kept)), len(kept) < len(text))
         self._turns[versions, limit] = turn
         while len(self._turns) > KEPT:

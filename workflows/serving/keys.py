@@ -15,8 +15,8 @@ import yaml
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cartridges.artifact import write_atomically
 from cartridges.errors import UserError
+from cartridges.files import write_atomically
 
 PREFIX = "ck_"
 """Beginning of every key, so that people and secret scanners know one when they see it."""
@@ -104,6 +104,6 @@ def _write(path: Path, records: tuple[KeyRecord, ...]) -> None:
     # Nobody but the owner: hashes are no keys, but who has which corpora is not for everyone.
     previous = os.umask(0o077)
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, text)
     finally:
         os.umask(previous)

@@ -161,8 +161,7 @@ class Planner:
         longest = max(map(len, prompts))
         calls = tuple(self._call(body, target, context, ids, choice, caller.tenant)
                       for ids in prompts for choice in range(body.n))
-        identity = self.catalog.identity
-        per_token = 2 * identity.num_layers * identity.num_key_value_heads * identity.head_dim * VALUE_BYTES
+        per_token = self.catalog.identity.shape.bytes_per_token(VALUE_BYTES)
         return Plan(target, context, calls, sum(context.num_tokens + len(ids) for ids in prompts),
                     context.cached_tokens * len(prompts), (context.num_tokens + longest) * per_token, fallback)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
-from cartridges.records import Chunk, Corpus
+from cartridges.files import replacing
+from cartridges.records import Chunk, Corpus, Task
 from workflows.runtime.manifests import fingerprint, read_manifest, require_match, write_manifest
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected
         return planned
     from cartridges.chunking import Chunks
     from cartridges.models import resolve_model_dir
-    from cartridges.selfstudy.plan import Task, plan
+    from cartridges.selfstudy.plan import plan
     from cartridges.selfstudy.storage import count_tasks
 
     chunks = Chunks(corpus, _tokenizer(resolve_model_dir(settings.model)), settings.synthesize.chunk)
@@ -127,6 +128,5 @@ def write_rows(path: Path, kind: type, rows: Iterable[Any]) -> None:
 
     types = {str: pa.string(), int: pa.int64()}
     schema = pa.schema([(field.name, types[field.type]) for field in fields(kind)])
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)
-    temporary.rename(path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), temporary)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cartridges.prompts import EXAMPLES
 from cartridges.records import Conversation
-from cartridges.selfstudy.card import reason_name
+from cartridges.selfstudy.drop_reasons import reason_name
 from cartridges.selfstudy.storage import from_row
 from workflows.synthesis.inspect_dataset import DISTRIBUTIONS, family_rows, remarks
 

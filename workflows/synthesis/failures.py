@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cartridges.errors import UserError
-from cartridges.selfstudy.asking import AskingRefusedError
-from cartridges.selfstudy.card import ERROR, error_reason
-from cartridges.selfstudy.plan import Task
-from cartridges.selfstudy.synthesizer import Dropped
+from cartridges.records import Dropped, Task
+from cartridges.selfstudy.asker import AskingRefusedError
+from cartridges.selfstudy.drop_reasons import ERROR, error_reason
 
 REFUSED = f"{ERROR}{AskingRefusedError.__name__}: "
 

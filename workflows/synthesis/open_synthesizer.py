@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from cartridges.config import BuildSettings
 from cartridges.models import BaseModel
 from cartridges.records import Chunk
-from cartridges.selfstudy.asking import Ask, Asker, EngineAsker
+from cartridges.selfstudy.asker import Ask, Asker, EngineAsker
 from cartridges.selfstudy.synthesizer import Synthesizer
 
 
@@ -51,9 +51,9 @@ def make_asker(settings: BuildSettings) -> Asker | None:
 
     wanted = settings.synthesize.asking
     if wanted.endpoint:
-        from cartridges.selfstudy.http_asking import HttpAsker
+        from cartridges.selfstudy.endpoint_asker import EndpointAsker
 
-        return HttpAsker(settings.synthesize)
+        return EndpointAsker(settings.synthesize)
     if wanted.model:
         base = load_base_model(wanted.model)
         return EngineAsker(TransformersEngine(base), base.template, settings.synthesize)
@@ -69,9 +69,9 @@ def check_generation(settings: BuildSettings) -> None:
     if settings.synthesize.asking.model:
         load_identity(resolve_model_dir(settings.synthesize.asking.model))
     if settings.synthesize.asking.endpoint:
-        from cartridges.selfstudy.http_asking import HttpAsker
+        from cartridges.selfstudy.endpoint_asker import EndpointAsker
 
-        HttpAsker(settings.synthesize, retries=1).check(_samples(settings))
+        EndpointAsker(settings.synthesize, retries=1).check(_samples(settings))
 
 
 def _samples(settings: BuildSettings) -> list[Ask]:

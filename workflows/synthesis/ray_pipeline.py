@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cartridges.config import BuildSettings
-from cartridges.records import Chunk
+from cartridges.records import Chunk, Task
 from workflows.runtime.manifests import Clock
 from workflows.runtime.progress import ProgressCallback
 
@@ -88,7 +88,6 @@ class SynthesisActor:
     def __call__(self, batch):
         import pyarrow as pa
 
-        from cartridges.selfstudy.plan import Task
         from cartridges.selfstudy.storage import schema, to_row
         from workflows.synthesis.failures import run_with_retry
 

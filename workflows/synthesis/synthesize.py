@@ -70,8 +70,8 @@ def synthesize(corpus: Corpus, output_dir: str, settings: BuildSettings,
 def finish_dataset(output: Path, settings: BuildSettings, planned: dict[str, Any],
             speed: dict[str, float], earlier: Sequence[str]) -> dict[str, Any]:
     """Deduplicate into `shards/`, check the failures, write card and manifest, drop the work files."""
-    from cartridges.selfstudy.card import data_card
-    from cartridges.selfstudy.finish import finish
+    from cartridges.selfstudy.data_card import data_card
+    from cartridges.selfstudy.deduplicate import deduplicate
     from workflows.synthesis.failures import require_few
 
     work = output / "work"
@@ -79,9 +79,9 @@ def finish_dataset(output: Path, settings: BuildSettings, planned: dict[str, Any
     for leftover in (temporary, output / "shards"):
         shutil.rmtree(leftover, ignore_errors=True)
     wanted = settings.synthesize
-    summary = finish(work / "parts", temporary, "duplicate" not in wanted.filters_off,
-                     None if "near_duplicate" in wanted.filters_off else wanted.near_duplicate,
-                     [file for dataset in earlier for file in sorted((Path(dataset) / "shards").glob("*.parquet"))])
+    before = [file for dataset in earlier for file in sorted((Path(dataset) / "shards").glob("*.parquet"))]
+    summary = deduplicate(work / "parts", temporary, "duplicate" not in wanted.filters_off,
+                          None if "near_duplicate" in wanted.filters_off else wanted.near_duplicate, before)
     require_few(summary.dropped["error"], planned["conversations"], wanted.max_failed_share, work)
     if summary.errors:
         logger.warning("%d conversations raised and were left out; `cartridges inspect %s` lists them",

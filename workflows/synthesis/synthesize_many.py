@@ -135,7 +135,7 @@ def _join(todo: Sequence[DatasetSpec], places: Sequence[str], plans: Sequence[di
 def _require_few_errors(work: Path, settings: BuildSettings, planned: int) -> None:
     import pyarrow.parquet as pq
 
-    from cartridges.selfstudy.card import ERROR
+    from cartridges.selfstudy.drop_reasons import ERROR
     from workflows.synthesis.failures import require_few
 
     failed = sum(reason.startswith(ERROR) for file in (work / "parts").glob("*.parquet")

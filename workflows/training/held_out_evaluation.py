@@ -17,6 +17,7 @@ from cartridges.config import TrainSettings
 from cartridges.engines.base import CartridgePrefix
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.evaluation.asking import Item, ask, plan_items
+from cartridges.files import replacing
 from cartridges.records import Question
 from workflows.training.held_out_questions import choosing
 
@@ -68,9 +69,8 @@ class HeldOutEvaluation:
 
     def _keep(self, told: dict[str, float]) -> None:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.cartridge.state_dict().items()}
-        temporary = self.file.with_suffix(".tmp")
-        save_file(state, temporary, metadata={name: repr(value) for name, value in told.items()})
-        temporary.replace(self.file)
+        with replacing(self.file) as temporary:
+            save_file(state, temporary, metadata={name: repr(value) for name, value in told.items()})
 
 
 def _gold_alone(item: Item) -> Item:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cartridges.files import write_atomically
 from workflows.runtime.manifests import Clock
 from workflows.runtime.progress import ProgressCallback
 
@@ -71,9 +72,7 @@ MEANS = ("loss", "kl", "teacher_entropy", "topk_mass", "lr", "grad_norm", "matmu
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     """Without the half of a line that a kill may have left."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

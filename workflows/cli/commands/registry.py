@@ -113,9 +113,8 @@ def print_shown(result: dict[str, Any], stream: TextIO) -> None:
 
 def _line(entry: "Entry") -> dict[str, Any]:
     manifest = entry.manifest
-    layers, heads, slots, head_dim = manifest.shape
     return {"name": entry.name, "version": entry.version, "aliases": list(entry.aliases),
-            "num_tokens": manifest.num_tokens, "bytes": 2 * layers * heads * slots * head_dim * 2,
+            "num_tokens": manifest.num_tokens, "bytes": manifest.kv_bytes,
             "base_model": manifest.model.name, "corpus_id": manifest.corpus.id,
             "corpus_tokens": manifest.corpus.tokens, "draft": manifest.is_draft,
             "compression_ratio": manifest.corpus.tokens / manifest.num_tokens, "created": manifest.created}

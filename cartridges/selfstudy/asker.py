@@ -1,7 +1,7 @@
-"""The asking side of self-study: who writes the user's messages.
+"""The asking side of self-study, which writes the user's messages.
 
-It may be another model than the teacher. What it writes is only ever a question: answers and their
-distributions are the teacher's own.
+It may be another model than the teacher. It writes only questions: answers and their distributions always
+come from the teacher.
 """
 
 import re
@@ -16,14 +16,14 @@ from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 from cartridges.template import ChatTemplate
 
 STOP = ("\n", "?")
-"""Where a continued question ends."""
+"""Stop strings of a question that is written by continuing examples."""
 _LABEL = re.compile(r"^\**question:[\s*]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One message to be written: by `seed_prompt`, with `text` in sight (None: nothing); or, where `completion`
-    is set, by continuing it after few-shot examples. `seed` makes it repeatable."""
+    """A request for one message, written either by following `seed_prompt` with `text` as context (None: no context),
+    or by continuing `completion` after few-shot examples. `seed` makes it repeatable."""
 
     seed: int
     seed_prompt: str | None = None
@@ -32,19 +32,19 @@ class Ask:
 
 
 class AskingRefusedError(UserError):
-    """The asking side refuses whatever it is asked: a wrong key, an unknown model."""
+    """The asking side refuses all requests, because of a wrong key or an unknown model, say."""
 
 
 class Asker(Protocol):
     def ask(self, asks: Sequence[Ask]) -> list[str | Exception]:
-        """What is written for each, in order, which may be empty or unusable; or why that one failed.
+        """The message written for each of `asks`, in order (it may be empty or unusable), or the error of that one.
 
-        Raises `AskingRefusedError` where no other would be answered either.
+        Raises `AskingRefusedError` if no other request would be answered either.
         """
 
 
 class EngineAsker:
-    """A model behind an `Engine`, with the template of that model."""
+    """`Asker` over a model's `engine`, with the chat template of that model."""
 
     def __init__(self, engine: Engine, template: ChatTemplate, settings: SynthesizeSettings):
         self.engine, self.template, self.settings = engine, template, settings
@@ -63,7 +63,7 @@ class EngineAsker:
 
 
 def as_question(text: str, finish_reason: str | None) -> str:
-    """`text` without space around it, and without the "Question:" that some models begin with. The stop string "?" is
-    cut from an answer; a question that ended with it gets it back."""
+    """`text` without surrounding space and without the "Question:" with which some models begin. Engines cut the stop
+    string "?" off; it is appended again."""
     text = _LABEL.sub("", text.strip())
     return text + "?" if finish_reason == "stop" and text and text[-1].isalnum() else text

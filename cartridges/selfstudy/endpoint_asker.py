@@ -1,7 +1,7 @@
 """An asking side behind an OpenAI-compatible service: a large model asks, the small teacher answers.
 
-The chunks of the corpus are sent to the service. Answers are never taken from it: a cartridge learns the
-distribution of its own base model.
+The chunks of the corpus are sent to the service. It never provides answers: a cartridge learns the distribution of
+its own base model.
 """
 
 import os
@@ -13,23 +13,23 @@ import openai
 
 from cartridges.config import SynthesizeSettings
 from cartridges.errors import UserError
-from cartridges.selfstudy.asking import STOP, Ask, AskingRefusedError, as_question
+from cartridges.selfstudy.asker import STOP, Ask, AskingRefusedError, as_question
 from cartridges.selfstudy.seed_prompts import ASKING_EXAMPLES
 
 RETRIES = 5
-"""Of a request, with growing pauses, where the service is busy or cannot be reached."""
+"""Retries of a request, with growing pauses, if the service is busy or cannot be reached."""
 TIMEOUT_S = 60.0
 HOPELESS = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-"""What trying again does not change, nor another question."""
+"""Errors that neither a retry nor another question would avoid."""
 ODD = (AttributeError, IndexError, TypeError, ValueError)
-"""What an answer raises that is not one of the API: HTML, no choices, broken JSON."""
+"""Errors raised by responses that are not the API's: HTML, no choices, broken JSON."""
 
 
-class HttpAsker:
+class EndpointAsker:
     """`Asker` over `settings.asking.endpoint`, several requests at a time.
 
-    Raises `AskingRefusedError` where the service refuses the key or does not know the model or the route. Whatever
-    else happens to one request is returned in its place.
+    Raises `AskingRefusedError` if the service refuses the key or does not know the model or the route. Any other
+    error of a request is returned in its place.
     """
 
     def __init__(self, settings: SynthesizeSettings, retries: int = RETRIES):
@@ -43,7 +43,7 @@ class HttpAsker:
         return list(self.threads.map(self._attempt, asks))
 
     def check(self, asks: Sequence[Ask]) -> None:
-        """Raises `UserError`, one line, where one of `asks` is not answered."""
+        """Raise a one-line `UserError` if one of `asks` is not answered."""
         for answer in self.ask(asks):
             if isinstance(answer, Exception):
                 raise UserError(f"{self.where}: {self._line(answer)}")
@@ -60,7 +60,7 @@ class HttpAsker:
         except openai.OpenAIError as error:
             return error
         except ODD as error:
-            return RuntimeError(f"the answer is none of the API ({type(error).__name__})")
+            return RuntimeError(f"the response does not follow the API ({type(error).__name__})")
 
     def _ask(self, ask: Ask) -> str:
         how = dict(model=self.settings.asking.endpoint_model, max_tokens=self.settings.max_question_tokens,
@@ -72,7 +72,7 @@ class HttpAsker:
         return as_question(made.choices[0].message.content or "", made.choices[0].finish_reason)
 
     def _line(self, error: Exception) -> str:
-        """Without the key, which some services repeat."""
+        """`error` in one line, without the key, which some services repeat."""
         text = " ".join(str(error).split())[:200]
         return text.replace(self.key, "***") if self.key else text
 

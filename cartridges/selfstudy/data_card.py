@@ -1,6 +1,6 @@
-"""What is in a data set: counts, distributions and checks, gathered table by table.
+"""The data card of a data set: counts, distributions and checks, gathered table by table.
 
-Memory does not grow with the number of tokens: distributions are histograms.
+Distributions are histograms, so memory does not grow with the number of tokens.
 """
 
 import json
@@ -12,22 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-DUPLICATE = "duplicate"
-NEAR_DUPLICATE = "near_duplicate"
-ERROR = "error: "
-"""A row dropped because it raised has a reason that begins so; the rest is the error."""
+from cartridges.selfstudy.drop_reasons import DUPLICATE, ERROR, NEAR_DUPLICATE, reason_name
+
 ERRORS_LISTED = 50
-
-
-def error_reason(error: Exception) -> str:
-    """The reason of a conversation that raised, in one line."""
-    line = " ".join(str(error).split())[:200]
-    return f"{ERROR}{type(error).__name__}: {line}"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Distribution:
-    """Mean and quantiles of values from `low` to `high`; those beyond count as the nearest of the two."""
+    """Mean and quantiles of values from `low` to `high`; values beyond are clipped."""
 
     def __init__(self, low: float, high: float, bins: int = 4096):
         self.edges = np.linspace(low, high, bins + 1)
@@ -42,7 +34,7 @@ class Distribution:
         return self.total / max(int(self.counts.sum()), 1)
 
     def quantile(self, share: float) -> float:
-        """Exact to the width of a bin."""
+        """The quantile at `share`, exact to the width of a bin."""
         reached = np.concatenate([[0], np.cumsum(self.counts)])
         target = share * reached[-1]
         end = max(1, int(np.searchsorted(reached, target)))
@@ -50,14 +42,14 @@ class Distribution:
         return float(self.edges[end - 1] + within * (self.edges[end] - self.edges[end - 1]))
 
     def histogram(self, bars: int) -> dict[str, Any]:
-        """Counts in `bars` bars of equal width (a power of two), as far up as there are values."""
+        """Counts in `bars` (a power of two) bars of equal width, up to the largest value."""
         counts, low, high = self.counts, self.edges[0], self.edges[-1]
         while len(counts) > bars and not counts[len(counts) // 2:].any():
             counts, high = counts[:len(counts) // 2], low + (high - low) / 2
         return {"low": float(low), "high": float(high), "counts": counts.reshape(bars, -1).sum(1).tolist()}
 
     def as_dict(self, bars: int = 32) -> dict[str, Any]:
-        """JSON-able; mean and quantiles are None where there is nothing."""
+        """The distribution as JSON; mean and quantiles are None without values."""
         n = int(self.counts.sum())
         return {
             "n": n, "mean": self.mean() if n else None,
@@ -68,7 +60,7 @@ class Distribution:
 
 @dataclass
 class Summary:
-    """Counts of a data set. Entropies (nats, tail as one bucket) and masses are over loss positions."""
+    """Counts of a data set. Entropies (nats, with the tail as one bucket) and masses are over loss positions."""
 
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
@@ -129,7 +121,7 @@ class Summary:
             self.teacher_entropy.add(-(np.exp(logprobs) * logprobs).sum(1) - tail * np.log(tail))
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts of the manifest; JSON-able, masses and entropies as means over loss positions."""
+        """The counts for the manifest as JSON, with masses and entropies as means over loss positions."""
         return {
             "conversations": {"kept": self.kept, "dropped": dict(sorted(self.dropped.items()))},
             "families": {family: dict(sorted(self.families[family].items())) for family in sorted(self.families)},
@@ -139,7 +131,7 @@ class Summary:
 
 
 def data_card(summary: Summary, manifest: dict[str, Any], model: dict[str, str | None]) -> dict[str, Any]:
-    """The card of a finished data set: what its `manifest` says, and what `summary` saw, in full.
+    """The card of a finished data set: its `manifest`, extended by the full distributions of `summary`.
 
     `model` holds the teacher's name, revision, dtype and digests.
     """
@@ -159,14 +151,9 @@ def data_card(summary: Summary, manifest: dict[str, Any], model: dict[str, str |
 
 
 def _grounded(facts: Counter, kind: str) -> dict[str, Any]:
-    """Of the kept answers of one kind: numbers and names, and the share of them that the chunk or question has."""
-    told = {}
+    """Counts of numbers and names in the kept answers of one kind, and their share that is in chunk or question."""
+    shares = {}
     for name in ("numbers", "names"):
         count, without = facts[kind, name], facts[kind, f"ungrounded_{name}"]
-        told[name] = {"count": count, "ungrounded": without, "share": 1 - without / count if count else None}
-    return told
-
-
-def reason_name(reason: str) -> str:
-    """`error: ValueError: ...` -> `error`, so that reasons can be counted; others as they are."""
-    return "error" if reason.startswith(ERROR) else reason
+        shares[name] = {"count": count, "ungrounded": without, "share": 1 - without / count if count else None}
+    return shares

@@ -1,4 +1,4 @@
-"""What is left hanging where a question is cut out of a statement: half of a pair of brackets, a last "the"."""
+"""Removes leftovers from questions cut out of statements: unpaired brackets, a trailing "the"."""
 
 import re
 
@@ -8,9 +8,9 @@ _NEVER_LAST = re.compile(r"\s(?:(?i:the|an|its|their|and|or|but|that|than|becaus
 _LOOSE = " ,;:-–(/"
 
 
-def without_halves(text: str, keep: re.Pattern) -> str:
-    """`text` without brackets and quotation marks that have no partner. What stands on the far side of such a bracket
-    from where `keep` is found goes with it."""
+def without_unpaired_brackets(text: str, keep: re.Pattern) -> str:
+    """`text` without unpaired brackets and quotation marks. The text on the other side of such a bracket than the match
+    of `keep` is removed too."""
     while halves := _halves(text):
         at = halves[-1]
         before, after = text[:at], text[at + 1:]
@@ -20,7 +20,7 @@ def without_halves(text: str, keep: re.Pattern) -> str:
 
 
 def _halves(text: str) -> list[int]:
-    """Where `text` has brackets without a partner."""
+    """Positions of unpaired brackets in `text`."""
     opened, alone = [], []
     for at, sign in enumerate(text):
         if sign == "(":
@@ -31,8 +31,8 @@ def _halves(text: str) -> list[int]:
     return sorted(alone + opened)
 
 
-def without_loose_end(text: str) -> str:
-    """"shrunk, and the" -> "shrunk"."""
+def without_trailing_words(text: str) -> str:
+    """`text` without trailing function words: "shrunk, and the" -> "shrunk"."""
     text = text.rstrip(_LOOSE)
     while found := _NEVER_LAST.search(text):
         text = text[:found.start()].rstrip(_LOOSE)

@@ -1,4 +1,4 @@
-"""The last pass over written conversations: duplicates across all batches, and the counts."""
+"""The last pass over all written conversations: marks duplicates and counts."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -7,13 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cartridges.selfstudy.card import DUPLICATE, NEAR_DUPLICATE, Summary
-from cartridges.selfstudy.near import near_duplicates
+from cartridges.selfstudy.data_card import Summary
+from cartridges.selfstudy.drop_reasons import DUPLICATE, NEAR_DUPLICATE
+from cartridges.selfstudy.near_duplicates import near_duplicates
 
 
-def duplicates(files: Sequence[Path], earlier: Sequence[Path] = ()) -> set[str]:
-    """Ids of kept conversations whose messages another one, of a smaller id or in the files `earlier`,
-    has word for word."""
+def exact_duplicates(files: Sequence[Path], earlier: Sequence[Path] = ()) -> set[str]:
+    """Ids of kept conversations with the same messages, word for word, as one with a smaller id or in the files
+    `earlier`."""
     first = {digest: "" for _, digest in _digests(earlier)}
     repeated = set()
     for conversation_id, digest in sorted(_digests(files)):
@@ -28,7 +29,7 @@ def _digests(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
 
 
 def _kept_texts(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
-    """Ids and messages, spaces aside, of the kept conversations."""
+    """Ids and messages, with normalised spaces, of the kept conversations."""
     for file in files:
         for row in pq.read_table(file, columns=["conversation_id", "messages", "dropped"]).to_pylist():
             if not row["dropped"]:
@@ -37,8 +38,10 @@ def _kept_texts(files: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
 
 def _repeated(files: Sequence[Path], exact: bool, similarity: float | None,
               earlier: Sequence[Path]) -> dict[str, str]:
-    """Reasons by id. Of the last question and answer: the turns before may be the same examples."""
-    reasons = dict.fromkeys(duplicates(files, earlier), DUPLICATE) if exact else {}
+    """Reasons of duplicates by id. Near duplicates compare only the last question and answer, because the turns before
+    may be the same examples."""
+
+    reasons = dict.fromkeys(exact_duplicates(files, earlier), DUPLICATE) if exact else {}
     if similarity is not None:
         texts = sorted((conversation_id, " ".join(texts[-2:])) for conversation_id, texts in _kept_texts(files)
                        if conversation_id not in reasons)
@@ -46,14 +49,13 @@ def _repeated(files: Sequence[Path], exact: bool, similarity: float | None,
     return reasons
 
 
-def finish(parts: Path, shards: Path, exact: bool = True, similarity: float | None = None,
-           earlier: Sequence[Path] = (), rows_per_shard: int = 4096) -> Summary:
+def deduplicate(parts: Path, shards: Path, exact: bool = True, similarity: float | None = None,
+                earlier: Sequence[Path] = (), rows_per_shard: int = 4096) -> Summary:
     """Rewrite the files of `parts` as `shards/part-*.parquet` with duplicates marked as dropped.
 
-    `exact` drops word-for-word repeats, of the files `earlier` too; `similarity` those alike to that
-    degree (`selfstudy.near`).
-    Rows are in the order of their ids, so the shards do not depend on which actor was quick.
-    `shards` must not exist; a caller renames it into place.
+    `exact` drops word-for-word repeats, also of the files `earlier`; `similarity` drops conversations that are
+    similar to that degree (`selfstudy.near_duplicates`). Rows are in the order of their ids, so the shards do
+    not depend on the speed of the actors. `shards` must not exist; the caller renames it into place.
     """
     files = sorted(parts.glob("*.parquet"))
     repeated = _repeated(files, exact, similarity, earlier)
@@ -77,7 +79,7 @@ def _ids(file: Path) -> list[str]:
 
 
 def _gather(files: Sequence[Path], located: Sequence[tuple[str, int, int]]) -> pa.Table:
-    """The rows at `(id, file number, row)`, in that order; each file is read once."""
+    """The rows at `located` (id, file number, row), in order of id; each file is read once."""
     wanted: dict[int, list[int]] = {}
     for _, number, row in located:
         wanted.setdefault(number, []).append(row)

@@ -1,18 +1,18 @@
-"""Near duplicates: texts that share most of their word pairs with an earlier one.
+"""Near duplicates: texts that share most of their word pairs with an earlier text.
 
-MinHash with banding (datasketch) finds candidates, and the exact Jaccard similarity decides: so no pair
-below the threshold is dropped, and nearly every one above it is found.
+MinHash with banding (datasketch) finds candidates, and the exact Jaccard similarity decides. So no text below the
+threshold is dropped, and nearly every one above it is found.
 """
 
 from collections.abc import Iterable
 
 PERMUTATIONS = 128
 RECALL_MARGIN = 0.8
-"""The index looks for pairs down to this share of the threshold, since MinHash only estimates."""
+"""The index searches down to this share of the threshold, since MinHash only estimates the similarity."""
 
 
 def near_duplicates(texts: Iterable[tuple[str, str]], similarity: float) -> set[str]:
-    """Ids of those `(id, text)` that are alike, by `similarity` or more, to one that stands before and stays."""
+    """Ids of those `(id, text)` whose similarity to an earlier one that is kept is at least `similarity`."""
     from datasketch import MinHash, MinHashLSH
 
     index = MinHashLSH(threshold=max(0.05, similarity * RECALL_MARGIN), num_perm=PERMUTATIONS)
@@ -31,11 +31,11 @@ def near_duplicates(texts: Iterable[tuple[str, str]], similarity: float) -> set[
 
 
 def word_pairs(text: str) -> frozenset[str]:
-    """Neighbouring words of `text`, case and spaces aside; of a single word, the word."""
+    """Pairs of neighbouring words in `text`, without case and spaces; for a single word, that word."""
     words = text.casefold().split()
     return frozenset(f"{a} {b}" for a, b in zip(words, words[1:], strict=False)) or frozenset(words)
 
 
 def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
-    """Shared parts over all parts."""
+    """Jaccard similarity: the size of the intersection over that of the union."""
     return len(left & right) / max(len(left | right), 1)
