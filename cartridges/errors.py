@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user."""
+"""The exceptions that the command line tells in one line, without a traceback."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints it on stderr and exits 2; the HTTP service answers 4xx with it.
     Any other exception is a defect of this library and exits 1.
     """
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became NaN or infinite in training; the last checkpoint is good."""

@@ -6,7 +6,7 @@ import json
 import pytest
 
 import workflows.building.ablate
-from cartridges.distill.trainer import NonFiniteLoss
+from cartridges.errors import NonFiniteLoss
 from tests.test_build import EVALUATE, FAMILIES
 from tests.test_synthesize import CORPUS, tiny_settings
 from workflows.building.budget import Rates

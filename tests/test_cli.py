@@ -225,6 +225,16 @@ def test_full_disk_is_one_line(tmp_path):
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and "No space left" in full.stderr
 
 
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path):
+    stopped = run_cli("build", "corpus", "--name", "x", cwd=tmp_path, code=(
+        "from cartridges.errors import NonFiniteLoss\n"
+        "from workflows import cli; from workflows.cli.commands import build\n"
+        "def fast(args):\n"
+        "    raise NonFiniteLoss('the gradient became nan at step 7')\n"
+        "build.run = fast; sys.exit(cli.main())"))
+    assert stopped.returncode == 1 and stopped.stderr == "cartridges: the gradient became nan at step 7\n"
+
+
 def test_closed_pipe_is_quiet(root):
     command = f"{sys.executable} -m workflows.cli list --registry {root} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60,

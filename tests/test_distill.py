@@ -15,7 +15,8 @@ from cartridges.distill.optimizer import OrthogonalAdam, orthogonalized
 from cartridges.distill.packing import collate, count_truncated, own_lengths, plan_packs, with_label
 from cartridges.distill.schedule import Order, learning_rate
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import NonFiniteLoss, TorchStepper, Trainer, read
+from cartridges.distill.trainer import TorchStepper, Trainer, read
+from cartridges.errors import NonFiniteLoss
 from cartridges.records import Conversation
 
 V, K = 320, 20

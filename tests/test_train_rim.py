@@ -1,5 +1,6 @@
 """Training under Ray Train and DeepSpeed: as torch alone, as one worker, as if never killed."""
 
+import errno
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from cartridges.distill.remaining import remaining_kl
 from cartridges.distill.student import Student
 from cartridges.distill.trainer import TorchStepper, Trainer
 from cartridges.engines.transformers import TransformersEngine
-from cartridges.errors import UserError
+from cartridges.errors import NonFiniteLoss, UserError
 from cartridges.selfstudy.deduplicate import deduplicate
 from cartridges.selfstudy.held_out import split
 from cartridges.selfstudy.plan import plan
@@ -35,6 +36,7 @@ from tests.serve_support import load_stock
 from tests.test_synthesize import CORPUS, in_a_process, tiny_settings, wait_for, write_part
 from workflows.runtime.manifests import write_manifest
 from workflows.synthesis.dataset import corpus_tokens, dataset_fingerprint
+from workflows.training.cohort import _cause
 from workflows.training.train import train
 
 TRAIN = {"num_tokens": 32, "row_tokens": 64, "pack_tokens": 256, "packs_per_step": 2, "steps": 12,
@@ -260,6 +262,34 @@ def test_workers_and_kills_do_not_change_the_result(tiny_base_model, dataset, co
     assert done["steps"] == 12 and done["truncated"] == 0 and done["mean_tokens"] > 5
     assert len(json.loads((output / "held_out.json").read_text())["questions"]) > 0
     assert not (output / "work").exists()
+
+
+def test_a_full_disk_of_a_worker_is_told_as_such():
+    from ray.train import WorkerGroupError
+
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/x")
+    assert _cause(WorkerGroupError("a worker failed", {0: RuntimeError("peer"), 1: full})) is full
+
+
+@pytest.mark.slow
+def test_training_that_cannot_go_on_says_why(dataset, corpus_file, settings, tmp_path, monkeypatch):
+    """A gradient that is not finite is not tried again; workers for whom there is no room are not waited for."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    corpus = load_corpus(str(corpus_file))
+
+    def attempt(name, **update):
+        changed = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
+        train(str(dataset), str(corpus_file), corpus, str(tmp_path / name), changed)
+
+    from workflows.runtime.local_ray import local_ray
+
+    with local_ray():
+        with pytest.raises(NonFiniteLoss, match="lower train.optimizer.lr"):
+            attempt("fast", optimizer=OptimizerSettings(lr=3e38, key_lr_scale=1.0))
+        with pytest.raises(UserError, match="take at most"):
+            attempt("many", num_workers=64, packs_per_step=64)
+    assert (tmp_path / "fast" / "work").is_dir() and not (tmp_path / "fast" / "trained.json").exists()
+    assert not (tmp_path / "fast" / "cartridge").exists()
 
 
 @pytest.mark.slow

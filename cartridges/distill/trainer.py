@@ -18,10 +18,7 @@ from cartridges.distill.losses import LossSums
 from cartridges.distill.optimizer import clip, make_optimizer
 from cartridges.distill.packing import Pack
 from cartridges.distill.student import Student, kind, together
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the last checkpoint is good."""
+from cartridges.errors import NonFiniteLoss
 
 
 class Stepper(Protocol):

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
-from cartridges.errors import UserError
+from cartridges.errors import NonFiniteLoss, UserError
 
 
 class PartialFailure(Exception):
@@ -26,7 +26,7 @@ def exit_code(command: Callable[[], None], resumable: bool) -> int:
     except UserError as error:
         print(f"cartridges: {_one_line(error)}", file=sys.stderr)
         return 2
-    except PartialFailure as error:
+    except (PartialFailure, NonFiniteLoss) as error:
         print(f"cartridges: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

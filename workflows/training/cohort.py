@@ -20,14 +20,14 @@ import shutil
 import signal
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cartridges.config import TrainSettings
-from cartridges.errors import UserError
+from cartridges.errors import NonFiniteLoss, UserError
 from workflows.runtime.manifests import (
     Clock,
     Failed,
@@ -40,6 +40,8 @@ from workflows.runtime.manifests import (
 from workflows.runtime.progress import ProgressCallback
 from workflows.training.records import MANIFEST, OUTCOME, Member, WorkerMember, WorkerRun
 from workflows.training.step_log import STEPS, StepLogFollower, read_rows
+
+logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """Slots of a cartridge, and how many of them are frozen."""
@@ -65,7 +67,10 @@ def train_cohort(members: Sequence[Member], directory: Path, label: str, progres
 
 def _train(members: Sequence[Member], todo: Sequence[Member], directory: Path, label: str,
            progress: ProgressCallback | None, job: str | None) -> dict[Path, Failed]:
-    """Train `todo`, and with them those of `members` that are in their company; the failures by output directory."""
+    """Train `todo`, and with them those of `members` that are in their company; the failures by output directory.
+
+    Raises `NonFiniteLoss` where only one is trained; its last checkpoint is kept.
+    """
     from workflows.runtime.tracking import track
 
     taken = _with_company(members, {member.output for member in todo})
@@ -83,6 +88,9 @@ def _train(members: Sequence[Member], todo: Sequence[Member], directory: Path, l
         seconds, shares = clock.seconds, _shares(todo)
         failed = {member.output: failure for member, share in zip(todo, shares, strict=True)
                   if (failure := _finish(member, seconds * share))}
+        if failed and len(taken) == 1:
+            (todo[0].output / OUTCOME).unlink()
+            raise NonFiniteLoss(failed[todo[0].output].reason)
         shutil.rmtree(directory / "work")
         run.log({"train/seconds": seconds})
     return failed
@@ -179,13 +187,11 @@ def _own_interrupt() -> Iterator[None]:
 
 
 def _cause(error) -> Exception:
-    """The worker's own exception where it is known, because it says more than Ray Train's wrapper."""
+    """The worker's own exception where it says more than Ray Train's wrapper: a user's mistake, or a full disk."""
     from ray.train import WorkerGroupError
 
-    from cartridges.distill.trainer import NonFiniteLoss
-
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    return next((failure for failure in failures if isinstance(failure, UserError | NonFiniteLoss)), error)
+    return next((failure for failure in failures if isinstance(failure, UserError | OSError)), error)
 
 
 def _torch_trainer(members: Sequence[Member], directory: Path):
@@ -198,6 +204,7 @@ def _torch_trainer(members: Sequence[Member], directory: Path):
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     has_gpu = ray.cluster_resources().get("GPU", 0) > 0
     wanted = members[0].settings.train
+    _check_resources(wanted.num_workers, ray.cluster_resources(), has_gpu)
     threads = wanted.threads_per_worker or max(1, (os.cpu_count() or 1) // wanted.num_workers)
     run = WorkerRun(
         tuple(WorkerMember(member.output.resolve(), member.settings, member.inputs, member.manifest is not None)
@@ -211,6 +218,20 @@ def _torch_trainer(members: Sequence[Member], directory: Path):
             name="run", storage_path=str((directory / "work").resolve()),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=wanted.keep_checkpoints)))
+
+
+def _check_resources(num_workers: int, resources: Mapping[str, float], has_gpu: bool) -> None:
+    """Raise `UserError` where a Ray of our own, which does not grow, has no room for the workers: Ray Train would wait
+    without a word. On a cluster, which may grow, log a warning."""
+    kind, each = ("GPU", "one GPU") if has_gpu else ("CPU", "one CPU")
+    there = int(resources.get(kind, 0))
+    if num_workers <= there:
+        return
+    if not os.environ.get("RAY_ADDRESS"):
+        raise UserError(f"train.num_workers={num_workers}, but each takes {each} and this machine offers Ray {there}; "
+                        f"take at most {there}")
+    logger.warning("train.num_workers=%d, each takes %s and the cluster has %d: training waits until it has grown",
+                   num_workers, each, there)
 
 
 def _shares(members: Sequence[Member]) -> list[float]:

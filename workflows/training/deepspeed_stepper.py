@@ -22,7 +22,8 @@ from cartridges.distill.losses import LossSums
 from cartridges.distill.optimizer import clip, make_optimizer
 from cartridges.distill.packing import Pack
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import NonFiniteLoss, read
+from cartridges.distill.trainer import read
+from cartridges.errors import NonFiniteLoss
 
 TAG = "state"
 

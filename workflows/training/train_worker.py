@@ -15,7 +15,8 @@ from cartridges.cartridge import Cartridge
 from cartridges.config import BuildSettings, TrainSettings
 from cartridges.corpus import load_corpus
 from cartridges.distill.course import Course, StepMetrics
-from cartridges.distill.trainer import NonFiniteLoss, Trainer
+from cartridges.distill.trainer import Trainer
+from cartridges.errors import NonFiniteLoss
 from cartridges.models import BaseModel
 from workflows.runtime.manifests import Failed, write_failed, write_manifest
 from workflows.training.held_out_evaluation import HeldOutEvaluation
@@ -72,7 +73,7 @@ def train_worker(config: dict[str, WorkerRun]) -> None:
             continue
         resumed = number == reached.wave and reached.next_step > 0
         wave = [_prepare(member, base, rank, world, resumed) for member in members]
-        _train_wave(number, wave, base, rank, reached if resumed else None, joint, len(run.members) == 1)
+        _train_wave(number, wave, base, rank, reached if resumed else None, joint)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _reached() -> Reached:
 
 
 def _train_wave(number: int, wave: Sequence[TrainingMember], base: BaseModel, rank: int, reached: Reached | None,
-                joint: CohortLog | None, alone: bool) -> None:
+                joint: CohortLog | None) -> None:
     import ray.train
 
     from cartridges.distill.lower_layers import MOST_BYTES
@@ -127,9 +128,8 @@ def _train_wave(number: int, wave: Sequence[TrainingMember], base: BaseModel, ra
             report = _echo(wave) if spread else lambda _: None
         try:
             trainer.run(report, lambda step: _checkpoint(trainer, number, step))
-        except NonFiniteLoss:  # of all in this wave: the others' may be good
-            if alone:
-                raise
+        except NonFiniteLoss as error:  # no member is left; a retry would come to the same, and other waves may be good
+            trainer.failed = {place: trainer.failed.get(place, str(error)) for place in range(len(wave))}
         if joint is not None:
             joint.flush(trainer.steps)
     if rank == 0:
