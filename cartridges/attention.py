@@ -1,12 +1,11 @@
-"""Attention over [prefix + own tokens]: the one operation under teacher, student and engine.
+"""Attention over [prefix + own tokens]: the operation that teacher, student and engine share.
 
-A batch is `groups x rows x tokens`. The rows of a group share one prefix (a chunk's KV, a cartridge,
-the whole corpus' KV), which is never copied per row: its scores are one matrix product with all the
-queries of the group. Rows see the prefix and themselves, so a row costs `P + T` keys a query however
-many rows there are.
+A batch is `groups x rows x tokens`. The rows of a group share one prefix (a chunk's KV, a cartridge, the whole corpus'
+KV). It is never copied per row: its scores are one matrix product with all queries of the group. A row attends to the
+prefix and to itself, so each query costs `P + T` keys regardless of the number of rows.
 
-The hook is Hugging Face's attention interface: the model is not forked, and every Llama- or
-Qwen3-type model that supports attention backends takes it.
+It is registered with Hugging Face's attention interface, so the model is not forked, and every Llama- or Qwen3-type
+model that supports attention backends can use it.
 """
 
 from collections.abc import Sequence
@@ -48,15 +47,17 @@ class OwnKV:
 
 @dataclass
 class AttentionContext:
-    """What a forward pass sees besides its own tokens.
+    """What a forward pass attends to besides its own tokens, and what it records.
 
-    `prefix_keys` / `prefix_values`: for each layer `[N, H, P, D]` (differentiable for a cartridge),
-    or None for no prefix. `prefix_bias`: `[N, P]`, 0 or -inf where a shorter prefix is padded.
-    `own_bias`: `[N*M, T, S]`, 0 where a token may look, -inf elsewhere; None is plain causal.
-    `own`: decoding buffers. `rows`: instead of all this, each row's own KV (`own_bias` is `[1, T, S]` then, None for
-    one token a row); rows of the batch beyond them are padding. `collected`: when not None, receives each layer's own
-    (key, value); `observed`, likewise, its (query `[B, H*G, T, D]`, output `[B, T, H*G, D]`). `blocks` keeps what
-    every layer would make of the biases anew.
+    - `prefix_keys`, `prefix_values`: `[N, H, P, D]` for each layer (differentiable for a cartridge), or None.
+    - `prefix_bias`: `[N, P]`, 0, or -inf where a shorter prefix is padded.
+    - `own_bias`: `[N*M, T, S]`, 0 where a token may attend, -inf elsewhere. None is plain causal.
+    - `own`: buffers for decoding.
+    - `rows`: in place of all the above, each row's own KV. `own_bias` is then `[1, T, S]`, or None for one token per
+      row. Rows of the batch beyond them are padding.
+    - `collected`: a list that receives each layer's own (key, value), or None.
+    - `observed`: likewise, each layer's (query `[B, H*G, T, D]`, output `[B, T, H*G, D]`).
+    - `blocks`: FlexAttention's block masks for the biases, cached over layers.
     """
 
     prefix_keys: list[torch.Tensor] | torch.Tensor | None = None

@@ -222,6 +222,9 @@ class VllmSettings(Settings):
     """Longest prefix and conversation together, in tokens. 0 is the model's window."""
     kv_cache_bytes: int = Field(0, ge=0)
     """Bytes of the KV cache. 0 is 2 GiB on a CPU, and vLLM's choice on a GPU."""
+    gpu_memory_utilization: float = Field(0, ge=0, le=1)
+    """Share of a GPU's memory that vLLM takes. 0 is vLLM's default (0.92); give less where something else, such as an
+    asking model in the same actor, needs some."""
     block_size: int = Field(0, ge=0)
     """Tokens of a KV block. 0 is 32 on a CPU (the smallest that works there) and vLLM's default on a GPU.
     Cartridges with a multiple of this many tokens are shared completely between requests."""

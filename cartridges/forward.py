@@ -1,4 +1,4 @@
-"""Forward passes of a frozen base model after a prefix in its KV cache. Pure tensors, no requests."""
+"""Forward passes of a frozen base model with a prefix in its KV cache, as pure functions of tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,10 +45,10 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids:
 def through_layers(model: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor,
                    context: AttentionContext, first: int = 0, last: int | None = None,
                    recompute: bool = False) -> torch.Tensor:
-    """What decoder layers `first` to `last` (not included; None: the end) make of `hidden` `[B, T, hidden]`.
+    """Run `hidden` `[B, T, hidden]` through decoder layers `first` to `last` (exclusive; None: to the end).
 
-    The supported model types are plain stacks: embedding, these layers, a norm, the head. `recompute`: of each layer
-    nothing but its input is kept for the backward pass (gradient checkpointing).
+    The supported model types are plain stacks: embedding, these layers, a norm, the head. `recompute` keeps only each
+    layer's input for the backward pass (gradient checkpointing).
     """
     install(model)
     body = model.base_model
@@ -62,10 +62,10 @@ def through_layers(model: PreTrainedModel, hidden: torch.Tensor, position_ids: t
     return hidden
 
 
-def read_after(model: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor,
+def extend_prefix(model: PreTrainedModel, hidden: torch.Tensor, position_ids: torch.Tensor,
                context: AttentionContext, first: int = 0, last: int | None = None,
                recompute: bool = False) -> torch.Tensor:
-    """As `through_layers`, for one row a group that joins its prefix: `context` is extended by its keys and values."""
+    """`through_layers` for one row per group, whose keys and values then extend the group's prefix in `context`."""
     context.collected = []
     hidden = through_layers(model, hidden, position_ids, context, first, last, recompute)
     for layer, (key, value) in enumerate(context.collected, start=first):

@@ -1,10 +1,10 @@
 """Prefix attention on a CPU: two flash kernels merged by their log-sum-exps, and a short backward.
 
-Attention over [prefix; own] is the mean of the attention over either part, weighted by its softmax
-mass. So neither the scores nor the weights of a part are written to memory in the forward pass, and
-the two sets of keys are never joined. The backward pass forms the weights again from the merged
-log-sum-exp by plain matrix products: torch's own flash backward for CPUs was slower than those
-(docs/log.md). The identity is the one blockwise attention rests on (FlashAttention, arXiv 2205.14135).
+Attention over [prefix; own] is the mean of the attention over each part, weighted by the part's softmax
+mass. So the forward pass writes neither scores nor weights to memory and never joins the two sets of
+keys. The backward pass recomputes the weights from the merged log-sum-exp by plain matrix products,
+which were faster than torch's flash backward for CPUs (docs/log.md). The identity is that of blockwise
+attention (FlashAttention, arXiv 2205.14135).
 """
 
 import torch

@@ -11,7 +11,7 @@ from cartridges.attention import causal_bias, prefix_attention
 from cartridges.config import OptimizerSettings, TrainSettings
 from cartridges.distill.course import Course
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import TorchStepper, Trainer, read
+from cartridges.distill.trainer import TorchStepper, Trainer, forward_packs
 from cartridges.forward import extend, prefill
 from tests.conftest import make_tiny
 from tests.test_distill import cartridge, conversation, gradients, packs
@@ -68,7 +68,7 @@ def test_a_cohort_is_read_in_one_pass_as_each_is_alone():
     students = [Student(model, cartridge(p, seed).to(DEVICE)) for seed, p in enumerate((8, 5, 13))]
     members = [packs([conversation(10 * i + j) for j in range(4)], 0)[0].to(DEVICE) for i in range(3)]
     alone = [float(student(pack).loss.detach()) for student, pack in zip(students, members, strict=True)]
-    together = read(students, dict(enumerate(members)))
+    together = forward_packs(students, dict(enumerate(members)))
     assert [float(together[i].loss) for i in range(3)] == pytest.approx(alone, rel=1e-2)
 
 

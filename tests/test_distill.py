@@ -15,7 +15,7 @@ from cartridges.distill.optimizer import OrthogonalAdam, orthogonalized
 from cartridges.distill.packing import collate, count_truncated, own_lengths, plan_packs, with_label
 from cartridges.distill.schedule import Order, learning_rate
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import TorchStepper, Trainer, read
+from cartridges.distill.trainer import TorchStepper, Trainer, forward_packs
 from cartridges.errors import NonFiniteLoss
 from cartridges.records import Conversation
 
@@ -157,7 +157,7 @@ def test_a_distractor_stands_beside_as_in_a_composition(any_tiny_model, shared, 
     own, others = cartridge(num_frozen_layers=num_frozen_layers), [loud(5, seed=1), loud(9, seed=2)]
     made = [conversation(i, shared) for i in range(6)]
     plain = packs(made, 0)
-    with_both = [dataclasses.replace(pack, beside=torch.tensor([1, 0])) for pack in plain]
+    with_both = [dataclasses.replace(pack, distractors=torch.tensor([1, 0])) for pack in plain]
     student = Student(any_tiny_model, own, distractors=others)
     loss, grads = gradients(student, with_both)
     whole = compose([own, others[1], others[0]], frequencies).with_frozen_layers(num_frozen_layers)
@@ -177,15 +177,15 @@ def test_distractors_are_drawn_by_seed_and_step():
     settings = SETTINGS.model_copy(update={"distractors": tuple("abcde"), "distractor_share": 0.25,
                                            "max_distractors": 3, "steps": 400})
     made = [conversation(i) for i in range(8)]
-    drawn = [plan.beside for step in range(400) for plan in Order(made, settings, 0).plans(step)]
+    drawn = [plan.distractors for step in range(400) for plan in Order(made, settings, 0).plans(step)]
     again = Order(made, settings, 0)
-    backwards = {step: [plan.beside for plan in again.plans(step)] for step in reversed(range(400))}
+    backwards = {step: [plan.distractors for plan in again.plans(step)] for step in reversed(range(400))}
     assert [one for step in range(400) for one in backwards[step]] == drawn
     loaded = [one for one in drawn if one]
     assert 0.2 < len(loaded) / len(drawn) < 0.3
     assert {len(one) for one in loaded} == {1, 2, 3} and all(len(set(one)) == len(one) for one in loaded)
     assert {index for one in loaded for index in one} == set(range(5))
-    assert drawn != [plan.beside for step in range(400) for plan in Order(made, settings, 1).plans(step)]
+    assert drawn != [plan.distractors for step in range(400) for plan in Order(made, settings, 1).plans(step)]
 
 
 def test_training_leaves_distractors_as_they_are(tiny_model):
@@ -298,7 +298,7 @@ def test_a_cohort_reads_together_what_each_reads_alone(any_tiny_model, shared, n
     for joined in (True, False, None):
         for student in students:
             student.zero_grad()
-        sums = read(students, dict(enumerate(members)), joined)
+        sums = forward_packs(students, dict(enumerate(members)), joined)
         sum(one.loss / members[index].num_loss_tokens for index, one in sums.items()).backward()
         for index, (loss, grads) in enumerate(expected):
             assert float(sums[index].loss.detach()) / members[index].num_loss_tokens == pytest.approx(loss, rel=1e-5)
@@ -350,7 +350,7 @@ def test_a_member_that_fails_stays_and_the_others_go_on(tiny_model):
 
 def test_live_distractors_are_seen_as_they_are_by_then(tiny_model):
     own, other = cartridge(), loud(5, seed=1)
-    pack = dataclasses.replace(packs([conversation(i) for i in range(6)], 0)[0], beside=torch.tensor([0]))
+    pack = dataclasses.replace(packs([conversation(i) for i in range(6)], 0)[0], distractors=torch.tensor([0]))
     live = Student(tiny_model, own, distractors=[other], live=True)
     before = float(live(pack).loss.detach())
     with torch.no_grad():

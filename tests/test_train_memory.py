@@ -9,7 +9,7 @@ from torch.nn.attention import flex_attention as flex
 from cartridges import attention, flex_attention
 from cartridges.attention import AttentionContext, causal_bias, prefix_attention
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import read
+from cartridges.distill.trainer import forward_packs
 from tests.test_distill import cartridge, conversation, gradients, packs
 
 
@@ -60,7 +60,7 @@ def test_students_learn_the_same_through_flex_attention(tiny_model, request, sha
     calls = request.getfixturevalue("unfused")
     for student in students:
         student.zero_grad()
-    sums = read(students, dict(enumerate(members)), joined=True)
+    sums = forward_packs(students, dict(enumerate(members)), joined=True)
     sum(one.loss / members[index].num_loss_tokens for index, one in sums.items()).backward()
     assert calls
     for student, (_, grads) in zip(students, expected, strict=True):

@@ -1,4 +1,4 @@
-"""What one cartridge is taught, step by step: a pure function of conversations, settings, seed and step."""
+"""The training data of one cartridge by step: a pure function of conversations, settings, seed and step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from cartridges.records import Conversation
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Means over the step's loss tokens (nats a token), and rates. `member` is whose step it was, by number."""
+    """Means over the step's loss tokens (nats per token), and rates. `member`: the cartridge's index in its cohort."""
 
     member: int
     step: int
@@ -30,7 +30,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Step:
-    """A worker's packs of one step; `loss_tokens` and `tokens` count those of all workers."""
+    """One worker's packs of a step. `loss_tokens` and `tokens` are counts over all workers."""
 
     step: int
     lr: float
@@ -40,8 +40,10 @@ class Step:
 
 
 class Course:
-    """Of `world` workers, the `rank`-th takes every `world`-th pack of a step. `partners` other members of the cohort
-    may be loaded beside the own cartridge; 0: the distractors of the settings."""
+    """Packs, learning rate and metrics of each step. Worker `rank` of `world` takes every `world`-th pack of a step.
+
+    `partners`: how many other members of the cohort serve as distractors. 0 takes the distractors of the settings.
+    """
 
     def __init__(self, conversations: Sequence[Conversation], settings: TrainSettings, seed: int, rank: int = 0,
                  world: int = 1, partners: int = 0):

@@ -1,4 +1,4 @@
-"""Starts of a cartridge (arXiv 2506.06266, section on initialisation).
+"""Initialisation of a cartridge (arXiv 2506.06266, section on initialisation).
 
 Measured there on LongHealth: KV of the corpus prefix 55.3, of unrelated text 51.3, random 29.9.
 """
@@ -18,12 +18,12 @@ UNRELATED = ("Water boils when it is hot enough, and what rises from the pot is 
              "lid loses heat to the room. Bread keeps longer in a cloth than in the open air. ")
 CHUNK_TOKENS = 64
 MOST_CHARACTERS = 2**22
-"""Of a corpus, that a start is made from (`Corpus.spread`): every start reads fewer tokens than are in them."""
+"""Most characters of the corpus that are given to `initialize` (`Corpus.spread`); every method reads fewer tokens."""
 
 
 def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -> Cartridge:
-    """A cartridge for the corpus `text`, by `settings.init`, ready to train: of `settings.num_tokens` slots, or of as
-    many as `settings.init_cartridge` has.
+    """A cartridge for the corpus `text`, initialised by `settings.init`. It has `settings.num_tokens` slots, or as many
+    as `settings.init_cartridge`.
 
     Raises `UserError` where the corpus is shorter than p (compaction would be expansion).
     """
@@ -46,12 +46,12 @@ def initialize(base: BaseModel, text: str, settings: TrainSettings, seed: int) -
 
 
 def frozen_layers(num_layers: int, settings: TrainSettings) -> int:
-    """How many of the layers, from the bottom, `settings.trained_layers` leaves as they start."""
+    """Number of layers, from the bottom, that `settings.trained_layers` leaves untrained."""
     return num_layers - max(1, round(settings.trained_layers * num_layers))
 
 
 def start_ids(base: BaseModel, text: str, settings: TrainSettings, seed: int) -> list[int]:
-    """`p` token ids whose KV is the start: a closed system turn."""
+    """The `p` token ids whose KV is the initialisation: a closed system turn."""
     p = settings.num_tokens
     if settings.init == "unrelated":
         return _closed_turn(base, UNRELATED * (p // 20 + 1), p)
@@ -84,7 +84,7 @@ def _common_end(a: list[int], b: list[int]) -> int:
 
 
 def _sample_chunks(base: BaseModel, text: str, p: int, seed: int) -> str:
-    """At least `p` tokens in stretches of about `CHUNK_TOKENS`, in order: one from each of as many equal parts."""
+    """At least `p` tokens in chunks of about `CHUNK_TOKENS`, in order: a random one of each of as many equal parts."""
     ids = base.tokenizer.encode(text, add_special_tokens=False)
     count = max(1, round(p / CHUNK_TOKENS))
     length = -(-p // count) + 1  # one more, because joined text may take fewer tokens than its parts
@@ -94,7 +94,7 @@ def _sample_chunks(base: BaseModel, text: str, p: int, seed: int) -> str:
 
 
 def _random_like(tensor: torch.Tensor, seed: int) -> torch.Tensor:
-    """Normal vectors of each layer's and head's mean and spread."""
+    """Normal vectors with each layer's and head's mean and standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
     return tensor.mean(dim=2, keepdim=True) + noise * tensor.std(dim=2, keepdim=True)

@@ -1,4 +1,4 @@
-"""The layers below the trained ones: what they make of a conversation never changes, so it is kept."""
+"""The layers below the trained ones. Their outputs for a conversation never change, so they are cached."""
 
 from dataclasses import dataclass, field
 
@@ -8,20 +8,20 @@ from transformers import PreTrainedModel
 from cartridges.attention import AttentionContext
 from cartridges.cartridge import Cartridge
 from cartridges.distill.packing import Pack, segment_bias
-from cartridges.forward import read_after, through_layers
+from cartridges.forward import extend_prefix, through_layers
 
 MOST_BYTES = 2 * 2**30
-"""Hidden states kept in memory. Rows with a conversation beyond are computed anew each time."""
+"""Most bytes of cached hidden states. Rows with a conversation that does not fit are computed each time."""
 
 Place = tuple[bytes, int, slice]
-"""A conversation's own tokens, its row, and where in the row it stands."""
+"""A conversation's own tokens, its row, and its place in the row."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """The turns that begin a pack's conversations: `states` `[1, S, hidden]` where the trained layers
-    begin, and their `positions` `[1, S]`; `context` has their keys and values in the layers below.
-    `kept` are the states of conversations after these turns, by their own tokens."""
+    """The turns with which a pack's conversations begin: `states` `[1, S, hidden]` before the first trained layer, and
+    their `positions` `[1, S]`. `context` holds their keys and values in the layers below, `kept` the cached states of
+    conversations after these turns, by the conversation's own tokens."""
 
     states: torch.Tensor
     positions: torch.Tensor
@@ -30,9 +30,10 @@ class Shared:
 
 
 class LowerLayers:
-    """The first `cartridge.num_frozen_layers` layers of `model` after a cartridge: their slots are frozen,
-    so a conversation's hidden states behind them depend on its tokens alone (up to the rounding of its
-    place in a pack), and each is computed once while memory lasts. The cartridge must not change there.
+    """The first `cartridge.num_frozen_layers` layers of `model` after a cartridge.
+
+    Their slots are frozen, so the hidden states above them depend only on a conversation's tokens (up to rounding, by
+    its place in a pack), and each conversation is computed once while the cache has room.
     """
 
     def __init__(self, model: PreTrainedModel, cartridge: Cartridge, most_bytes: int = MOST_BYTES):
@@ -77,7 +78,7 @@ class LowerLayers:
             return Shared(keys.new_zeros(1, 0, self.model.config.hidden_size), positions, context)
         hidden = self.model.base_model.embed_tokens(ids[None])
         if self.count:
-            hidden = read_after(self.model, hidden, positions, context, last=self.count)
+            hidden = extend_prefix(self.model, hidden, positions, context, last=self.count)
         return Shared(hidden, positions, context)
 
     def _keep(self, shared: Shared, tokens: bytes, states: torch.Tensor) -> None:

@@ -1,9 +1,9 @@
 """Adam whose steps are orthogonalised, head by head.
 
-A head's keys (or values) are an associative memory, one slot a row. Adam's steps on it have a few
-strong directions that all facts share and many weak ones that tell facts apart; a step whose singular
+A head's keys (or values) are an associative memory with one slot per row. Adam's steps on it have a few
+strong directions that all facts share and many weak ones that distinguish facts. A step whose singular
 values are all near 1 learns the weak ones as fast. The idea is Muon's (Jordan et al. 2024, "Muon: an
-optimizer for hidden layers"), applied to Adam's update instead of the momentum: here it learned more a
+optimizer for hidden layers"), applied to Adam's update instead of the momentum; here it learned more per
 step than either alone (docs/log.md).
 """
 
@@ -22,7 +22,7 @@ _ROUNDS = 5
 
 
 def make_optimizer(cartridges: Sequence[Cartridge], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Over keys and values apart: `key_lr_scale` is the keys'. `member` of a group is whose they are, by number."""
+    """Separate parameter groups for keys (`key_lr_scale`) and values. A group's `member` is its cartridge's index."""
     groups = [{"params": [parameter], "lr_scale": scale, "member": member}
               for member, cartridge in enumerate(cartridges)
               for parameter, scale in ((cartridge.trainable_keys, settings.key_lr_scale),
@@ -32,9 +32,11 @@ def make_optimizer(cartridges: Sequence[Cartridge], settings: OptimizerSettings)
 
 
 def clip(optimizer: torch.optim.Optimizer, lrs: Mapping[int, float], max_norm: float) -> dict[int, float]:
-    """Make ready for a step of the members in `lrs`, at these learning rates: each one's gradients are clipped by
-    their own norm, and those of the others, and what is not finite, forgotten: these stay as they are. Returns the
-    norms before."""
+    """Prepare a step of the members in `lrs`: set each one's learning rate and clip its gradients by their own norm.
+
+    Gradients of other members, and those with a norm that is not finite, are discarded, so these members are not
+    updated. Returns the norms before clipping.
+    """
     parameters: dict[int, list[torch.nn.Parameter]] = {}
     for group in optimizer.param_groups:
         group["lr"] = lrs.get(group["member"], 0.0) * group["lr_scale"]

@@ -1,8 +1,8 @@
 """Conversations to packs of fixed shape: `rows x row_tokens`, several short conversations a row.
 
-A pack is a pure function of (lengths, seed), so resuming recomputes it. Rows, not one long line:
-attention inside a row is dense, so its cost is `row_tokens` a query whatever the pack holds. And
-few shapes, because on a CPU a new one costs seconds (oneDNN builds kernels per shape).
+A pack is a pure function of (lengths, seed), so resuming recomputes it. It has rows instead of one long sequence,
+because attention within a row is dense and then costs `row_tokens` per query. There are few shapes, because on a CPU
+a new one costs seconds (oneDNN builds kernels per shape).
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,13 @@ from cartridges.records import Conversation
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Which conversations (by index) stand in which row of a pack. All of them begin with the same
-    `shared_tokens` tokens, which stand in the pack once. `beside` are the distractor cartridges (by index)
-    that are loaded with the one in training."""
+    """The conversations (by index) in each row of a pack. All begin with the same `shared_tokens` tokens, which are in
+    the pack once. `distractors` are the distractor cartridges (by index) composed with the one in training."""
 
     row_tokens: int
     shared_tokens: int
     rows: tuple[tuple[int, ...], ...]
-    beside: tuple[int, ...] = ()
+    distractors: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,10 @@ class Pack:
     """Tensors of one micro batch. `R` rows, `T` tokens a row, `m` loss positions.
 
     `shared_ids` int64 `[S]` stand between the cartridge and every conversation (S may be 0).
-    `input_ids`, `position_ids` (from 0: what stands before is added where its length is known) and
+    `input_ids`, `position_ids` (from 0; the prefix's length is added later) and
     `segment_ids` (0 is padding) are int64 `[R, T]`; `loss_positions` int64 `[m]` index the flattened
     rows, and predict `targets` `[m]`; `topk_ids` int64 and `topk_logprobs` float32 are `[m, k]`.
-    `beside` int64 `[d]`: distractor cartridges that stand before it as well.
+    `distractors` int64 `[d]`: distractor cartridges that stand before it as well.
     """
 
     shared_ids: torch.Tensor
@@ -45,7 +44,7 @@ class Pack:
     targets: torch.Tensor
     topk_ids: torch.Tensor
     topk_logprobs: torch.Tensor
-    beside: torch.Tensor
+    distractors: torch.Tensor
 
     @property
     def num_loss_tokens(self) -> int:
@@ -118,7 +117,7 @@ def own_lengths(conversations: Sequence[Conversation]) -> list[int]:
 
 
 def unshared(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """The same, but no tokens are taken out to stand in a pack once: each is packed whole."""
+    """The same conversations, each packed whole, with no shared tokens."""
     return [replace(conversation, shared_tokens=0) for conversation in conversations]
 
 
@@ -192,4 +191,4 @@ def collate(conversations: Sequence[Conversation], plan: PackPlan, pack_tokens: 
     return Pack(*map(torch.from_numpy, (
         shared_ids, input_ids, position_ids, segment_ids, np.concatenate(positions).astype(np.int64),
         np.concatenate(targets).astype(np.int64), np.concatenate(ids).astype(np.int64),
-        np.concatenate(logprobs).astype(np.float32), np.array(plan.beside, np.int64))))
+        np.concatenate(logprobs).astype(np.float32), np.array(plan.distractors, np.int64))))

@@ -1,4 +1,4 @@
-"""What a cartridge has not learned of its teacher yet, chunk by chunk: where more conversations go."""
+"""The KL that a cartridge has left to its teacher, by chunk. It decides where a curriculum adds conversations."""
 
 from collections.abc import Mapping, Sequence
 

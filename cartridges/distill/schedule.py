@@ -23,13 +23,13 @@ def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
 class Order:
     """Which packs each step takes. An epoch's packs are a function of (lengths, seed, epoch).
 
-    `beside` cartridges may be loaded as distractors; None: `settings.distractors`.
+    `num_distractors` cartridges may be drawn as distractors; None takes the number of `settings.distractors`.
     """
 
     def __init__(self, conversations: Sequence[Conversation], settings: TrainSettings, seed: int,
-                 beside: int | None = None):
+                 num_distractors: int | None = None):
         self.conversations, self.settings, self.seed = conversations, settings, seed
-        self.num_beside = len(settings.distractors) if beside is None else beside
+        self.num_distractors = len(settings.distractors) if num_distractors is None else num_distractors
         self.per_epoch = len(self._epoch(0))
         self._cached: tuple[int, list[PackPlan]] = (0, self._epoch(0))
 
@@ -52,11 +52,11 @@ class Order:
         if self._cached[0] != epoch:
             self._cached = (epoch, self._epoch(epoch))
         plans = self._cached[1]
-        return replace(plans[within % len(plans)], beside=self._beside(index))
+        return replace(plans[within % len(plans)], distractors=self._draw_distractors(index))
 
-    def _beside(self, index: int) -> tuple[int, ...]:
+    def _draw_distractors(self, index: int) -> tuple[int, ...]:
         """The distractors of a pack: none in most, else one to `max_distractors` different ones."""
-        count = self.num_beside
+        count = self.num_distractors
         if not count:
             return ()
         rng = np.random.default_rng([self.seed, 2, index])

@@ -1,6 +1,6 @@
-"""The student: a frozen base model with a trainable cartridge before every conversation.
+"""The student: a frozen base model with a trainable cartridge as the prefix of every conversation.
 
-Students of one base model, each with a cartridge of its own, may read their packs in one pass: `together`.
+Several students of one base model, each with its own cartridge, can run their packs in one pass (`forward_joint`).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,21 +13,21 @@ from transformers import PreTrainedModel
 
 from cartridges.attention import AttentionContext, install
 from cartridges.cartridge import Cartridge
-from cartridges.distill.beside import Company, Loaded
+from cartridges.distill.distractors import ComposedPrefix, DistractorPrefixes
 from cartridges.distill.losses import LossSums, distillation, next_token
 from cartridges.distill.lower_layers import MOST_BYTES, LowerLayers
 from cartridges.distill.packing import Pack, segment_bias
-from cartridges.forward import read_after, through_layers
+from cartridges.forward import extend_prefix, through_layers
 
 
 class Student(nn.Module):
-    """One module over both. `parameters()` that require grad are the cartridge's trainable slots.
+    """One module over base model and cartridge. Only the cartridge's trainable slots require grad.
 
-    `loss` is "distillation" or "next_token". `distractors` are read-only cartridges; those that a pack
-    names stand beside the trained one while it is read; `live` ones are in training themselves. `gathered` is given
-    where the model's weights are spread over workers: within it the head's are whole. Workers then call the same
-    layers in the same order, so nothing is kept that another may not have, and conversations must share no tokens
-    (`packing.unshared`). Else at most `kept_bytes` of hidden states are. `recompute`: gradient checkpointing.
+    `loss`: "distillation" or "next_token". `distractors`: read-only cartridges, composed with the trained one in the
+    packs that name them; `live` if they are in training themselves. `gathered` is set under ZeRO-3: a context manager
+    within which the head is whole. Workers must then run the same layers in the same order, so nothing is cached and
+    conversations share no tokens (`packing.unshared`). Otherwise up to `kept_bytes` of hidden states are cached.
+    `recompute`: gradient checkpointing.
     """
 
     def __init__(self, model: PreTrainedModel, cartridge: Cartridge, loss: str = "distillation",
@@ -40,21 +40,22 @@ class Student(nn.Module):
         self.cartridge = cartridge
         self.loss, self.recompute = loss, recompute
         self.gathered, self.lockstep = gathered or nullcontext, gathered is not None
-        self.company = Company(self.model, cartridge, distractors, live)  # no submodule: nobody trains or saves them
+        # Not a submodule: distractors are neither trained nor saved.
+        self.distractor_prefixes = DistractorPrefixes(self.model, cartridge, distractors, live)
         self.lower = LowerLayers(self.model, cartridge, kept_bytes if gathered is None else 0)
 
     def forward(self, pack: Pack) -> LossSums:
         """Sums over the pack's loss positions. Divide by the global number of loss tokens."""
-        return together([self], [pack])[0]
+        return forward_joint([self], [pack])[0]
 
-    def loaded(self, pack: Pack) -> Loaded:
-        """What stands before the pack."""
-        if len(pack.beside):
-            return self.company.loaded(tuple(pack.beside.tolist()))
-        return Loaded(self.cartridge.num_tokens, *self.cartridge.upper_keys_values(), self.lower)
+    def loaded(self, pack: Pack) -> ComposedPrefix:
+        """The prefix of the pack."""
+        if len(pack.distractors):
+            return self.distractor_prefixes.loaded(tuple(pack.distractors.tolist()))
+        return ComposedPrefix(self.cartridge.num_tokens, *self.cartridge.upper_keys_values(), self.lower)
 
     def losses(self, hidden: torch.Tensor, pack: Pack) -> LossSums:
-        """Of the pack's last hidden states `[R, T, hidden]`."""
+        """Losses from the pack's last hidden states `[R, T, hidden]`."""
         at_loss = hidden.flatten(0, 1)[pack.loss_positions]
         head = self.model.get_output_embeddings().weight
         with self.gathered(head):  # the loss takes its gradient with it: the backward pass asks for no head
@@ -63,27 +64,30 @@ class Student(nn.Module):
             return distillation(at_loss, head, pack.topk_ids, pack.topk_logprobs)
 
 
-def together(students: Sequence[Student], packs: Sequence[Pack]) -> list[LossSums]:
-    """Each student's losses on its pack, in one pass through the trained layers: the packs have one shape (`kind`),
-    the students one base model and as many trained layers. Cartridges may differ in length."""
+def forward_joint(students: Sequence[Student], packs: Sequence[Pack]) -> list[LossSums]:
+    """Each student's losses on its pack, in one pass through the trained layers.
+
+    The packs must have the same `pack_shape`, the students the same base model and number of trained layers.
+    Cartridges may differ in length.
+    """
     loaded = [student.loaded(pack) for student, pack in zip(students, packs, strict=True)]
     hidden = _hidden_states(students[0].model, loaded, packs, students[0].recompute)
     return [student.losses(states, pack) for student, states, pack in zip(students, hidden, packs, strict=True)]
 
 
-def kind(pack: Pack) -> tuple[int, ...]:
-    """Packs of one kind can be read together."""
+def pack_shape(pack: Pack) -> tuple[int, ...]:
+    """Packs of the same shape can run in one pass."""
     return (*pack.input_ids.shape, len(pack.shared_ids))
 
 
-def _hidden_states(model: PreTrainedModel, loaded: Sequence[Loaded], packs: Sequence[Pack],
+def _hidden_states(model: PreTrainedModel, loaded: Sequence[ComposedPrefix], packs: Sequence[Pack],
                    recompute: bool) -> Sequence[torch.Tensor]:
     """`[R, T, hidden]` of each pack, differentiable in its cartridge."""
     first, num_shared = loaded[0].lower.count, len(packs[0].shared_ids)
     context = _prefixes(loaded, first, model.dtype)
     shared = [one.lower.shared(pack) for one, pack in zip(loaded, packs, strict=True)]
     if num_shared:  # once for all rows of a pack; gradients flow through
-        read_after(model, torch.cat([one.states for one in shared]), torch.cat([one.positions for one in shared]),
+        extend_prefix(model, torch.cat([one.states for one in shared]), torch.cat([one.positions for one in shared]),
                    context, first, recompute=recompute)
     positions = [pack.position_ids + one.num_tokens + num_shared for one, pack in zip(loaded, packs, strict=True)]
     context.own_bias = segment_bias(torch.cat([pack.segment_ids for pack in packs]), model.dtype)
@@ -92,8 +96,8 @@ def _hidden_states(model: PreTrainedModel, loaded: Sequence[Loaded], packs: Sequ
     return model.base_model.norm(hidden).chunk(len(packs))
 
 
-def _prefixes(loaded: Sequence[Loaded], first: int, dtype: torch.dtype) -> AttentionContext:
-    """For each layer from `first` on `[N, H, P, D]`; shorter ones are padded to the longest and masked."""
+def _prefixes(loaded: Sequence[ComposedPrefix], first: int, dtype: torch.dtype) -> AttentionContext:
+    """The prefixes `[N, H, P, D]` of each layer from `first` on; shorter ones are padded to the longest and masked."""
     longest = max(one.num_tokens for one in loaded)
     keys, values = (
         torch.stack([functional.pad(tensor.to(dtype), (0, 0, 0, longest - tensor.shape[2])) for tensor in tensors], 1)

@@ -1,7 +1,7 @@
-"""The optimiser loop: plain, resumable, and blind to who computes the gradients.
+"""The optimiser loop. It is resumable and independent of how gradients are computed (`Stepper`).
 
-One loop trains one cartridge or a cohort: several, of several corpora, side by side before one base model. Each
-member has its own course, learning rate and gradient norm, so it learns what it would alone.
+One loop trains one cartridge or a cohort: several cartridges of different corpora over one base model. Each member
+has its own course, learning rate and gradient norm, so it learns the same as when trained alone.
 """
 
 import math
@@ -17,7 +17,7 @@ from cartridges.distill.course import Course, Step, StepMetrics
 from cartridges.distill.losses import LossSums
 from cartridges.distill.optimizer import clip, make_optimizer
 from cartridges.distill.packing import Pack
-from cartridges.distill.student import Student, kind, together
+from cartridges.distill.student import Student, forward_joint, pack_shape
 from cartridges.errors import NonFiniteLoss
 
 
@@ -45,7 +45,7 @@ class TorchStepper:
         self.optimizer = make_optimizer([student.cartridge for student in students], settings.optimizer)
 
     def forward_backward(self, packs: Mapping[int, Pack], loss_tokens: Mapping[int, int]) -> dict[int, LossSums]:
-        sums = read(self.students, packs)
+        sums = forward_packs(self.students, packs)
         sum(sums[member].loss / loss_tokens[member] for member in packs).backward()
         return sums
 
@@ -67,28 +67,30 @@ class TorchStepper:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def read(students: Sequence[Student], packs: Mapping[int, Pack], joined: bool | None = None) -> dict[int, LossSums]:
-    """The losses of the members in `packs`. `joined`: those whose packs are of one kind in one pass. None does so on a
-    GPU; on a CPU a pack fills the cores, and how many are joined would only make new shapes.
+def forward_packs(students: Sequence[Student], packs: Mapping[int, Pack],
+                  joined: bool | None = None) -> dict[int, LossSums]:
+    """The losses of the members in `packs`. With `joined`, packs of the same shape run in one pass.
+
+    None joins them on a GPU. On a CPU one pack fills the cores, and each number of joined packs would be a new shape.
     """
     if joined is None:
         joined = next(iter(packs.values())).input_ids.is_cuda and not any(one.lockstep for one in students)
     passes: dict[object, list[int]] = {}
     for member, pack in packs.items():
-        passes.setdefault(kind(pack) if joined else member, []).append(member)
+        passes.setdefault(pack_shape(pack) if joined else member, []).append(member)
     sums: dict[int, LossSums] = {}
     for members in passes.values():
-        found = together([students[member] for member in members], [packs[member] for member in members])
+        found = forward_joint([students[member] for member in members], [packs[member] for member in members])
         sums |= dict(zip(members, found, strict=True))
     return sums
 
 
 class Trainer:
-    """Runs the members' `courses` on `stepper`, a step of each at a time.
+    """Runs the members' `courses` on `stepper`, one step of each at a time.
 
     `report(metrics)` is called after every member's step, `checkpoint(step)` every `checkpoint_every` steps and after
-    the last one. A member whose gradients are not finite stays as it was before that step, its message is in `failed`,
-    and the others go on; `NonFiniteLoss` is raised when none is left, before the bad gradient is applied.
+    the last. A member with a gradient that is not finite keeps its state from before that step; `failed` holds its
+    message, and the others continue. `NonFiniteLoss` is raised when no member is left.
     """
 
     def __init__(self, stepper: Stepper, courses: Sequence[Course], device="cpu"):
@@ -110,7 +112,7 @@ class Trainer:
                 checkpoint(done)
 
     def train_step(self) -> list[StepMetrics]:
-        """One step of each member that has not come to its end; `seconds` are its share of the time."""
+        """One step of each unfinished member; `seconds` is its share of the time."""
         start = time.perf_counter()
         steps = {member: course.step(self.next_step) for member, course in enumerate(self.courses)
                  if self.next_step < course.steps and member not in self.failed}
@@ -126,13 +128,13 @@ class Trainer:
         loss_tokens = {member: step.loss_tokens for member, step in steps.items()}
         sums: dict[int, list[LossSums]] = {member: [] for member in steps}
         for packs in zip(*(step.packs for step in steps.values()), strict=True):
-            beside = {member: pack.to(self.device) for member, pack in zip(steps, packs, strict=True)}
-            for member, found in self.stepper.forward_backward(beside, loss_tokens).items():
+            by_member = {member: pack.to(self.device) for member, pack in zip(steps, packs, strict=True)}
+            for member, found in self.stepper.forward_backward(by_member, loss_tokens).items():
                 sums[member].append(found)
         return sums
 
     def _note_failures(self, norms: Mapping[int, float]) -> None:
-        """By the gradients, which every worker has alike where a loss is known to one."""
+        """By the gradients, which all workers share; a loss is known to one worker only."""
         self.failed |= {member: self._message(norm) for member, norm in norms.items() if not math.isfinite(norm)}
         if len(self.failed) == len(self.courses):
             raise NonFiniteLoss(next(iter(self.failed.values())))

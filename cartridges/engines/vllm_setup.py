@@ -63,8 +63,9 @@ def engine_arguments(model_dir: str | Path, settings: VllmSettings, shape: KVSha
             "kv_connector_module_path": "cartridges.engines.vllm_connector",
             "kv_connector_extra_config": {"spool": str(spool)}},
     }
-    block_size = settings.block_size or (32 if cpu else 0)
-    return arguments | ({"block_size": block_size} if block_size else {})
+    chosen = {"block_size": settings.block_size or (32 if cpu else 0),
+              "gpu_memory_utilization": settings.gpu_memory_utilization}
+    return arguments | {name: value for name, value in chosen.items() if value}
 
 
 def prepare(in_process: bool) -> None:

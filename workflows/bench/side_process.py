@@ -65,10 +65,11 @@ class Runner:
             "peer_batch_size": self.work.batch_size,
             "flops_needed": sum(flops(model, needed(pack, p)) for pack in self.packs),
             "flops_computed": sum(flops(model, computed(pack, p)) for pack in self.packs)}
-        return {"work": work, "machine": machine(self.base), "memory": self._memory()}
+        return {"work": work, "machine": machine(self.base), "memory": self._peak_memory()}
 
     def round(self) -> dict[str, Any]:
-        return {"seconds": self.side.round(), "memory": self._memory()}
+        self._forget_peak_memory()
+        return {"seconds": self.side.round(), "memory": self._peak_memory()}
 
     def bare(self) -> dict[str, Any]:
         """Seconds of the round's matrix products alone."""
@@ -77,11 +78,18 @@ class Runner:
         packs = [pack.to(self.base.device) for pack in self.packs]
         return {"seconds": bare_seconds(self.base, packs, self.settings.train.num_tokens)}
 
-    def _memory(self) -> int | None:
-        """Most bytes ever taken on a GPU; on a CPU the parent watches the process."""
+    def _peak_memory(self) -> int | None:
+        """Most bytes taken on a GPU since the last round began; on a CPU the parent watches the process."""
         import torch
 
         return torch.cuda.max_memory_allocated() if self.base.device.startswith("cuda") else None
+
+    def _forget_peak_memory(self) -> None:
+        """The bare products of `bare` and the loading of the model are no part of a round's peak."""
+        import torch
+
+        if self.base.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":

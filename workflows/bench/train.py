@@ -87,6 +87,7 @@ def _measure(children: dict[str, ChildProcess], described, rounds: int, progress
                    "tokens_per_s": tokens / result["seconds"]}
             if name == "ours":
                 row["matmul_seconds"] = children[name].ask("bare")["seconds"]
+                children[name].forget_peak()  # the bare products' operands are not the trainer's
             rows += [row] if number else []
             progress.update(note=f"{name} {row['tokens_per_s']:.0f} tokens/s")
     return rows, {name: {"before_bytes": before[name], "peak_bytes": peaks[name],

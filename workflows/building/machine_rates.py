@@ -92,20 +92,27 @@ def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
 
     Raises `UserError` when the filters keep none of those conversations.
     """
+    import torch
+
     from cartridges.chunking import Chunks
     from cartridges.distill.packing import own_lengths
-    from cartridges.models import load_base_model
-    from workflows.synthesis.open_synthesizer import check_generation
+    from cartridges.models import load_base_model, load_tokenizer, resolve_model_dir
+    from workflows.synthesis.open_synthesizer import check_generation, runs_on_vllm
 
     check_generation(settings)
-    base = load_base_model(settings.model)
-    chunks = list(islice(Chunks(corpus, base.tokenizer, settings.synthesize.chunk), MOST_CHUNKS))
+    # vLLM asks for most of a GPU at its start: the model comes after it, and is gone before Ray's workers come.
+    base = None if runs_on_vllm(settings) else load_base_model(settings.model)
+    tokenizer = base.tokenizer if base else load_tokenizer(resolve_model_dir(settings.model))
+    chunks = list(islice(Chunks(corpus, tokenizer, settings.synthesize.chunk), MOST_CHUNKS))
     conversations, conversation_seconds, kept = _time_synthesis(base, chunks, settings)
     if not conversations:
         raise UserError("no conversation of the calibration passed the filters, so a budget cannot be planned; give "
                         "--set synthesize.num_conversations=N instead, and see synthesize.filters_off")
     tokens = mean(own_lengths(conversations))
+    base = base or load_base_model(settings.model)
     pack_seconds = WORKER_SLOWDOWN * _time_steps(base, corpus, conversations, settings)
+    del base
+    torch.cuda.empty_cache()  # nothing without a GPU
     return Rates(conversation_seconds, pack_seconds, kept, tokens)
 
 

@@ -22,7 +22,7 @@ from cartridges.distill.losses import LossSums
 from cartridges.distill.optimizer import clip, make_optimizer
 from cartridges.distill.packing import Pack
 from cartridges.distill.student import Student
-from cartridges.distill.trainer import read
+from cartridges.distill.trainer import forward_packs
 from cartridges.errors import NonFiniteLoss
 
 TAG = "state"
@@ -37,7 +37,7 @@ class _WithoutBase(nn.Module):
         self._students = tuple(students)  # a tuple's members are not registered as submodules
 
     def forward(self, packs: Mapping[int, Pack]) -> dict[int, LossSums]:
-        return read(self._students, packs)
+        return forward_packs(self._students, packs)
 
 
 class DeepSpeedStepper:

@@ -22,9 +22,9 @@ class StepMeter:
     """
 
     def __init__(self, base: BaseModel, courses: Sequence[Course], cartridges: Sequence[Cartridge],
-                 beside: Sequence[Sequence[Cartridge]]):
-        """`beside` are each member's distractors."""
-        self.base, self.courses, self.cartridges, self.beside = base, courses, cartridges, beside
+                 distractors: Sequence[Sequence[Cartridge]]):
+        """`distractors` are each member's."""
+        self.base, self.courses, self.cartridges, self.distractors = base, courses, cartridges, distractors
         self.flops_per_s = None
         if courses[0].settings.zero_stage < 3:
             pack, p = courses[0].step(0).packs[0].to(base.device), cartridges[0].num_tokens
@@ -39,12 +39,12 @@ class StepMeter:
         course, cartridge = self.courses[metrics.member], self.cartridges[metrics.member]
         plans = course.order.plans(metrics.step)[course.rank::course.world]
         needed = sum(flops(self.base.model, planned(course.conversations, plan, self._slots(metrics.member, plan)),
-                           0 if plan.beside else cartridge.num_frozen_layers) for plan in plans)
+                           0 if plan.distractors else cartridge.num_frozen_layers) for plan in plans)
         return {"matmul_share": needed / metrics.seconds / self.flops_per_s, "memory_bytes": memory_bytes()}
 
     def _slots(self, member: int, plan: PackPlan) -> int:
         """Number of slots before the pack, those of the distractors included."""
-        loaded = [self.cartridges[member], *(self.beside[member][index] for index in plan.beside)]
+        loaded = [self.cartridges[member], *(self.distractors[member][index] for index in plan.distractors)]
         return composed_tokens([(one.num_tokens, one.num_frozen_tokens) for one in loaded])
 
 

@@ -44,7 +44,7 @@ class TrainingMember:
         return self.member.settings
 
     @property
-    def learns_beside_its_wave(self) -> bool:
+    def has_wave_distractors(self) -> bool:
         """Whether its distractors are the other members of its wave."""
         return self.member.inputs.partners > 0
 
@@ -108,11 +108,11 @@ def _train_wave(number: int, wave: Sequence[TrainingMember], base: BaseModel, ra
 
     settings = wave[0].settings
     spread = settings.train.zero_stage == 3
-    beside = [_beside(one, wave, base) for one in wave]
+    distractors = [_distractors(one, wave, base) for one in wave]
     students = [Student(base.model, one.cartridge, settings.train.loss, others, gathered if spread else None,
-                        live=one.learns_beside_its_wave, kept_bytes=MOST_BYTES // len(wave),
+                        live=one.has_wave_distractors, kept_bytes=MOST_BYTES // len(wave),
                         recompute=settings.train.gradient_checkpointing)
-                for one, others in zip(wave, beside, strict=True)]
+                for one, others in zip(wave, distractors, strict=True)]
     stepper = DeepSpeedStepper(students, settings.train)
     trainer = Trainer(stepper, [one.course for one in wave], stepper.device)
     if reached is not None:
@@ -122,7 +122,7 @@ def _train_wave(number: int, wave: Sequence[TrainingMember], base: BaseModel, ra
         trainer.failed = dict(reached.failed)
     if settings.train.loss != "none":
         if rank == 0:
-            meter = StepMeter(base, [one.course for one in wave], [one.cartridge for one in wave], beside)
+            meter = StepMeter(base, [one.course for one in wave], [one.cartridge for one in wave], distractors)
             report = _reporter(wave, trainer, meter, joint)
         else:
             report = _echo(wave) if spread else lambda _: None
@@ -202,12 +202,12 @@ def _start(wanted: TrainSettings, rank: int, resumed: bool) -> TrainSettings:
     return wanted.model_copy(update={"init": "prefix"}) if given and wanted.init == "attention_matching" else wanted
 
 
-def _beside(own: TrainingMember, wave: Sequence[TrainingMember], base: BaseModel) -> list[Cartridge]:
+def _distractors(own: TrainingMember, wave: Sequence[TrainingMember], base: BaseModel) -> list[Cartridge]:
     """The cartridges that stand beside `own` in some packs: the others of its wave as they are by then, or finished
     ones of other corpora."""
     from cartridges import artifact
 
-    if own.learns_beside_its_wave:
+    if own.has_wave_distractors:
         return [other.cartridge for other in wave if other is not own]
     return [artifact.load(directory).cartridge.to(base.device) for directory in own.member.inputs.distractors]
 
@@ -238,7 +238,7 @@ def _save(one: TrainingMember, base: BaseModel) -> None:
         settings={"synthesize": inputs.synthesize, "train": settings.train.model_dump(mode="json") | (
             # Not where they lay: the same training has the same version anywhere.
             {"distractors": list(inputs.distractor_digests)} | (
-                {"partners": inputs.partners} if one.learns_beside_its_wave else {}))})
+                {"partners": inputs.partners} if one.has_wave_distractors else {}))})
     write_manifest(one.output / OUTCOME, {
         "steps": one.course.steps, "best": best, "conversations": len(conversations),
         "mean_tokens": mean(lengths) if lengths else 0.0,
