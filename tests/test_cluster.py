@@ -175,13 +175,14 @@ def test_pods_are_safe_and_share_what_stages_need(name):
 
 
 def test_rayjob_runs_a_build_that_our_command_line_accepts():
-    words = shlex.split(manifest("rayjob")["spec"]["entrypoint"])
+    spec = manifest("rayjob")["spec"]
+    words = shlex.split(spec["entrypoint"])
     assert words[:3] == ["python", "-m", "workflows.cli"]
     args = cli.build_parser().parse_args(words[3:])
     assert args.command == "build" and args.json
     settings = settings_from(args)
     gpus = sum(group["replicas"] for group in cluster_spec("rayjob")["workerGroupSpecs"])
-    assert settings.train.num_workers == settings.synthesize.num_actors == gpus
+    assert settings.train.num_workers == settings.synthesize.num_actors == gpus - spec["entrypointNumGpus"]
     # What survives the pods: the shared volume, and object storage.
     assert args.workdir.startswith("/shared/") and "://" in args.registry
 

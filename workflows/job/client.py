@@ -21,11 +21,12 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 
 def submit(build: argparse.Namespace, to_words: Callable[[argparse.Namespace], list[str]], address: str | None = None,
-           wait: bool = True, env: dict[str, str] | None = None) -> dict[str, Any]:
+           wait: bool = True, env: dict[str, str] | None = None, driver_gpus: float = 0) -> dict[str, Any]:
     """Run `cartridges build` with the arguments `build` on the cluster whose job server (dashboard) is at `address`.
 
     `to_words` writes such arguments as a command line. `address` defaults to `RAY_API_SERVER_ADDRESS`, else this
     machine's. `env` goes to the job's environment, which everyone with access to the dashboard can read: no secrets.
+    With `driver_gpus` the driver, which calibrates a budget and makes the report card, runs on a node with GPUs.
     With `wait`, the job's log goes to stderr and the call returns when the job has ended.
 
     Returns `{"job_id", "address", "status", "message", "build"}`: `status` is Ray's (`PENDING`,
@@ -38,6 +39,7 @@ def submit(build: argparse.Namespace, to_words: Callable[[argparse.Namespace], l
         client = connect(address)
         job_id = client.submit_job(
             entrypoint=shlex.join(["python", "-m", "workflows.job.entrypoint", *words]),
+            entrypoint_num_gpus=driver_gpus or None,
             runtime_env={"working_dir": archive(staging),
                          "env_vars": {"PYTHONUNBUFFERED": "1", **(env or {})}},
             metadata={"command": shlex.join(["cartridges", "build", *to_words(build)])})

@@ -12,8 +12,8 @@ from workflows.cli.options import Parser, add_command, settings_from
 
 def add_to(parsers: Any) -> None:
     command = add_command(parsers, "submit", run, "run `build` as a job on a Ray cluster",
-                          usage="cartridges submit [--address URL] [--no-wait] [--env KEY=VALUE] [--json] "
-                                "[--] CORPUS --name NAME --registry ROOT [build options]")
+                          usage="cartridges submit [--address URL] [--no-wait] [--env KEY=VALUE] [--driver-gpus N] "
+                                "[--json] [--] CORPUS --name NAME --registry ROOT [build options]")
     # `--` separates the options of the job from those of the build; argparse would take all after it as positional.
     command.parse_known_args = lambda words, namespace=None: Parser.parse_known_args(
         command, _without_separator(words), namespace)
@@ -22,6 +22,8 @@ def add_to(parsers: Any) -> None:
     command.add_argument("--no-wait", action="store_true", help="return once the job is submitted")
     command.add_argument("--env", action="append", default=[], metavar="KEY=VALUE",
                          help="the job's environment (not for secrets); may be repeated")
+    command.add_argument("--driver-gpus", type=float, default=0, metavar="N",
+                         help="GPUs of the job's driver, which makes the report card; default: 0")
     build.add_arguments(command)
     # The cluster does not have this machine's runs/registry.
     command.set_defaults(registry=os.environ.get("CARTRIDGES_REGISTRY"))
@@ -32,7 +34,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     env = dict(_pair(pair) for pair in args.env)
     from workflows.job.client import submit
 
-    job = submit(args, build_words, args.address, not args.no_wait, env)
+    if args.driver_gpus < 0:
+        raise UserError(f"--driver-gpus {args.driver_gpus:g} is negative; give 0 or more")
+    job = submit(args, build_words, args.address, not args.no_wait, env, args.driver_gpus)
     if job["status"] in ("FAILED", "STOPPED"):
         raise SystemExit(f"cartridges: job {job['job_id']} {job['status']}: {job['message']}")
     return job
