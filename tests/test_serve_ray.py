@@ -122,6 +122,40 @@ def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, ur
     assert len(answered) > 4 and all(answer == expected[name] for name, answer in answered)
 
 
+def test_replicas_that_sleep_take_nothing_down_and_wake_for_a_request(client, url):
+    expected = ask(client, "harbour")
+    with httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        asleep = {"min_replicas": 0, "max_replicas": 1, "idle_s": 1}
+        assert http.put("/v1/cartridges/harbour/replicas", json=asleep).status_code == 202
+        pool = http.post("/v1/cartridges", json={"name": "harbour"})
+        deadline = time.monotonic() + PATIENCE
+
+        def everything_answers() -> None:
+            assert time.monotonic() < deadline
+            for path in ("/metrics", "/v1/models", "/v1/cartridges", "/v1/cartridges/harbour", "/healthz"):
+                response = http.get(path)
+                assert response.status_code == 200, (path, response.text)
+            assert 'cartridges_requests_total{' in http.get("/metrics").text
+
+        while pool.status_code != 503:  # Its own replicas are in charge, and none of them runs.
+            assert pool.status_code == 201
+            everything_answers()
+            time.sleep(0.3)
+            pool = http.post("/v1/cartridges", json={"name": "harbour"})
+        assert pool.json()["error"]["code"] == "no_replica" and pool.headers["retry-after"]
+        began = time.monotonic()
+        assert ask(client, "harbour") == expected
+        print(f"from no replica to an answer: {time.monotonic() - began:.1f} s")  # pytest -s shows it
+        everything_answers()
+        while http.post("/v1/cartridges", json={"name": "harbour"}).status_code != 503:
+            everything_answers()
+            time.sleep(1)
+        everything_answers()
+        assert ask(client, "harbour") == expected
+        assert http.delete("/v1/cartridges/harbour/replicas").status_code == 202
+        assert ask(client, "harbour") == expected
+
+
 class Crowd:
     """Clients that ask on until `stop`: good ones, ones that ask badly, and one that never reads its answer."""
 
