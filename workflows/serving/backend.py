@@ -9,11 +9,11 @@ from typing import Any, Protocol
 from cartridges.artifact import Artifact, check_compatible, load
 from cartridges.compose import compose
 from cartridges.config import ReplicaSettings
-from cartridges.engines.base import Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
+from cartridges.engines.base import EngineLost, Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
 from cartridges.models import ModelIdentity, rope_frequencies
 from cartridges.registry import Registry
 from workflows.serving.catalog import PLUS
-from workflows.serving.errors import ApiError
+from workflows.serving.errors import ApiError, replica_lost
 from workflows.serving.metrics import Family, Metrics
 from workflows.serving.residency import Residency
 
@@ -85,8 +85,15 @@ class LocalBackend:
             prefix = await self._prefix(call, stack)
             stream = self.engine.stream(call.request(prefix), call.tenant)
             events = await stack.enter_async_context(aclosing(stream))
-            async for event in events:
-                yield event
+            try:
+                async for event in events:
+                    yield event
+            except EngineLost as error:
+                raise replica_lost() from error
+
+    def check_health(self) -> None:
+        """Raises `EngineLost` when nothing can be answered here any more."""
+        self.engine.check_health()
 
     async def _prefix(self, call: EngineCall, stack: AsyncExitStack) -> Prefix:
         if call.text is not None:

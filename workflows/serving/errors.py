@@ -32,3 +32,12 @@ class ApiError(Exception):
         """`{"error": {"message", "type", "param", "code"}}`."""
         kind = TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def replica_lost() -> ApiError:
+    """What was answering is gone; another takes its place."""
+    return ApiError(503, "the replica that answered was lost; try again", "replica_lost", retry_after=1)
+
+
+def draining() -> ApiError:
+    return ApiError(503, "the service is shutting down", "draining", retry_after=5)

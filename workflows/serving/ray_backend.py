@@ -16,7 +16,7 @@ from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
 from workflows.serving.backend import EngineCall
 from workflows.serving.catalog import PLUS
-from workflows.serving.errors import ApiError
+from workflows.serving.errors import ApiError, replica_lost
 from workflows.serving.metrics import Family, add_up
 from workflows.serving.replicas import DEDICATED, run_dedicated
 
@@ -154,7 +154,7 @@ def _exists(name: str) -> bool:
 def _original(error: BaseException) -> BaseException:
     """The refusal that a replica raised; a replica that died or is not there is a 503; else the error as it is."""
     if isinstance(error, RayActorError):
-        return ApiError(503, "the replica that answered was lost; try again", "replica_lost", retry_after=1)
+        return replica_lost()
     if isinstance(error, NO_REPLICA):
         return _no_replica("try again in a moment")
     refused = isinstance(error, RayTaskError) and isinstance(error.cause, ApiError | UserError)

@@ -21,6 +21,9 @@ DEDICATED = "corpus-"
 HEADROOM = 64
 """Requests a deployment takes beyond `max_queue`, so that ours is the limit that answers (with 429)."""
 
+HEALTH_S = 2.0
+"""How often Ray asks a replica for its health. The third bad answer in a row has it replaced."""
+
 HINTS = 1024
 """Cartridges that Ray remembers a replica to hold, for routing; the bytes are `Residency`'s to limit."""
 
@@ -66,6 +69,7 @@ def _scaling(replicas: ReplicaSettings) -> dict[str, Any]:
 def shared_options(settings: BuildSettings) -> dict[str, Any]:
     return {"max_ongoing_requests": settings.serve.max_queue + HEADROOM,
             "graceful_shutdown_timeout_s": settings.serve.drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2,
+            "health_check_period_s": HEALTH_S,
             "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False)}
 
 
@@ -74,6 +78,10 @@ class EngineReplica:
 
     def __init__(self, registry: str, settings: dict[str, Any]):
         self.backend = build_backend(registry, BuildSettings.model_validate(settings))
+
+    def check_health(self) -> None:
+        """Ray's: a replica that raises here is replaced."""
+        self.backend.check_health()
 
     @serve.multiplexed(max_num_models_per_replica=HINTS)
     async def _holds(self, ref: str) -> str:
