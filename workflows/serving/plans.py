@@ -87,11 +87,14 @@ class Plan:
 
 
 class Planner:
-    """Request bodies -> plans. Blocking: registry and tokenizer take time. Refusals are `ApiError`."""
+    """Request bodies -> plans. Blocking: registry and tokenizer take time. Refusals are `ApiError`.
 
-    def __init__(self, catalog: Catalog, template: ChatTemplate, settings: ServeSettings):
+    `window`: tokens that the engine takes (0: the model's window).
+    """
+
+    def __init__(self, catalog: Catalog, template: ChatTemplate, settings: ServeSettings, window: int = 0):
         self.catalog, self.template, self.settings = catalog, template, settings
-        self.window = catalog.identity.max_position_embeddings
+        self.window = window or catalog.identity.max_position_embeddings
         self.texts = CorpusTexts(catalog.registry, template, self.window)
         self.search = CorpusSearch(self.texts.read, catalog.searchable, template)
         self._default_tokens = len(template.default_ids())

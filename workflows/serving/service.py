@@ -30,14 +30,18 @@ Events = AsyncGenerator[tuple[int, TokenEvent], None]
 
 
 class CartridgeService:
-    """Everything the HTTP app does, over a `Catalog` and a `Backend`. Refusals are `ApiError`."""
+    """Everything the HTTP app does, over a `Catalog` and a `Backend`. Refusals are `ApiError`.
 
-    def __init__(self, catalog: Catalog, backend: Backend, template: ChatTemplate, settings: ServeSettings):
+    `window`: tokens that the engine takes (0: the model's window).
+    """
+
+    def __init__(self, catalog: Catalog, backend: Backend, template: ChatTemplate, settings: ServeSettings,
+                 window: int = 0):
         self.catalog, self.backend, self.template, self.settings = catalog, backend, template, settings
         self.metrics = Metrics("ingress")
         self.in_flight = 0
         self.draining = False
-        self.planner = Planner(catalog, template, settings)
+        self.planner = Planner(catalog, template, settings, window)
         self._search_threads = ThreadPoolExecutor(2, "search")
         if settings.search_at_start:
             self._search_threads.submit(self.planner.search.warm)
