@@ -284,12 +284,33 @@ def test_metrics_are_those_of_the_table(url, client):
     assert values['cartridges_queued{model="harbour"}'] == 0
 
 
-def test_health(url, service):
+def test_health(url):
     assert HTTP.get(f"{url}/healthz").json()["status"] == "ok"
-    service.draining = True
-    try:
-        assert HTTP.get(f"{url}/healthz").status_code == 503
-        response = post(url, {"model": "base", "messages": ASK})
-        assert response.status_code == 503 and "retry-after" in response.headers
-    finally:
-        service.draining = False
+
+
+def test_draining_refuses_lets_finish_and_ends_what_is_late(base, engine, registry):
+    service = make_service(base, registry, engine, drain_s=2)
+
+    async def run():
+        transport = httpx.ASGITransport(app=create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+            def ask(tokens: int, stream: bool = False) -> asyncio.Task:
+                body = {"model": "base", "messages": ASK, "max_tokens": tokens, "stream": stream}
+                return asyncio.create_task(client.post("/v1/chat/completions", json=body))
+
+            late, late_stream, quick = ask(2000), ask(2000, stream=True), ask(3)
+            while service.in_flight < 3:
+                await asyncio.sleep(0.01)
+            draining = asyncio.create_task(service.drain())
+            await asyncio.sleep(0)
+            refused = [await client.get("/healthz"), await ask(1)]
+            assert not draining.done()
+            await draining
+            return [*refused, await late], await late_stream, await quick
+
+    refused, stream, quick = asyncio.run(run())
+    assert quick.status_code == 200 and service.in_flight == engine.num_active == 0
+    assert '"code":"draining"' in stream.text and "[DONE]" not in stream.text
+    for response in refused:
+        assert response.status_code == 503 and response.headers["retry-after"]
+        assert response.json()["error"]["code"] == "draining"

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -234,12 +235,31 @@ def test_stopping_finishes_what_runs_and_leaves_no_process(process, url):
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     asked = {"model": "orchard", "messages": ASK, "max_tokens": 60, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=PATIENCE) as response:
+    with (ThreadPoolExecutor() as threads,
+          httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=PATIENCE) as response):
         lines = response.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
+        knocking = threads.submit(knock, url)
         assert [line for line in lines if line][-1] == "data: [DONE]"
+        heard = knocking.result()
+    assert heard <= {(200, ""), (503, "draining")} and (503, "draining") in heard
     assert process.wait(PATIENCE) == 0
     gone, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [child.cmdline() for child in alive]
     assert "Traceback" not in process.told.read_text()
+
+
+def knock(url: str) -> set[tuple[int, str]]:
+    """(status, code) of what a service says that is being stopped, until it does not listen any more."""
+    heard = set()
+    while True:
+        for ask in (lambda: httpx.get(f"{url}/healthz", timeout=PATIENCE),
+                    lambda: httpx.post(f"{url}/v1/chat/completions", timeout=PATIENCE,
+                                       json={"model": "base", "messages": ASK, "max_tokens": 1})):
+            try:
+                response = ask()
+            except httpx.TransportError:
+                return heard
+            code = response.json()["error"]["code"] if response.is_error else ""
+            heard.add((response.status_code, code))

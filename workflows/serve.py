@@ -15,7 +15,12 @@ from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from workflows.local_ray import local_ray
 
+log = logging.getLogger(__name__)
+
 APP = "cartridges"
+
+DRAIN_PATIENCE_S = 10.0
+"""Seconds beyond `serve.drain_s` after which stopping goes on without the ingress' answer."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,26 @@ def _deploy(registry: str, settings: BuildSettings, port: int) -> None:
     ours = not _serve_is_running()
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": settings.serve.host, "port": port},
                     logging_config={"log_level": "WARNING", "enable_access_log": False})
-    if ours:
-        _running.callback(ray_serve.shutdown)
-    # Before Serve itself, because deleting lets the running requests finish.
-    _running.callback(_delete_apps)
+    # Of a Serve that was here before, our applications go and it stays; ours goes whole and at once, because a
+    # proxy without its application would answer 404, which clients take for an answer.
+    _running.callback(ray_serve.shutdown if ours else _delete_apps)
     for name, replicas in settings.serve.dedicated.items():
         run_dedicated(name, registry, settings, replicas)
     plain = settings.model_dump(mode="json")
     ray_serve.run(build_app({"registry": registry, "settings": plain}), name=APP, route_prefix="/")
+    _running.callback(_drain, settings.serve.drain_s)
+
+
+def _drain(seconds: float) -> None:
+    """The ingress refuses new requests, and those it has accepted have `seconds` to finish."""
+    from ray import serve as ray_serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        ray_serve.get_app_handle(APP).broadcast("drain").results(timeout_s=seconds + DRAIN_PATIENCE_S)
+    except (RayError, RayServeException, TimeoutError) as error:  # It has not started, or is gone already.
+        log.warning("not drained: %s", error)
 
 
 def _delete_apps() -> None:

@@ -20,7 +20,7 @@ from cartridges.errors import UserError
 from workflows.serving.access import Caller, Gate
 from workflows.serving.api import ChatRequest, CompletionRequest, Generation, LoadRequest, UpdateRequest
 from workflows.serving.entrance import AuditLog, Entrance
-from workflows.serving.errors import ApiError
+from workflows.serving.errors import ApiError, draining
 from workflows.serving.formats import Answer
 from workflows.serving.limits import BodyLimit
 from workflows.serving.page import add_page
@@ -119,7 +119,7 @@ def _add_state(app: FastAPI, service: CartridgeService) -> None:
     @app.get("/healthz")
     async def healthz():
         if service.draining:
-            raise ApiError(503, "the service is shutting down", "draining")
+            raise draining()
         return {"status": "ok", "model": service.identity.name, "in_flight": service.in_flight}
 
     @app.get("/metrics")

@@ -47,3 +47,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self):
         return create_app(self.service)
+
+    async def drain(self) -> None:
+        """Returns once nothing runs any more (`CartridgeService.drain`)."""
+        await self.service.drain()

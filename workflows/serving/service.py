@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from workflows.serving.access import ANYONE, Caller
 from workflows.serving.api import Generation
 from workflows.serving.backend import Backend
 from workflows.serving.catalog import AUTO, Catalog, Target
-from workflows.serving.errors import ApiError
+from workflows.serving.errors import ApiError, draining
 from workflows.serving.metrics import Metrics, exposition
 from workflows.serving.plans import Plan, Planner
 from workflows.serving.streams import merge
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Events = AsyncGenerator[tuple[int, TokenEvent], None]
 """(choice, event) as they come."""
+
+
+LINGER_S = 1.0
+"""Seconds that a drained service goes on refusing, so that clients hear its 503 and not a route that is gone."""
 
 
 class CartridgeService:
@@ -40,11 +45,16 @@ class CartridgeService:
         self.catalog, self.backend, self.template, self.settings = catalog, backend, template, settings
         self.metrics = Metrics("ingress")
         self.in_flight = 0
-        self.draining = False
+        self._ends = math.inf  # On time.monotonic's clock; finite while draining.
         self.planner = Planner(catalog, template, settings, window)
         self._search_threads = ThreadPoolExecutor(2, "search")
         if settings.search_at_start:
             self._search_threads.submit(self.planner.search.warm)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the service is being stopped: nothing new is accepted."""
+        return self._ends < math.inf
 
     @property
     def identity(self) -> ModelIdentity:
@@ -119,10 +129,12 @@ class CartridgeService:
         async with aclosing(merge([self.backend.stream(call) for call in plan.calls])) as events:
             while True:
                 try:
-                    item = await asyncio.wait_for(events.__anext__(), deadline - time.monotonic())
+                    item = await asyncio.wait_for(events.__anext__(), min(deadline, self._ends) - time.monotonic())
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
+                    if time.monotonic() >= self._ends:
+                        raise draining() from None
                     raise ApiError(504, f"not finished after {self.settings.request_timeout_s:g} s; "
                                    "ask for fewer tokens", "timeout") from None
                 watch.token()
@@ -132,7 +144,7 @@ class CartridgeService:
     def _admitted(self, plan: Plan) -> Iterator[None]:
         if self.draining:
             self.metrics.add("cartridges_rejected_total", reason="draining")
-            raise ApiError(503, "the service is shutting down", "draining", retry_after=5)
+            raise draining()
         if self.in_flight + len(plan.calls) > self.settings.max_queue:
             self.metrics.add("cartridges_rejected_total", reason="queue_full")
             raise ApiError(429, f"{self.in_flight} requests are in flight; try again in a moment",
@@ -144,11 +156,15 @@ class CartridgeService:
             self.in_flight -= len(plan.calls)
 
     async def drain(self) -> None:
-        """Refuse new requests and wait, at most `drain_s` seconds, for those that run."""
-        self.draining = True
-        deadline = time.monotonic() + self.settings.drain_s
-        while self.in_flight and time.monotonic() < deadline:
+        """Refuse new requests and wait, at most `drain_s` seconds, for those that run; then these are ended.
+
+        It waits `LINGER_S` more, for what was answered to reach its client.
+        """
+        if not self.draining:
+            self._ends = time.monotonic() + self.settings.drain_s
+        while self.in_flight and time.monotonic() < self._ends + LINGER_S:
             await asyncio.sleep(0.05)
+        await asyncio.sleep(LINGER_S)
 
     async def exposition(self) -> bytes:
         """Prometheus text of this process and of the engine behind it."""
