@@ -183,6 +183,29 @@ def test_a_client_that_leaves_frees_its_slot(url, engine, service, stream):
     assert value_of(service.metrics, "cartridges_disconnects_total", model="harbour") == before + 1
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_is_cancelled_counts_as_a_client_that_left(base, engine, registry, tmp_path, stream):
+    """Ray Serve tells of a disconnect by cancelling the request."""
+    log = tmp_path / "audit.jsonl"
+    service = make_service(base, registry, engine, audit_log=str(log))
+
+    async def leave():
+        transport = httpx.ASGITransport(app=create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            asked = {"model": "harbour", "messages": ASK, "max_tokens": 2000, "stream": stream}
+            task = asyncio.create_task(client.post("/v1/chat/completions", json=asked))
+            while value_of(service.metrics, "cartridges_queued", model="harbour") or not engine.num_active:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert service.in_flight == 0
+    assert value_of(service.metrics, "cartridges_disconnects_total", model="harbour") == 1
+    assert value_of(service.metrics, "cartridges_requests_total", model="harbour", status="499") == 1
+    assert [json.loads(line)["status"] for line in log.read_text().splitlines()] == [200 if stream else 499]
+
+
 GOOD = {"model": "harbour", "messages": ASK}
 
 

@@ -189,7 +189,7 @@ async def _answer(service: CartridgeService, body: Generation, request: Request)
     except (ApiError, UserError) as error:
         status = error.status if isinstance(error, ApiError) else 400
         raise
-    except ClientLeft:
+    except (ClientLeft, asyncio.CancelledError):  # Ray Serve cancels the request of a client that has left.
         status = 499
         service.metrics.add("cartridges_disconnects_total", model=label)
         raise

@@ -1,5 +1,6 @@
 """The door of the HTTP service: who comes in, and a line in the audit log when they leave."""
 
+import asyncio
 import json
 import os
 import time
@@ -68,6 +69,9 @@ class Entrance:
             await self.app(_with_state(scope, caller=caller, note=note), receive, watched)
         except Exception:  # It is answered further out.
             status = 500
+            raise
+        except asyncio.CancelledError:  # The client has left; a stream's status was sent before.
+            status = status or 499
             raise
         finally:
             if self.audit is not None:
