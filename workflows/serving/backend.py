@@ -48,14 +48,14 @@ class EngineCall:
 class Backend(Protocol):
     """Engine and residency. Closing a stream frees its slot. Errors: `ApiError`, `UserError`.
 
-    `residents` maps `name@version` to what `Resident.describe` says (of one of the replicas).
+    `release`: whether any replica had it. `residents` maps `name@version` to what `Resident.describe` says (of one of the replicas).
     """
 
     def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]: ...
 
     async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]: ...
 
-    async def release(self, ref: str) -> None: ...
+    async def release(self, ref: str) -> bool: ...
 
     async def residents(self) -> dict[str, dict[str, Any]]: ...
 
@@ -105,8 +105,8 @@ class LocalBackend:
     async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
         return await self.residency.hold(ref, pinned, ttl_s)
 
-    async def release(self, ref: str) -> None:
-        self.residency.release(ref)
+    async def release(self, ref: str) -> bool:
+        return self.residency.release(ref)
 
     async def residents(self) -> dict[str, dict[str, Any]]:
         return self.residency.list()

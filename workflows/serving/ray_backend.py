@@ -69,8 +69,8 @@ class RayBackend:
             raise _no_replica("send a request first, which starts one that sleeps")
         return answers[0]
 
-    async def release(self, ref: str) -> None:
-        await self._ask(await self._pool(ref), "release", ref)
+    async def release(self, ref: str) -> bool:
+        return any(await self._ask(await self._pool(ref), "release", ref))
 
     async def residents(self) -> dict[str, dict[str, Any]]:
         return {ref: told for answer in await self._all("residents") for ref, told in answer.items()}

@@ -98,8 +98,8 @@ class EngineReplica:
     async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
         return await self.backend.hold(ref, pinned, ttl_s)
 
-    async def release(self, ref: str) -> None:
-        await self.backend.release(ref)
+    async def release(self, ref: str) -> bool:
+        return await self.backend.release(ref)
 
     async def residents(self) -> dict[str, dict[str, Any]]:
         return await self.backend.residents()

@@ -191,7 +191,8 @@ class CartridgeService:
 
     async def release(self, name: str, caller: Caller = ANYONE) -> dict[str, Any]:
         target = await self.managed(name, caller)
-        await self.backend.release(target.ref)
+        if not await self.backend.release(target.ref):
+            raise ApiError(404, f"{target.ref} is not loaded", "cartridge_not_loaded")
         return self._describe(target, {})
 
     async def dedicate(self, name: str, replicas: ReplicaSettings, caller: Caller = ANYONE) -> dict[str, Any]:
