@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -9,6 +10,7 @@ import psutil
 import pytest
 
 from cartridges.engines.base import CartridgePrefix, Request, TextPrefix
+from cartridges.engines.spool import OWNER
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.engines.vllm_setup import is_installed
 from tests.serve_support import (
@@ -144,10 +146,12 @@ def engine_processes(process) -> tuple[psutil.Process, psutil.Process]:
     return replica, engine
 
 
-def test_stopping_leaves_no_process(process, url):
+def test_stopping_leaves_no_process_and_no_file(process, url):
     family = psutil.Process(process.pid).children(recursive=True)
-    assert family
+    (owner,) = [Path(file.path) for file in engine_processes(process)[0].open_files() if file.path.endswith(OWNER)]
+    assert owner.is_file()
     process.terminate()
     assert process.wait(PATIENCE) == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, [child.cmdline() for child in alive]
+    assert not owner.parent.exists(), "cartridges were left in the spool"

@@ -145,3 +145,7 @@ class StreamingEngine(Protocol):
     def check_health(self) -> None:
         """Raises `EngineLost` once the engine can answer no request any more."""
         ...
+
+    def close(self) -> None:
+        """Stop, and remove what was written to disk."""
+        ...

@@ -95,6 +95,9 @@ class LocalBackend:
         """Raises `EngineLost` when nothing can be answered here any more."""
         self.engine.check_health()
 
+    def close(self) -> None:
+        self.engine.close()
+
     async def _prefix(self, call: EngineCall, stack: AsyncExitStack) -> Prefix:
         if call.text is not None:
             return TextPrefix(call.text, call.shared)

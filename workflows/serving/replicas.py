@@ -84,6 +84,11 @@ class EngineReplica:
         self.backend.check_health()
 
     @serve.multiplexed(max_num_models_per_replica=HINTS)
+    def __del__(self):
+        """Ray's: called as the replica stops, whose process then ends without Python's own clearing up."""
+        if "backend" in vars(self):
+            self.backend.close()
+
     async def _holds(self, ref: str) -> str:
         """Tells Ray's router that this replica has `ref`, so that it sends requests for it here."""
         return ref
