@@ -146,11 +146,14 @@ def _check(registry: str, settings: BuildSettings) -> tuple[str, ...]:
 
 
 def _check_access(settings: BuildSettings) -> None:
-    """Raises `UserError` for a keys file that cannot be read, and for a network without keys."""
+    """Raises `UserError` for a keys file or an audit log that cannot be opened, and for a network without keys."""
     from workflows.serving.access import Gate, is_loopback
+    from workflows.serving.entrance import AuditLog
 
     serve_ = settings.serve
     Gate(serve_.keys_file)
+    if serve_.audit_log is not None:
+        AuditLog(serve_.audit_log, lambda: None)
     if serve_.keys_file is None and not serve_.open_to_network and not is_loopback(serve_.host):
         raise UserError(f"serve.host {serve_.host} would open the service to the network without API keys; make "
                         "some (`cartridges keys add`) and set serve.keys_file, or set serve.open_to_network=true")

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
@@ -39,10 +40,11 @@ def create_app(service: CartridgeService) -> FastAPI:
     """All routes of the service. Errors are OpenAI-shaped whatever raised them."""
     app = FastAPI(title="cartridges", docs_url=None, redoc_url=None)
     settings = service.settings
+    lost = partial(service.metrics.add, "cartridges_audit_lost_total")
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     # Added last, so it stands first: who may not come in sends no body.
     app.add_middleware(Entrance, gate=Gate(settings.keys_file, settings.open_to_network),
-                       audit=AuditLog(settings.audit_log) if settings.audit_log else None)
+                       audit=AuditLog(settings.audit_log, lost) if settings.audit_log else None)
     _add_errors(app, service)
     _add_generation(app, service)
     _add_cartridges(app, service)

@@ -47,6 +47,7 @@ TABLE: dict[str, Metric] = {
     "cartridges_rejected_total": Metric(
         "counter", "Requests refused before the engine, by reason (queue_full, draining)", ("reason",)),
     "cartridges_disconnects_total": Metric("counter", "Requests whose client left before the end", MODEL),
+    "cartridges_audit_lost_total": Metric("counter", "Lines that could not be written to the audit log"),
     "cartridges_fallbacks_total": Metric(
         "counter", "Answers taken from the corpus' text because the cartridge was unsure", MODEL),
     "cartridges_prompt_tokens_total": Metric("counter", "Prompt tokens, the prefix included", MODEL),
