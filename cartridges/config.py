@@ -239,10 +239,16 @@ class ReplicaSettings(Settings):
     min_replicas: int = Field(1, ge=0)
     """0 lets an idle deployment sleep; its next request waits for a replica to start."""
     max_replicas: int = Field(1, ge=1)
-    target_ongoing: float = Field(8, gt=0)
+    target_ongoing: float = Field(8, gt=0, allow_inf_nan=False)
     """Requests in flight per replica that autoscaling aims at."""
-    idle_s: float = Field(60, ge=0)
+    idle_s: float = Field(60, ge=0, allow_inf_nan=False)
     """Seconds of less load before a replica goes."""
+
+    @model_validator(mode="after")
+    def _least_and_most(self) -> "ReplicaSettings":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
 
 
 class ServeSettings(Settings):

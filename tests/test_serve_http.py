@@ -230,6 +230,10 @@ MISTAKES = [
     (GOOD | {"tools": [{"type": "function"}]}, 400, "tools", "tools"),
     (saying("\ud800"), 400, "messages", "messages"),
     (saying(None), 400, "messages", "messages"),
+    (saying("\ud800"), 400, "messages.0.content: the text holds half", "messages"),
+    (saying([{"type": "image_url", "image_url": {"url": "x"}}]), 400, "messages.0.content.0.type: Input", "messages"),
+    (saying({"a": 1}), 400, "messages.0.content: Input should be a valid string", "messages"),
+    (GOOD | {"messages": [{"role": "user"}]}, 400, "messages.0.content: Field required", "messages"),
     ("{not json", 400, "not JSON", None),
     ("[1, 2]", 400, "", None),
     (b"\xff\xfe\x00", 400, "", None),
@@ -252,7 +256,13 @@ def test_mistakes_have_openais_shape(url, body, status, message, param):
 
 def test_unknown_routes_and_methods_too(url):
     assert HTTP.get(f"{url}/v1/nothing").json()["error"]["message"] == "Not Found"
-    assert HTTP.get(f"{url}/v1/chat/completions").status_code == 405
+    refused = HTTP.get(f"{url}/v1/chat/completions")
+    assert refused.status_code == 405 and refused.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_replicas_that_cannot_be_are_refused(url):
+    refused = HTTP.put(f"{url}/v1/cartridges/harbour/replicas", json={"min_replicas": 3, "max_replicas": 1})
+    assert refused.status_code == 400 and "min_replicas 3 is above" in refused.json()["error"]["message"]
 
 
 def test_random_bodies_never_break_it(url):
@@ -277,9 +287,11 @@ def test_too_many_requests_are_told_to_wait(base, engine, registry):
         transport = httpx.ASGITransport(app=create_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             body = {"model": "base", "messages": ASK, "max_tokens": 30}
-            return await asyncio.gather(*[client.post("/v1/chat/completions", json=body) for _ in range(3)])
+            bodies = [*[body] * 3, body | {"n": 2}]
+            return await asyncio.gather(*[client.post("/v1/chat/completions", json=body) for body in bodies])
 
-    answers = asyncio.run(run())
+    *answers, never = asyncio.run(run())
+    assert never.status_code == 400 and "at most 1 here" in never.json()["error"]["message"]
     assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.headers["retry-after"] == "1" and refused.json()["error"]["type"] == "rate_limit_error"

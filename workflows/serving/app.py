@@ -158,8 +158,9 @@ def _add_errors(app: FastAPI, service: CartridgeService) -> None:
 
 
 def _explain(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    told = [(_place(found, error.body), found) for found in error.errors()]
+    # Of the ways in which a value may be written (a text, or a list of parts), the one that went furthest was meant.
+    where, first = max((pair for pair in told if pair[0][:1] == told[0][0][:1]), key=lambda pair: len(pair[0]))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', message)}")
@@ -168,6 +169,20 @@ def _explain(error: RequestValidationError) -> ApiError:
     param = where[0] if where else None
     text = f"{'.'.join(where)}: {message}" if where else message
     return ApiError(400, text.encode(errors="replace").decode()[:500], param=param)
+
+
+def _place(found: dict[str, Any], body: Any) -> list[str]:
+    """Where in the body it is, without pydantic's own names for the ways in which a value may be written."""
+    where, here = [], body
+    for part in found["loc"][1:]:  # The first is "body".
+        if isinstance(here, list) and isinstance(part, int):
+            here = here[part]
+        elif isinstance(here, dict) and (part in here or found["type"] == "missing"):
+            here = here.get(part)
+        else:
+            continue
+        where.append(str(part))
+    return where
 
 
 async def _answer(service: CartridgeService, body: Generation, request: Request):
