@@ -72,10 +72,15 @@ _KINDS = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 
 
 class Metrics:
-    """One process's values, of its part of `TABLE`. Unknown names and labels raise."""
+    """One process's values, of its part of `TABLE`. Unknown names and labels raise.
+
+    `replica`: who this is among several, a further label of everything told. They are not added up, because a sum
+    falls when one of them goes, and Prometheus would take that for a restart and count all over again.
+    """
 
     def __init__(self, source: Literal["ingress", "engine"]):
         self.registry = CollectorRegistry()
+        self.replica = ""
         self._metrics = {name: self._build(name, metric) for name, metric in TABLE.items()
                          if metric.source == source}
 
@@ -101,7 +106,10 @@ class Metrics:
 
     def families(self) -> list[Family]:
         """What was recorded so far, in a form that can be sent to another process."""
-        return list(self.registry.collect())
+        told = list(self.registry.collect())
+        for sample in (sample for family in told for sample in family.samples if self.replica):
+            sample.labels["replica"] = self.replica
+        return told
 
     def _child(self, name: str, labels: dict[str, str]):
         metric = self._metrics[name]

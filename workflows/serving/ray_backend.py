@@ -38,12 +38,16 @@ FAILURES = (RayTaskError, RayActorError, *NO_REPLICA)
 class RayBackend:
     """What a replica raised is raised here again; a replica that died is an `ApiError` 503.
 
+    `ingress` is the application and deployment of which this is the replica `replica`.
     A request to a pool that sleeps (or restarts) waits for its replica; replicas that are not there have nothing
     to tell.
     """
 
-    def __init__(self, shared: DeploymentHandle, registry: str, settings: BuildSettings):
+    def __init__(self, shared: DeploymentHandle, registry: str, settings: BuildSettings, ingress: tuple[str, str],
+                 replica: str):
         self.shared, self.registry, self.settings = shared, registry, settings
+        self._ingress, self._replica = ingress, replica
+        self._peers: DeploymentHandle | None = None
         self._dedicated: dict[str, DeploymentHandle] = {}
         self._looked = 0.0
         self._changing = asyncio.Lock()
@@ -76,7 +80,12 @@ class RayBackend:
         return {ref: told for answer in await self._all("residents") for ref, told in answer.items()}
 
     async def families(self) -> list[Family]:
-        return add_up(await self._all("families"))
+        """Of all engines, and of the other replicas of the ingress."""
+        if self._peers is None:
+            app, deployment = self._ingress
+            self._peers = await asyncio.to_thread(serve.get_deployment_handle, deployment, app)
+        engines, ingresses = await asyncio.gather(self._all("families"), self._told(self._peers, "tell"))
+        return add_up([*engines, *(families for replica, families in ingresses if replica != self._replica)])
 
     async def dedicate(self, name: str, replicas: ReplicaSettings) -> None:
         # In the background: a replica may take minutes, and the shared ones serve meanwhile.

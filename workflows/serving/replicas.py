@@ -78,17 +78,18 @@ class EngineReplica:
 
     def __init__(self, registry: str, settings: dict[str, Any]):
         self.backend = build_backend(registry, BuildSettings.model_validate(settings))
+        self.backend.metrics.replica = serve.get_replica_context().replica_id.unique_id
 
     def check_health(self) -> None:
         """Ray's: a replica that raises here is replaced."""
         self.backend.check_health()
 
-    @serve.multiplexed(max_num_models_per_replica=HINTS)
     def __del__(self):
         """Ray's: called as the replica stops, whose process then ends without Python's own clearing up."""
         if "backend" in vars(self):
             self.backend.close()
 
+    @serve.multiplexed(max_num_models_per_replica=HINTS)
     async def _holds(self, ref: str) -> str:
         """Tells Ray's router that this replica has `ref`, so that it sends requests for it here."""
         return ref
