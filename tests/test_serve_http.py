@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import threading
 import time
 
 import httpx
@@ -316,6 +317,24 @@ def test_metrics_are_those_of_the_table(url, client):
     assert values['cartridges_ttft_seconds_count{model="harbour"}'] > 0
     assert values['cartridges_resident_bytes{model="harbour"}'] > 0
     assert values['cartridges_in_flight{model="harbour"}'] == 0
+def test_planning_is_behind_admission_and_has_the_time_limit(base, engine, registry, monkeypatch):
+    """A registry that hangs lets no more in than the queue takes, and holds no client for ever."""
+    service = make_service(base, registry, engine, request_timeout_s=0.5, max_queue=2)
+    freed = threading.Event()
+    monkeypatch.setattr(service.catalog, "resolve", lambda *_: freed.wait(60))
+
+    async def run():
+        transport = httpx.ASGITransport(app=create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            body = {"model": "harbour", "messages": ASK, "max_tokens": 1}
+            answers = await asyncio.gather(*[client.post("/v1/chat/completions", json=body) for _ in range(3)])
+            freed.set()
+            return answers
+
+    assert sorted(answer.status_code for answer in asyncio.run(run())) == [429, 504, 504]
+    assert service.in_flight == 0
+
+
     assert values['cartridges_queued{model="harbour"}'] == 0
 
 

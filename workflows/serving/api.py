@@ -96,6 +96,11 @@ class Generation(Body, ABC):
         return self.max_tokens
 
     @property
+    def choices(self) -> int:
+        """Answers that are asked for."""
+        return self.n
+
+    @property
     @abstractmethod
     def topk(self) -> int | None:
         """Top logprobs per token; None when no logprobs were asked for."""
@@ -156,9 +161,12 @@ class CompletionRequest(Generation):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, list) and isinstance(self.prompt[0], str):
-            return self.prompt
-        return [self.prompt]
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return self.prompt if several else [self.prompt]
+
+    @property
+    def choices(self) -> int:
+        return len(self.prompts) * self.n
 
     @property
     def topk(self) -> int | None:

@@ -186,13 +186,11 @@ def _place(found: dict[str, Any], body: Any) -> list[str]:
 
 
 async def _answer(service: CartridgeService, body: Generation, request: Request):
-    """Plan, wait for the first token (so that a refusal has its status), then stream or collect."""
+    """Admit and plan, wait for the first token (so that a refusal has its status), then stream or collect."""
     label, status, note = "", 500, request.state.note
     try:
         note["asked"] = "+".join([body.model, *body.cartridges])[:200]
-        plan = await _while_connected(request, service.plan(body, request.state.caller))
-        label = plan.label
-        plan, events = await _while_connected(request, service.start(plan, body, request.state.caller))
+        plan, events = await _while_connected(request, service.start(body, request.state.caller))
         label = plan.label
         answer = Answer(body, plan, service.template.tokenizer, note)
         if body.stream:

@@ -101,17 +101,14 @@ class Planner:
 
     def plan(self, body: Generation, caller: Caller) -> Plan:
         prompts = self._prompts(body)
-        if len(prompts) * body.n > MAX_CHOICES:
+        if body.choices > MAX_CHOICES:
             raise ApiError(400, f"prompts times n must be at most {MAX_CHOICES}", param="n")
-        if len(prompts) * body.n > self.settings.max_queue:
-            raise ApiError(400, f"prompts times n must be at most {self.settings.max_queue} here (serve.max_queue)",
-                           param="n")
         longest = max(map(len, prompts))
         if longest >= self.window:  # Before anything is searched for it.
             raise ApiError(400, f"the model's window is {self.window} tokens, and the prompt has {longest}",
                            "context_length_exceeded")
         target = self._target(body, caller)
-        doubt = self._doubt(body, target, len(prompts) * body.n)
+        doubt = self._doubt(body, target, body.choices)
         context = self._context(body, target, longest)
         return self._planned(body, caller, target, context, prompts, doubt)
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -60,6 +60,17 @@ class CartridgeService:
     def identity(self) -> ModelIdentity:
         return self.catalog.identity
 
+    async def start(self, body: Generation, caller: Caller = ANYONE) -> tuple[Plan, Events]:
+        """The plan that is followed, and (choice, event) as they come. Close the events to stop at once.
+
+        ApiError 429 when too much is in flight, 503 while draining, 504 after the time limit, and what the
+        planner refuses. Where the plan asks for a fallback and the first tokens are too unsure, these are thrown
+        away and the answer comes from the corpus' text. So nothing that was sent is taken back. Where the text
+        cannot be had, the cartridge's answer stands.
+        """
+        events = self._admit(body, caller)
+        return await anext(events), events
+
     async def plan(self, body: Generation, caller: Caller = ANYONE) -> Plan:
         """Check `body` and render its prompts. In a thread: the registry and the tokenizer take time."""
         if body.model == AUTO:
@@ -70,51 +81,44 @@ class CartridgeService:
         """In threads of its own: the first search reads every corpus, and other requests must not wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._search_threads, work, *arguments)
 
-    async def start(self, plan: Plan, body: Generation, caller: Caller = ANYONE) -> tuple[Plan, Events]:
-        """The plan that is followed, and its events as `generate` gives them.
+    async def _admit(self, body: Generation, caller: Caller) -> AsyncGenerator[Any, None]:
+        """First the plan that is followed, then its events. Admitted once, for whatever it takes."""
+        with self._admitted(body.choices):
+            arrived = time.monotonic()
+            plan = await self._in_time(arrived, self.plan(body, caller))
+            plan = replace(plan, arrived=arrived)
+            items = self._follow(plan) if plan.doubt is None else self._doubt(plan, body, caller)
+            async with aclosing(items):
+                async for item in items:
+                    yield item
 
-        It is `plan`, unless that asks for a fallback and the first tokens are too unsure: then these are
-        thrown away and the answer comes from the corpus' text. So nothing that was sent is taken back.
-        Where the text cannot be had, the cartridge's answer stands.
-        """
-        if plan.doubt is None:
-            return plan, self.generate(plan)
-        events = self._doubted(plan, body, caller)
-        return await anext(events), events
-
-    async def generate(self, plan: Plan) -> Events:
-        """(choice, event) as they come. Close it to stop at once.
-
-        ApiError 429 when too much is in flight, 503 while draining, 504 after the time limit.
-        """
-        with self._admitted(plan), Watch(self.metrics, plan) as watch:
+    async def _follow(self, plan: Plan) -> AsyncGenerator[Any, None]:
+        yield plan
+        with Watch(self.metrics, plan) as watch:
             async with aclosing(self._events(plan, watch)) as events:
                 async for item in events:
                     yield item
 
-    async def _doubted(self, plan: Plan, body: Generation, caller: Caller) -> AsyncGenerator[Any, None]:
-        """First the plan that is followed, then its events; admitted once for whatever it takes."""
-        with self._admitted(plan):
-            with Watch(self.metrics, plan) as watch:
-                async with aclosing(self._events(plan, watch)) as events:
-                    first = await _take(events, plan.doubt.tokens)
-                    entropy = mean_entropy([event for _, event in first])
-                    plan = replace(plan, doubt=replace(plan.doubt, entropy=entropy))
-                    other = await self._other(plan, body, caller) if entropy > plan.doubt.threshold else None
-                    if other is None:
-                        yield plan
-                        for item in first:
-                            yield item
-                        async for item in events:
-                            yield item
-                        return
-                watch.discarded = True
-            self.metrics.add("cartridges_fallbacks_total", model=plan.label)
-            yield other
-            with Watch(self.metrics, other) as watch:
-                async with aclosing(self._events(other, watch)) as events:
+    async def _doubt(self, plan: Plan, body: Generation, caller: Caller) -> AsyncGenerator[Any, None]:
+        assert plan.doubt
+        with Watch(self.metrics, plan) as watch:
+            async with aclosing(self._events(plan, watch)) as events:
+                first = await _take(events, plan.doubt.tokens)
+                entropy = mean_entropy([event for _, event in first])
+                plan = replace(plan, doubt=replace(plan.doubt, entropy=entropy))
+                other = await self._other(plan, body, caller) if entropy > plan.doubt.threshold else None
+                if other is None:
+                    yield plan
+                    for item in first:
+                        yield item
                     async for item in events:
                         yield item
+                    return
+            watch.discarded = True
+        self.metrics.add("cartridges_fallbacks_total", model=plan.label)
+        async with aclosing(self._follow(other)) as items:
+            async for item in items:
+                yield item
 
     async def _other(self, plan: Plan, body: Generation, caller: Caller) -> Plan | None:
         """The plan to fall back to, if there is one."""
@@ -125,35 +129,43 @@ class CartridgeService:
             return None
 
     async def _events(self, plan: Plan, watch: "Watch") -> Events:
-        deadline = plan.arrived + self.settings.request_timeout_s
         async with aclosing(merge([self.backend.stream(call) for call in plan.calls])) as events:
             while True:
                 try:
-                    item = await asyncio.wait_for(events.__anext__(), min(deadline, self._ends) - time.monotonic())
+                    item = await self._in_time(plan.arrived, events.__anext__())
                 except StopAsyncIteration:
                     return
-                except TimeoutError:
-                    if time.monotonic() >= self._ends:
-                        raise draining() from None
-                    raise ApiError(504, f"not finished after {self.settings.request_timeout_s:g} s; "
-                                   "ask for fewer tokens", "timeout") from None
                 watch.token()
                 yield item
 
+    async def _in_time(self, arrived: float, work: Awaitable[T]) -> T:
+        """`work`'s result within the time that a request has, or that a service has which is being stopped."""
+        try:
+            deadline = min(arrived + self.settings.request_timeout_s, self._ends)
+            return await asyncio.wait_for(work, deadline - time.monotonic())
+        except TimeoutError:
+            if time.monotonic() >= self._ends:
+                raise draining() from None
+            raise ApiError(504, f"not finished after {self.settings.request_timeout_s:g} s; ask for fewer tokens",
+                           "timeout") from None
+
     @contextmanager
-    def _admitted(self, plan: Plan) -> Iterator[None]:
+    def _admitted(self, choices: int) -> Iterator[None]:
         if self.draining:
             self.metrics.add("cartridges_rejected_total", reason="draining")
             raise draining()
-        if self.in_flight + len(plan.calls) > self.settings.max_queue:
+        if choices > self.settings.max_queue:
+            raise ApiError(400, f"prompts times n must be at most {self.settings.max_queue} here (serve.max_queue)",
+                           param="n")
+        if self.in_flight + choices > self.settings.max_queue:
             self.metrics.add("cartridges_rejected_total", reason="queue_full")
             raise ApiError(429, f"{self.in_flight} requests are in flight; try again in a moment",
                            "queue_full", retry_after=1)
-        self.in_flight += len(plan.calls)
+        self.in_flight += choices
         try:
             yield
         finally:
-            self.in_flight -= len(plan.calls)
+            self.in_flight -= choices
 
     async def drain(self) -> None:
         """Refuse new requests and wait, at most `drain_s` seconds, for those that run; then these are ended.
