@@ -50,7 +50,7 @@ def post(url: str, body, path: str = "/v1/chat/completions", **options) -> httpx
 def test_models_are_the_base_and_the_registry(client, base):
     ids = [model.id for model in client.models.list()]
     assert ids == [base.identity.name, *sorted(TEXTS)]
-    assert client.models.retrieve("harbour").id == "harbour"
+    assert [client.models.retrieve(name).id for name in ("harbour", "auto")] == ["harbour", "auto"]
 
 
 def test_chat_answers_as_the_engine_does(client, base, engine):
@@ -133,6 +133,15 @@ def test_completions_take_several_prompts_and_token_ids(client, base):
     second = client.completions.create(model="harbour", prompt=ids, max_tokens=6)
     assert [choice.index for choice in both.choices] == [0, 1]
     assert both.choices[1].text == second.choices[0].text
+    first = base.tokenizer.encode(prompts[0], add_special_tokens=False)
+    for several in ([first, ids], [ids]):
+        made = client.completions.create(model="harbour", prompt=several, max_tokens=6)
+        assert [choice.text for choice in made.choices] == [choice.text for choice in both.choices][-len(several):]
+
+
+def test_an_assistant_that_said_nothing_is_taken(client):
+    silent = [ASK[0], {"role": "assistant", "content": None}, ASK[0]]
+    assert client.chat.completions.create(model="harbour", messages=silent, max_tokens=2).choices
 
 
 def test_a_system_message_opens_the_first_user_message(client):
@@ -234,7 +243,8 @@ MISTAKES = [
     (saying("\ud800"), 400, "messages.0.content: the text holds half", "messages"),
     (saying([{"type": "image_url", "image_url": {"url": "x"}}]), 400, "messages.0.content.0.type: Input", "messages"),
     (saying({"a": 1}), 400, "messages.0.content: Input should be a valid string", "messages"),
-    (GOOD | {"messages": [{"role": "user"}]}, 400, "messages.0.content: Field required", "messages"),
+    (GOOD | {"messages": [{"role": "user"}]}, 400, "messages.0: content is missing", "messages"),
+    (GOOD | {"messages": [{"content": "x"}]}, 400, "messages.0.role: Field required", "messages"),
     ("{not json", 400, "not JSON", None),
     ("[1, 2]", 400, "", None),
     (b"\xff\xfe\x00", 400, "", None),
@@ -307,16 +317,6 @@ def test_a_request_that_takes_too_long_is_ended(base, engine, registry):
     assert engine.num_active == 0
 
 
-def test_metrics_are_those_of_the_table(url, client):
-    client.chat.completions.create(model="harbour", messages=ASK, max_tokens=3)
-    lines = HTTP.get(f"{url}/metrics").text.splitlines()
-    told = {line.split()[2] for line in lines if line.startswith("# TYPE") and "_created" not in line}
-    assert told == set(TABLE)
-    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
-    assert values['cartridges_requests_total{model="harbour",status="200"}'] > 0
-    assert values['cartridges_ttft_seconds_count{model="harbour"}'] > 0
-    assert values['cartridges_resident_bytes{model="harbour"}'] > 0
-    assert values['cartridges_in_flight{model="harbour"}'] == 0
 def test_planning_is_behind_admission_and_has_the_time_limit(base, engine, registry, monkeypatch):
     """A registry that hangs lets no more in than the queue takes, and holds no client for ever."""
     service = make_service(base, registry, engine, request_timeout_s=0.5, max_queue=2)
@@ -335,6 +335,16 @@ def test_planning_is_behind_admission_and_has_the_time_limit(base, engine, regis
     assert service.in_flight == 0
 
 
+def test_metrics_are_those_of_the_table(url, client):
+    client.chat.completions.create(model="harbour", messages=ASK, max_tokens=3)
+    lines = HTTP.get(f"{url}/metrics").text.splitlines()
+    told = {line.split()[2] for line in lines if line.startswith("# TYPE") and "_created" not in line}
+    assert told == set(TABLE)
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+    assert values['cartridges_requests_total{model="harbour",status="200"}'] > 0
+    assert values['cartridges_ttft_seconds_count{model="harbour"}'] > 0
+    assert values['cartridges_resident_bytes{model="harbour"}'] > 0
+    assert values['cartridges_in_flight{model="harbour"}'] == 0
     assert values['cartridges_queued{model="harbour"}'] == 0
 
 

@@ -20,6 +20,7 @@ from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
 from workflows.serving.access import Caller, Gate
 from workflows.serving.api import ChatRequest, CompletionRequest, Generation, LoadRequest, UpdateRequest
+from workflows.serving.catalog import AUTO
 from workflows.serving.entrance import AuditLog, Entrance
 from workflows.serving.errors import ApiError, draining
 from workflows.serving.formats import Answer
@@ -114,6 +115,8 @@ def _add_state(app: FastAPI, service: CartridgeService) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str, caller: CallerIs):
+        if name == AUTO:
+            return model(AUTO, [])
         target = await asyncio.to_thread(service.catalog.resolve, name, (), caller.may_use)
         aliases = sorted({alias for entry in target.entries for alias in entry.aliases})
         return model(name, aliases if target.entries else ["base"])
