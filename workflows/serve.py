@@ -58,6 +58,8 @@ def start_service(registry: str, settings: BuildSettings) -> Service:
     registry, settings = _absolute(registry), _with_absolute_files(settings)
     _check_access(settings)
     models = _check(registry, settings)
+    # A proxy gets five seconds to start, which a busy machine needs for its imports alone; then it is killed.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     port = settings.serve.port or _free_port(settings.serve.host)
     _check_port(settings.serve.host, port)
     try:
