@@ -257,7 +257,8 @@ class ServeSettings(Settings):
     engine: EngineName = "auto"
     """auto takes vLLM where it is installed."""
     cartridges: tuple[str, ...] = ()
-    """Names (`name[@version|@alias]`) loaded at start; empty offers the whole registry."""
+    """Names (`name[@version|@alias]`) that are offered; empty offers the whole registry. Each is loaded by its first
+    request, or by `POST /v1/cartridges`."""
     keys_file: str | None = None
     """API keys (`cartridges keys add`). None: no keys, and only this machine is answered."""
     open_to_network: bool = False

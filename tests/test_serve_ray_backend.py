@@ -8,11 +8,12 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from cartridges.config import BuildSettings
+from cartridges.config import BuildSettings, ReplicaSettings
 from workflows.serving.backend import EngineCall
 from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Metrics, exposition
 from workflows.serving.ray_backend import RayBackend
+from workflows.serving.replicas import digest_of
 
 ASLEEP = DeploymentUnavailableError(DeploymentID("engine"))
 REF = "harbour@1"
@@ -81,6 +82,22 @@ def test_an_answer_that_cannot_begin_is_a_503(gone, code):
 @pytest.mark.parametrize(("held", "told"), [([False, True, False], True), ([False, False], False), (ASLEEP, False)])
 def test_unloaded_is_what_any_replica_held(held, told):
     assert asyncio.run(make(held).release(REF)) is told
+
+
+def test_replicas_are_made_anew_only_where_something_changes(monkeypatch):
+    made, given = [], ReplicaSettings(max_replicas=2)
+    monkeypatch.setattr("workflows.serving.ray_backend.run_dedicated", lambda *of, wait: made.append(of[-1]))
+    running = digest_of(BuildSettings().model_dump(mode="json"), given)
+    backend = make([], own=[running, running])
+    asyncio.run(backend.dedicate("harbour", given))
+    assert not made and "harbour" in backend._dedicated
+    other = ReplicaSettings(max_replicas=3)
+    asyncio.run(backend.dedicate("harbour", other))
+    assert made == [other]
+    assert "harbour" not in backend._dedicated, "requests would wait for the replicas that restart"
+    asleep = make([], own=ASLEEP)
+    asyncio.run(asleep.dedicate("harbour", given))
+    assert made == [other, given]
 
 
 def test_a_refusal_of_one_replica_is_raised():

@@ -18,7 +18,7 @@ from workflows.serving.backend import EngineCall
 from workflows.serving.catalog import PLUS
 from workflows.serving.errors import ApiError, replica_lost
 from workflows.serving.metrics import Family, add_up
-from workflows.serving.replicas import DEDICATED, run_dedicated
+from workflows.serving.replicas import DEDICATED, digest_of, run_dedicated
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,21 @@ class RayBackend:
         return add_up([*engines, *(families for replica, families in ingresses if replica != self._replica)])
 
     async def dedicate(self, name: str, replicas: ReplicaSettings) -> None:
-        # In the background: a replica may take minutes, and the shared ones serve meanwhile.
-        await asyncio.to_thread(run_dedicated, name, self.registry, self.settings, replicas, wait=False)
+        if await self._has(name, replicas):
+            return
+        async with self._changing:
+            # Out of the table until they run: replicas that are there already are restarted with the new settings.
+            self._dedicated = {other: handle for other, handle in self._dedicated.items() if other != name}
+            # In the background: a replica may take minutes, and the shared ones serve meanwhile.
+            await asyncio.to_thread(run_dedicated, name, self.registry, self.settings, replicas, wait=False)
+
+    async def _has(self, name: str, replicas: ReplicaSettings) -> bool:
+        """Whether all this is so already. Replicas that sleep cannot say, and lose nothing by being made anew."""
+        await self._look()
+        if name not in self._dedicated:
+            return False
+        running = set(await self._told(self._dedicated[name], "made_of"))
+        return running == {digest_of(self.settings.model_dump(mode="json"), replicas)}
 
     async def share(self, name: str) -> None:
         if not await asyncio.to_thread(_exists, name):
