@@ -1,6 +1,7 @@
 """The service as users run it: `cartridges serve` on Ray Serve, from start to the last process gone."""
 
 import asyncio
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,10 @@ def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, ur
     assert len(answered) > 4 and all(answer == expected[name] for name, answer in answered)
 
 
+            own = replicas_with(url, "harbour")
+            assert (await http.put("/harbour/replicas", json={"min_replicas": 1, "max_replicas": 1})).status_code == 202
+            await asyncio.sleep(3)
+            assert replicas_with(url, "harbour") == own, "restarted, though nothing has changed"
 def test_replicas_that_sleep_take_nothing_down_and_wake_for_a_request(client, url):
     expected = ask(client, "harbour")
     with httpx.Client(base_url=url, timeout=PATIENCE) as http:
@@ -171,6 +176,12 @@ class Crowd:
             while not self.stop.is_set():
                 for name in self.models:
                     try:
+def replicas_with(url: str, name: str) -> set[str]:
+    """The replicas that have ever loaded the cartridge."""
+    text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
+    return set(re.findall(rf'cartridges_loads_total{{model="{name}",replica="(\w+)"', text))
+
+
                         answer = await client.chat.completions.create(model=name, messages=ASK, max_tokens=8)
                     except openai.APIStatusError as error:
                         assert error.status_code == 503 and error.body["code"] == "replica_lost", error

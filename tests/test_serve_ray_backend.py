@@ -13,7 +13,7 @@ from workflows.serving.backend import EngineCall
 from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Metrics, exposition
 from workflows.serving.ray_backend import RayBackend
-from workflows.serving.replicas import digest_of
+from workflows.serving.replicas import build_dedicated
 
 ASLEEP = DeploymentUnavailableError(DeploymentID("engine"))
 REF = "harbour@1"
@@ -87,7 +87,8 @@ def test_unloaded_is_what_any_replica_held(held, told):
 def test_replicas_are_made_anew_only_where_something_changes(monkeypatch):
     made, given = [], ReplicaSettings(max_replicas=2)
     monkeypatch.setattr("workflows.serving.ray_backend.run_dedicated", lambda *of, wait: made.append(of[-1]))
-    running = digest_of(BuildSettings().model_dump(mode="json"), given)
+    args = {"registry": "registry", "settings": BuildSettings().model_dump(mode="json"), "replicas": given.model_dump()}
+    running = build_dedicated(args)._bound_deployment.init_args[1:]
     backend = make([], own=[running, running])
     asyncio.run(backend.dedicate("harbour", given))
     assert not made and "harbour" in backend._dedicated

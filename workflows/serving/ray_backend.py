@@ -18,7 +18,7 @@ from workflows.serving.backend import EngineCall
 from workflows.serving.catalog import PLUS
 from workflows.serving.errors import ApiError, replica_lost
 from workflows.serving.metrics import Family, add_up
-from workflows.serving.replicas import DEDICATED, digest_of, run_dedicated
+from workflows.serving.replicas import DEDICATED, run_dedicated
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,9 @@ class RayBackend:
         await self._look()
         if name not in self._dedicated:
             return False
-        running = set(await self._told(self._dedicated[name], "made_of"))
-        return running == {digest_of(self.settings.model_dump(mode="json"), replicas)}
+        wanted = self.settings.model_dump(mode="json"), replicas.model_dump()
+        running = await self._ask(self._dedicated[name], "given")
+        return bool(running) and all(given == wanted for given in running)
 
     async def share(self, name: str) -> None:
         if not await asyncio.to_thread(_exists, name):

@@ -1,7 +1,5 @@
 """Replicas that hold engines, on Ray Serve: shared ones, and those of a cartridge that has its own."""
 
-import hashlib
-import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -54,16 +52,10 @@ def run_dedicated(name: str, registry: str, settings: BuildSettings, replicas: R
 def engine_application(registry: str, settings: BuildSettings, replicas: ReplicaSettings) -> serve.Application:
     has_gpu = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
     gpus = gpus_of_an_engine(settings.vllm, settings.serve.engine) if has_gpu else 0
-    plain = settings.model_dump(mode="json")
     deployment = serve.deployment(EngineReplica).options(
         name="engine", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **_scaling(replicas),
         **shared_options(settings))
-    return deployment.bind(registry, plain, digest_of(plain, replicas))
-
-
-def digest_of(settings: dict[str, Any], replicas: ReplicaSettings) -> str:
-    """Of all that a replica was started with."""
-    return hashlib.sha256(json.dumps([settings, replicas.model_dump()], sort_keys=True).encode()).hexdigest()
+    return deployment.bind(registry, settings.model_dump(mode="json"), replicas.model_dump())
 
 
 def _scaling(replicas: ReplicaSettings) -> dict[str, Any]:
@@ -82,10 +74,10 @@ def shared_options(settings: BuildSettings) -> dict[str, Any]:
 
 
 class EngineReplica:
-    """Holds a `LocalBackend`. `made_of` is its `digest_of`."""
+    """Holds a `LocalBackend`. `replicas` are the settings of its deployment."""
 
-    def __init__(self, registry: str, settings: dict[str, Any], made_of: str):
-        self._made_of = made_of
+    def __init__(self, registry: str, settings: dict[str, Any], replicas: dict[str, Any]):
+        self._given = settings, replicas
         self.backend = build_backend(registry, BuildSettings.model_validate(settings))
         self.backend.metrics.replica = serve.get_replica_context().replica_id.unique_id
 
@@ -119,8 +111,9 @@ class EngineReplica:
     async def residents(self) -> dict[str, dict[str, Any]]:
         return await self.backend.residents()
 
-    async def made_of(self) -> str:
-        return self._made_of
+    async def given(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What this was started with: settings, and those of its deployment."""
+        return self._given
 
     async def families(self) -> list[Family]:
         return await self.backend.families()
