@@ -82,8 +82,22 @@ def test_a_client_that_leaves_frees_the_engine(url):
             assert time.monotonic() < left + 20
         return time.monotonic() - left
 
+    async def leave_before_the_answer() -> None:
+        async with httpx.AsyncClient(timeout=PATIENCE) as client:
+            task = asyncio.create_task(client.post(f"{url}/v1/chat/completions", json=asked | {"stream": False}))
+            while not await asyncio.to_thread(metric, url, "cartridges_engine_active"):
+                assert not task.done()
+            task.cancel()
+
+    left = 'cartridges_requests_total{model="harbour",status="499"}'
+    before = metric(url, left)
     # A second on a machine that is not loaded; the way leads over two processes.
     assert asyncio.run(leave()) < 5
+    asyncio.run(leave_before_the_answer())
+    deadline = time.monotonic() + 20
+    while metric(url, left) < before + 2:
+        assert time.monotonic() < deadline
+    assert not metric(url, 'cartridges_requests_total{model="harbour",status="500"}')
 
 
 def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, url):
@@ -110,6 +124,10 @@ def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, ur
             while metric(url, 'cartridges_loads_total{model="harbour",result="ok"}') == loads:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.5)
+            own = replicas_with(url, "harbour")
+            assert (await http.put("/harbour/replicas", json={"min_replicas": 1, "max_replicas": 1})).status_code == 202
+            await asyncio.sleep(3)
+            assert replicas_with(url, "harbour") == own, "restarted, though nothing has changed"
             taken = await http.delete("/harbour/replicas")
             assert taken.status_code == 202, taken.text
             # Taking away goes on behind the answer; once it is done there is nothing left to take.
@@ -124,10 +142,6 @@ def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, ur
     assert len(answered) > 4 and all(answer == expected[name] for name, answer in answered)
 
 
-            own = replicas_with(url, "harbour")
-            assert (await http.put("/harbour/replicas", json={"min_replicas": 1, "max_replicas": 1})).status_code == 202
-            await asyncio.sleep(3)
-            assert replicas_with(url, "harbour") == own, "restarted, though nothing has changed"
 def test_replicas_that_sleep_take_nothing_down_and_wake_for_a_request(client, url):
     expected = ask(client, "harbour")
     with httpx.Client(base_url=url, timeout=PATIENCE) as http:
@@ -162,6 +176,12 @@ def test_replicas_that_sleep_take_nothing_down_and_wake_for_a_request(client, ur
         assert ask(client, "harbour") == expected
 
 
+def replicas_with(url: str, name: str) -> set[str]:
+    """The replicas that have ever loaded the cartridge."""
+    text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
+    return set(re.findall(rf'cartridges_loads_total{{model="{name}",replica="(\w+)"', text))
+
+
 class Crowd:
     """Clients that ask on until `stop`: good ones, ones that ask badly, and one that never reads its answer."""
 
@@ -176,12 +196,6 @@ class Crowd:
             while not self.stop.is_set():
                 for name in self.models:
                     try:
-def replicas_with(url: str, name: str) -> set[str]:
-    """The replicas that have ever loaded the cartridge."""
-    text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
-    return set(re.findall(rf'cartridges_loads_total{{model="{name}",replica="(\w+)"', text))
-
-
                         answer = await client.chat.completions.create(model=name, messages=ASK, max_tokens=8)
                     except openai.APIStatusError as error:
                         assert error.status_code == 503 and error.body["code"] == "replica_lost", error

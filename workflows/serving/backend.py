@@ -48,7 +48,8 @@ class EngineCall:
 class Backend(Protocol):
     """Engine and residency. Closing a stream frees its slot. Errors: `ApiError`, `UserError`.
 
-    `release`: whether any replica had it. `residents` maps `name@version` to what `Resident.describe` says (of one of the replicas).
+    `release`: whether any replica had it. `residents` maps `name@version` to what `Resident.describe` says (of one of
+    the replicas).
     """
 
     def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]: ...
