@@ -19,6 +19,7 @@ from tests.serve_support import (
     value_of,
 )
 from workflows.serving.app import create_app
+from workflows.serving.limits import BodyLimit
 from workflows.serving.metrics import TABLE
 
 ASK = [{"role": "user", "content": "What is known?"}]
@@ -263,6 +264,21 @@ def test_mistakes_have_openais_shape(url, body, status, message, param):
     assert set(error) == {"message", "type", "param", "code"} and error["type"].endswith("_error")
     assert message in error["message"] and "\n" not in error["message"]
     assert error["param"] == param
+
+
+@pytest.mark.parametrize(("count", "read"), [(7, 7), (30, 9)])
+def test_a_body_that_is_too_long_is_read_on_within_reason(count, read):
+    """Ten bytes are allowed; the pieces are of five."""
+    pieces, sent = iter(range(1, count + 1)), []
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 5, "more_body": next(pieces) < count}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(BodyLimit(None, 10)({"type": "http", "headers": []}, receive, send))
+    assert sent[0]["status"] == 413 and next(pieces, count + 1) == read + 1
 
 
 def test_unknown_routes_and_methods_too(url):
