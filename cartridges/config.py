@@ -245,10 +245,16 @@ class ReplicaSettings(Settings):
     min_replicas: int = Field(1, ge=0)
     """0 stops all replicas of an idle deployment; its next request waits for a replica to start."""
     max_replicas: int = Field(1, ge=1)
-    target_ongoing: float = Field(8, gt=0)
+    target_ongoing: float = Field(8, gt=0, allow_inf_nan=False)
     """Target of autoscaling: requests in flight per replica."""
-    idle_s: float = Field(60, ge=0)
+    idle_s: float = Field(60, ge=0, allow_inf_nan=False)
     """Seconds of lower load before a replica is stopped."""
+
+    @model_validator(mode="after")
+    def _least_and_most(self) -> "ReplicaSettings":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
 
 
 class ServeSettings(Settings):
@@ -257,7 +263,8 @@ class ServeSettings(Settings):
     engine: EngineName = "auto"
     """auto is vLLM if it is installed, else transformers."""
     cartridges: tuple[str, ...] = ()
-    """Names (`name[@version|@alias]`) to load at start. Empty offers the whole registry."""
+    """Names (`name[@version|@alias]`) that are offered. Empty offers the whole registry. Each is loaded by its first
+    request, or by `POST /v1/cartridges`."""
     keys_file: str | None = None
     """File of API keys (`cartridges keys add`). Without one, only requests from this machine are answered."""
     open_to_network: bool = False

@@ -24,10 +24,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Replace `path` by `data` (text as UTF-8)."""
+def write_atomically(path: Path, data: bytes | str, mode: int = 0o666) -> None:
+    """Replace `path` by `data` (text as UTF-8). `mode` is before the umask."""
     with replacing(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data.encode() if isinstance(data, str) else data)
 
 
 def file_digest(path: Path) -> str:

@@ -47,8 +47,10 @@ CARTRIDGES = (
         "in the engines": "sum(cartridges_engine_active)"}),
     Panel("Refused and left", "reqps", {
         "{{reason}}": _rate("cartridges_rejected_total", "reason", ""),
-        "client left": _rate("cartridges_disconnects_total", "")},
-        "Requests refused before the engine, and requests whose client left before the end."),
+        "client left": _rate("cartridges_disconnects_total", ""),
+        "audit line lost": _rate("cartridges_audit_lost_total", "", "")},
+        "Requests refused before the engine, those whose client left before the end, and those missing in the audit "
+        "log."),
     Panel("Answered from the text", "reqps", {"{{model}}": _rate("cartridges_fallbacks_total")},
           "Requests with `fallback` whose cartridge was unsure."),
     Panel("Tokens", "short", {

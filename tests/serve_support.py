@@ -137,7 +137,7 @@ def url_of(process: subprocess.Popen) -> str:
 
 
 def metric(url: str, line: str) -> float:
-    """The sample of /metrics that begins with `line`, 0 if there is none."""
+    """The samples of /metrics that begin with `line`, whichever replica they are of, as their sum."""
     text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
-    found = [row.rpartition(" ")[2] for row in text.splitlines() if row.startswith(line + " ")]
-    return float(found[0]) if found else 0.0
+    rows = [re.sub(r',?replica="\w+"', "", row).replace("{}", "") for row in text.splitlines()]
+    return sum(float(row.rpartition(" ")[2]) for row in rows if row.startswith(line + " "))

@@ -7,11 +7,15 @@ import openai
 import pytest
 
 from cartridges import artifact
+from cartridges.config import BuildSettings
 from cartridges.corpus_text import TEXT, keep_text
 from cartridges.engines.base import Request, TextPrefix
 from cartridges.errors import UserError
 from cartridges.registry import Registry
 from tests.serve_support import TEXTS, listening, make_service, publish, value_of
+from workflows.serving.api import ChatRequest
+from workflows.serving.errors import ApiError
+from workflows.serving.factory import build_service
 
 ASK = [{"role": "user", "content": "What is known?"}]
 LONG = " ".join(f"Berth {n} of Quell holds {n * 3} boats." for n in range(900))
@@ -50,6 +54,26 @@ def direct(base, engine, text: str) -> str:
         return [event.text async for event in engine.stream(Request(ids, TextPrefix(text), max_tokens=12))]
 
     return "".join(asyncio.run(run()))
+
+
+def test_a_window_that_is_set_for_vllm_is_the_planners(service, registry, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("workflows.serving.factory.wants_vllm", lambda engine, where: engine == "vllm")
+
+    def plan(engine: str, question: str, **options):
+        settings = BuildSettings.model_validate({"model": {"name": str(tiny_model_dir)}, "serve": {"engine": engine},
+                                                 "vllm": {"max_model_len": 1024}})
+        made = build_service(registry.root, settings, service.backend)
+        body = {"model": "long", "messages": [{"role": "user", "content": question}], **options}
+        return asyncio.run(made.plan(ChatRequest.model_validate(body)))
+
+    (call,) = plan("vllm", "Who?").calls
+    assert call.max_tokens < 1024
+    whole = plan("vllm", "Who?", full_context=True, max_tokens=100)
+    assert whole.context.truncated and whole.prompt_tokens + 100 <= 1024
+    with pytest.raises(ApiError, match="window is 1024 tokens") as refused:
+        plan("vllm", "a b c d " * 600)
+    assert refused.value.code == "context_length_exceeded"
+    assert plan("transformers", "a b c d " * 600).prompt_tokens > 1024
 
 
 def test_the_corpus_is_in_the_prompt(client, base, engine, service):

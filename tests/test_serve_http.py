@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import threading
 import time
 
 import httpx
@@ -18,6 +19,7 @@ from tests.serve_support import (
     value_of,
 )
 from workflows.serving.app import create_app
+from workflows.serving.body_limit import BodyLimit
 from workflows.serving.metrics import TABLE
 
 ASK = [{"role": "user", "content": "What is known?"}]
@@ -49,7 +51,7 @@ def post(url: str, body, path: str = "/v1/chat/completions", **options) -> httpx
 def test_models_are_the_base_and_the_registry(client, base):
     ids = [model.id for model in client.models.list()]
     assert ids == [base.identity.name, *sorted(TEXTS)]
-    assert client.models.retrieve("harbour").id == "harbour"
+    assert [client.models.retrieve(name).id for name in ("harbour", "auto")] == ["harbour", "auto"]
 
 
 def test_chat_answers_as_the_engine_does(client, base, engine):
@@ -132,6 +134,15 @@ def test_completions_take_several_prompts_and_token_ids(client, base):
     second = client.completions.create(model="harbour", prompt=ids, max_tokens=6)
     assert [choice.index for choice in both.choices] == [0, 1]
     assert both.choices[1].text == second.choices[0].text
+    first = base.tokenizer.encode(prompts[0], add_special_tokens=False)
+    for several in ([first, ids], [ids]):
+        made = client.completions.create(model="harbour", prompt=several, max_tokens=6)
+        assert [choice.text for choice in made.choices] == [choice.text for choice in both.choices][-len(several):]
+
+
+def test_an_assistant_that_said_nothing_is_taken(client):
+    silent = [ASK[0], {"role": "assistant", "content": None}, ASK[0]]
+    assert client.chat.completions.create(model="harbour", messages=silent, max_tokens=2).choices
 
 
 def test_a_system_message_opens_the_first_user_message(client):
@@ -183,6 +194,29 @@ def test_a_client_that_leaves_frees_its_slot(url, engine, service, stream):
     assert value_of(service.metrics, "cartridges_disconnects_total", model="harbour") == before + 1
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_is_cancelled_counts_as_a_client_that_left(base, engine, registry, tmp_path, stream):
+    """Ray Serve tells of a disconnect by cancelling the request."""
+    log = tmp_path / "audit.jsonl"
+    service = make_service(base, registry, engine, audit_log=str(log))
+
+    async def leave():
+        transport = httpx.ASGITransport(app=create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            asked = {"model": "harbour", "messages": ASK, "max_tokens": 2000, "stream": stream}
+            task = asyncio.create_task(client.post("/v1/chat/completions", json=asked))
+            while value_of(service.metrics, "cartridges_queued", model="harbour") or not engine.num_active:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert service.in_flight == 0
+    assert value_of(service.metrics, "cartridges_disconnects_total", model="harbour") == 1
+    assert value_of(service.metrics, "cartridges_requests_total", model="harbour", status="499") == 1
+    assert [json.loads(line)["status"] for line in log.read_text().splitlines()] == [200 if stream else 499]
+
+
 GOOD = {"model": "harbour", "messages": ASK}
 
 
@@ -207,6 +241,11 @@ MISTAKES = [
     (GOOD | {"tools": [{"type": "function"}]}, 400, "tools", "tools"),
     (saying("\ud800"), 400, "messages", "messages"),
     (saying(None), 400, "messages", "messages"),
+    (saying("\ud800"), 400, "messages.0.content: the text holds half", "messages"),
+    (saying([{"type": "image_url", "image_url": {"url": "x"}}]), 400, "messages.0.content.0.type: Input", "messages"),
+    (saying({"a": 1}), 400, "messages.0.content: Input should be a valid string", "messages"),
+    (GOOD | {"messages": [{"role": "user"}]}, 400, "messages.0: content is missing", "messages"),
+    (GOOD | {"messages": [{"content": "x"}]}, 400, "messages.0.role: Field required", "messages"),
     ("{not json", 400, "not JSON", None),
     ("[1, 2]", 400, "", None),
     (b"\xff\xfe\x00", 400, "", None),
@@ -227,9 +266,30 @@ def test_mistakes_have_openais_shape(url, body, status, message, param):
     assert error["param"] == param
 
 
+@pytest.mark.parametrize(("count", "read"), [(7, 7), (30, 9)])
+def test_a_body_that_is_too_long_is_read_on_within_reason(count, read):
+    """Ten bytes are allowed; the pieces are of five."""
+    pieces, sent = iter(range(1, count + 1)), []
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 5, "more_body": next(pieces) < count}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(BodyLimit(None, 10)({"type": "http", "headers": []}, receive, send))
+    assert sent[0]["status"] == 413 and next(pieces, count + 1) == read + 1
+
+
 def test_unknown_routes_and_methods_too(url):
     assert HTTP.get(f"{url}/v1/nothing").json()["error"]["message"] == "Not Found"
-    assert HTTP.get(f"{url}/v1/chat/completions").status_code == 405
+    refused = HTTP.get(f"{url}/v1/chat/completions")
+    assert refused.status_code == 405 and refused.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_replicas_that_cannot_be_are_refused(url):
+    refused = HTTP.put(f"{url}/v1/cartridges/harbour/replicas", json={"min_replicas": 3, "max_replicas": 1})
+    assert refused.status_code == 400 and "min_replicas 3 is above" in refused.json()["error"]["message"]
 
 
 def test_random_bodies_never_break_it(url):
@@ -254,9 +314,11 @@ def test_too_many_requests_are_told_to_wait(base, engine, registry):
         transport = httpx.ASGITransport(app=create_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             body = {"model": "base", "messages": ASK, "max_tokens": 30}
-            return await asyncio.gather(*[client.post("/v1/chat/completions", json=body) for _ in range(3)])
+            bodies = [*[body] * 3, body | {"n": 2}]
+            return await asyncio.gather(*[client.post("/v1/chat/completions", json=body) for body in bodies])
 
-    answers = asyncio.run(run())
+    *answers, never = asyncio.run(run())
+    assert never.status_code == 400 and "at most 1 here" in never.json()["error"]["message"]
     assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.headers["retry-after"] == "1" and refused.json()["error"]["type"] == "rate_limit_error"
@@ -269,6 +331,24 @@ def test_a_request_that_takes_too_long_is_ended(base, engine, registry):
         assert post(url, asked).status_code == 504
         assert '"code":"timeout"' in post(url, asked | {"stream": True}).text
     assert engine.num_active == 0
+
+
+def test_planning_is_behind_admission_and_has_the_time_limit(base, engine, registry, monkeypatch):
+    """A registry that hangs lets no more in than the queue takes, and holds no client for ever."""
+    service = make_service(base, registry, engine, request_timeout_s=0.5, max_queue=2)
+    freed = threading.Event()
+    monkeypatch.setattr(service.catalog, "resolve", lambda *_: freed.wait(60))
+
+    async def run():
+        transport = httpx.ASGITransport(app=create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            body = {"model": "harbour", "messages": ASK, "max_tokens": 1}
+            answers = await asyncio.gather(*[client.post("/v1/chat/completions", json=body) for _ in range(3)])
+            freed.set()
+            return answers
+
+    assert sorted(answer.status_code for answer in asyncio.run(run())) == [429, 504, 504]
+    assert service.in_flight == 0
 
 
 def test_metrics_are_those_of_the_table(url, client):
@@ -286,3 +366,31 @@ def test_metrics_are_those_of_the_table(url, client):
 
 def test_health(url):
     assert HTTP.get(f"{url}/healthz").json()["status"] == "ok"
+
+
+def test_draining_refuses_lets_finish_and_ends_what_is_late(base, engine, registry):
+    service = make_service(base, registry, engine, drain_s=2)
+
+    async def run():
+        transport = httpx.ASGITransport(app=create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+            def ask(tokens: int, stream: bool = False) -> asyncio.Task:
+                body = {"model": "base", "messages": ASK, "max_tokens": tokens, "stream": stream}
+                return asyncio.create_task(client.post("/v1/chat/completions", json=body))
+
+            late, late_stream, quick = ask(2000), ask(2000, stream=True), ask(3)
+            while service.in_flight < 3:
+                await asyncio.sleep(0.01)
+            draining = asyncio.create_task(service.drain())
+            await asyncio.sleep(0)
+            refused = [await client.get("/healthz"), await ask(1)]
+            assert not draining.done()
+            await draining
+            return [*refused, await late], await late_stream, await quick
+
+    refused, stream, quick = asyncio.run(run())
+    assert quick.status_code == 200 and service.in_flight == engine.num_active == 0
+    assert '"code":"draining"' in stream.text and "[DONE]" not in stream.text
+    for response in refused:
+        assert response.status_code == 503 and response.headers["retry-after"]
+        assert response.json()["error"]["code"] == "draining"

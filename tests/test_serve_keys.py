@@ -11,7 +11,7 @@ import yaml
 
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
-from tests.serve_support import make_service
+from tests.serve_support import make_service, value_of
 from workflows.cli import main
 from workflows.serving import access
 from workflows.serving.access import Authenticator, is_loopback
@@ -208,6 +208,27 @@ def test_the_audit_log_tells_who_and_how_much_and_no_text(base, engine, registry
     answer = whole.json()["choices"][0]["message"]["content"]
     assert "secret question" not in text and key not in text and (not answer.strip() or answer not in text)
     assert streamed.status_code == 200 and stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_an_audit_log_that_cannot_be_opened_is_refused_and_a_lost_line_is_counted(base, engine, registry, tmp_path):
+    nowhere = tmp_path / "none" / "audit.jsonl"
+    unlogged = BuildSettings.model_validate({"serve": {"audit_log": str(nowhere)}})
+    with pytest.raises(UserError, match="audit_log .* cannot be opened: No such file"), \
+            running_service(str(tmp_path), unlogged):
+        pass
+    nowhere.parent.mkdir()
+    service = make_service(base, registry, engine, audit_log=str(nowhere))
+    app = create_app(service)
+    nowhere.unlink()
+    nowhere.parent.rmdir()
+
+    async def ask():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return (await client.get("/v1/models")).status_code
+
+    assert asyncio.run(ask()) == 200
+    assert value_of(service.metrics, "cartridges_audit_lost_total") == 1
 
 
 def test_finding_a_key_compares_them_all(file, monkeypatch):

@@ -1,8 +1,10 @@
 """The service as users run it: `cartridges serve` on Ray Serve, from start to the last process gone."""
 
 import asyncio
+import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -80,8 +82,22 @@ def test_a_client_that_leaves_frees_the_engine(url):
             assert time.monotonic() < left + 20
         return time.monotonic() - left
 
+    async def leave_before_the_answer() -> None:
+        async with httpx.AsyncClient(timeout=PATIENCE) as client:
+            task = asyncio.create_task(client.post(f"{url}/v1/chat/completions", json=asked | {"stream": False}))
+            while not await asyncio.to_thread(metric, url, "cartridges_engine_active"):
+                assert not task.done()
+            task.cancel()
+
+    left = 'cartridges_requests_total{model="harbour",status="499"}'
+    before = metric(url, left)
     # A second on a machine that is not loaded; the way leads over two processes.
     assert asyncio.run(leave()) < 5
+    asyncio.run(leave_before_the_answer())
+    deadline = time.monotonic() + 20
+    while metric(url, left) < before + 2:
+        assert time.monotonic() < deadline
+    assert not metric(url, 'cartridges_requests_total{model="harbour",status="500"}')
 
 
 def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, url):
@@ -108,6 +124,10 @@ def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, ur
             while metric(url, 'cartridges_loads_total{model="harbour",result="ok"}') == loads:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.5)
+            own = replicas_with(url, "harbour")
+            assert (await http.put("/harbour/replicas", json={"min_replicas": 1, "max_replicas": 1})).status_code == 202
+            await asyncio.sleep(3)
+            assert replicas_with(url, "harbour") == own, "restarted, though nothing has changed"
             taken = await http.delete("/harbour/replicas")
             assert taken.status_code == 202, taken.text
             # Taking away goes on behind the answer; once it is done there is nothing left to take.
@@ -120,6 +140,46 @@ def test_a_cartridge_gets_replicas_of_its_own_while_others_are_served(client, ur
 
     asyncio.run(change())
     assert len(answered) > 4 and all(answer == expected[name] for name, answer in answered)
+
+
+def test_replicas_that_sleep_take_nothing_down_and_wake_for_a_request(client, url):
+    expected = ask(client, "harbour")
+    with httpx.Client(base_url=url, timeout=PATIENCE) as http:
+        asleep = {"min_replicas": 0, "max_replicas": 1, "idle_s": 1}
+        assert http.put("/v1/cartridges/harbour/replicas", json=asleep).status_code == 202
+        pool = http.post("/v1/cartridges", json={"name": "harbour"})
+        deadline = time.monotonic() + PATIENCE
+
+        def everything_answers() -> None:
+            assert time.monotonic() < deadline
+            for path in ("/metrics", "/v1/models", "/v1/cartridges", "/v1/cartridges/harbour", "/healthz"):
+                response = http.get(path)
+                assert response.status_code == 200, (path, response.text)
+            assert 'cartridges_requests_total{' in http.get("/metrics").text
+
+        while pool.status_code != 503:  # Its own replicas are in charge, and none of them runs.
+            assert pool.status_code == 201
+            everything_answers()
+            time.sleep(0.3)
+            pool = http.post("/v1/cartridges", json={"name": "harbour"})
+        assert pool.json()["error"]["code"] == "no_replica" and pool.headers["retry-after"]
+        began = time.monotonic()
+        assert ask(client, "harbour") == expected
+        print(f"from no replica to an answer: {time.monotonic() - began:.1f} s")  # pytest -s shows it
+        everything_answers()
+        while http.post("/v1/cartridges", json={"name": "harbour"}).status_code != 503:
+            everything_answers()
+            time.sleep(1)
+        everything_answers()
+        assert ask(client, "harbour") == expected
+        assert http.delete("/v1/cartridges/harbour/replicas").status_code == 202
+        assert ask(client, "harbour") == expected
+
+
+def replicas_with(url: str, name: str) -> set[str]:
+    """The replicas that have ever loaded the cartridge."""
+    text = httpx.get(f"{url}/metrics", timeout=PATIENCE).text
+    return set(re.findall(rf'cartridges_loads_total{{model="{name}",replica="(\w+)"', text))
 
 
 class Crowd:
@@ -200,12 +260,31 @@ def test_stopping_finishes_what_runs_and_leaves_no_process(process, url):
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     asked = {"model": "orchard", "messages": ASK, "max_tokens": 60, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=PATIENCE) as response:
+    with (ThreadPoolExecutor() as threads,
+          httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=PATIENCE) as response):
         lines = response.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
+        knocking = threads.submit(knock, url)
         assert [line for line in lines if line][-1] == "data: [DONE]"
+        heard = knocking.result()
+    assert heard <= {(200, ""), (503, "draining")} and (503, "draining") in heard
     assert process.wait(PATIENCE) == 0
     gone, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [child.cmdline() for child in alive]
     assert "Traceback" not in process.told.read_text()
+
+
+def knock(url: str) -> set[tuple[int, str]]:
+    """(status, code) of what a service says that is being stopped, until it does not listen any more."""
+    heard = set()
+    while True:
+        for ask in (lambda: httpx.get(f"{url}/healthz", timeout=PATIENCE),
+                    lambda: httpx.post(f"{url}/v1/chat/completions", timeout=PATIENCE,
+                                       json={"model": "base", "messages": ASK, "max_tokens": 1})):
+            try:
+                response = ask()
+            except httpx.TransportError:
+                return heard
+            code = response.json()["error"]["code"] if response.is_error else ""
+            heard.add((response.status_code, code))

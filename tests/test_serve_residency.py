@@ -25,7 +25,8 @@ def bytes_of(registry, name: str) -> int:
 async def ask(service, model: str, max_tokens: int = 4) -> str:
     body = ChatRequest(model=model, messages=[{"role": "user", "content": "What is known?"}],
                        max_tokens=max_tokens)
-    return "".join([event.text async for _, event in service.generate(await service.plan(body))])
+    _, events = await service.start(body)
+    return "".join([event.text async for _, event in events])
 
 
 async def loaded(service) -> list[str]:

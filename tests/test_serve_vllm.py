@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -9,6 +10,7 @@ import psutil
 import pytest
 
 from cartridges.engines.base import CartridgePrefix, Request, TextPrefix
+from cartridges.engines.spool import OWNER
 from cartridges.engines.transformers import TransformersEngine
 from cartridges.engines.vllm_setup import is_installed
 from tests.serve_support import (
@@ -114,10 +116,42 @@ def test_a_client_that_leaves_frees_the_engine(url):
     assert 0 < metric(url, generated) - before < 900
 
 
-def test_stopping_leaves_no_process(process, url):
+def test_a_dead_engine_process_is_replaced(process, url, expected):
+    (name, question), text = next(iter(expected.items()))
+    replica, engine = engine_processes(process)
+    engine.kill()
+    killed, codes = time.monotonic(), set()
+    while True:
+        assert time.monotonic() < killed + PATIENCE
+        try:
+            answer = ask(url, name, question)
+        except openai.APIStatusError as error:
+            assert error.status_code == 503 and error.response.headers["retry-after"], error
+            codes.add(error.body["code"])
+            time.sleep(0.5)
+        else:
+            break
+    print(f"answered again {time.monotonic() - killed:.1f} s after the kill, meanwhile {codes}")  # pytest -s shows it
+    assert answer.choices[0].message.content == text.strip("\ufffd")
+    assert "replica_lost" in codes
+    assert engine_processes(process)[0] != replica
+
+
+def engine_processes(process) -> tuple[psutil.Process, psutil.Process]:
+    """The replica that holds the engine, and vLLM's own process below it."""
+    (replica,) = [child for child in psutil.Process(process.pid).children(recursive=True)
+                  if any("ServeReplica" in part and "engine" in part for part in child.cmdline())]
+    (engine,) = [child for child in replica.children() if any("EngineCore" in part or "spawn_main" in part
+                                                              for part in child.cmdline())]
+    return replica, engine
+
+
+def test_stopping_leaves_no_process_and_no_file(process, url):
     family = psutil.Process(process.pid).children(recursive=True)
-    assert family
+    (owner,) = [Path(file.path) for file in engine_processes(process)[0].open_files() if file.path.endswith(OWNER)]
+    assert owner.is_file()
     process.terminate()
     assert process.wait(PATIENCE) == 0
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive, [child.cmdline() for child in alive]
+    assert not owner.parent.exists(), "cartridges were left in the spool"

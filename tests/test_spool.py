@@ -1,6 +1,12 @@
 """Cartridges on disk for vLLM's workers: content decides the name; nothing vouches for damaged bytes."""
 
 import hashlib
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +42,22 @@ def test_same_bytes_share_a_file_and_other_bytes_never_do(spool):
     first = spool.put(CartridgePrefix(make(0), "a"))
     assert spool.put(CartridgePrefix(make(0), "b")) == first
     assert spool.put(CartridgePrefix(make(1), "a")) != first, "a digest used twice must not mix cartridges"
+
+
+def test_a_spool_is_private_and_what_a_killed_process_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "from cartridges.engines.spool import Spool; import os; spool = Spool(); print(spool.root); os._exit(9)"
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                            env=os.environ | {"TMPDIR": str(tmp_path)})
+    left = Path(killed.stdout.strip())
+    assert left.parent == tmp_path and left.is_dir()
+    alive = Spool()
+    assert not left.exists()
+    path = spool_file(alive.root, alive.put(CartridgePrefix(make(0), "a")))
+    assert Spool().root != alive.root and path.is_file(), "a spool that is in use was swept"
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (alive.root, path)] == [0o700, 0o600]
+    alive.close()
+    assert not alive.root.exists()
 
 
 def test_training_on_is_noticed_under_the_same_digest(spool):

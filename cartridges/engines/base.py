@@ -129,6 +129,10 @@ class Engine(Protocol):
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]: ...
 
 
+class EngineLost(RuntimeError):
+    """The engine is gone and does not come back by itself: whoever made it must make another."""
+
+
 class StreamingEngine(Protocol):
     """Serving. Closing the iterator (when a client leaves) frees the request's slot at once.
 
@@ -137,3 +141,11 @@ class StreamingEngine(Protocol):
     """
 
     def stream(self, request: Request, tenant: str = "") -> AsyncIterator[TokenEvent]: ...
+
+    def check_health(self) -> None:
+        """Raises `EngineLost` once the engine can answer no request any more."""
+        ...
+
+    def close(self) -> None:
+        """Stop, and remove what was written to disk."""
+        ...

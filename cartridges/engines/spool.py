@@ -5,7 +5,9 @@ own settings, and check its bytes against its name: a request can neither name a
 keys.
 """
 
+import fcntl
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -19,6 +21,12 @@ from threading import RLock
 from cartridges.cartridge import Cartridge
 from cartridges.engines.base import CartridgePrefix
 from cartridges.files import file_digest, write_atomically
+
+PREFIX = "cartridges-spool-"
+"""Beginning of the names of temporary spool directories."""
+
+OWNER = ".owner"
+"""File in a temporary spool that its process keeps locked: the kernel lets go of it however the process ends."""
 
 _HASH = re.compile("[0-9a-f]{64}")
 
@@ -45,21 +53,27 @@ def check_spooled(root: Path, content: str) -> Path:
 
 
 class Spool:
-    """Writes cartridges to `directory` (None: a temporary one, removed with the spool).
+    """Writes cartridges to `directory` (None: a temporary one, removed with the spool; with it those of processes
+    that were killed).
 
-    Above `max_bytes` the least recently used files are removed, except those in use. Thread-safe.
+    Above `max_bytes` the least recently used files are removed, except those in use. Thread-safe. Only this user can
+    read the files.
     """
 
     def __init__(self, directory: str | None = None, max_bytes: int = 8 << 30):
-        self.root = Path(directory or tempfile.mkdtemp(prefix="cartridges-spool-")).resolve()
-        self.root.mkdir(parents=True, exist_ok=True)
+        if directory is None:
+            sweep()
+            self.root, lock = _temporary()
+            self._remove = weakref.finalize(self, _remove, self.root, lock)
+        else:
+            self.root, self._remove = Path(directory).resolve(), None
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.max_bytes = max_bytes
         self._known: dict[str, _Known] = {}
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._in_use: Counter[str] = Counter()
         self._forgotten: set[str] = set()
         self._lock = RLock()
-        self._remove = weakref.finalize(self, shutil.rmtree, self.root, True) if directory is None else None
 
     @contextmanager
     def hold(self, prefix: CartridgePrefix) -> Iterator[str]:
@@ -112,7 +126,7 @@ class Spool:
         data = save({"keys": keys, "values": values})
         content = hashlib.sha256(data).hexdigest()
         if content not in self._sizes:
-            write_atomically(spool_file(self.root, content), data)
+            write_atomically(spool_file(self.root, content), data, mode=0o600)
             self._sizes[content] = len(data)
         return content
 
@@ -123,6 +137,37 @@ class Spool:
                 self.distrust(content)
                 self._forgotten.discard(content)
                 spool_file(self.root, content).unlink(missing_ok=True)
+
+
+def sweep() -> None:
+    """Remove the temporary spools whose process is gone."""
+    for owner in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
+        try:
+            lock = os.open(owner, os.O_RDWR)
+        except OSError:  # Another user's, or removed by another sweep.
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def _temporary() -> tuple[Path, int]:
+    """A new directory, and the lock that keeps it from being swept."""
+    root = Path(tempfile.mkdtemp(prefix=PREFIX)).resolve()
+    unlocked = root / f"{OWNER}.new"
+    lock = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    unlocked.rename(root / OWNER)
+    return root, lock
+
+
+def _remove(root: Path, lock: int) -> None:
+    shutil.rmtree(root, ignore_errors=True)
+    os.close(lock)
 
 
 class _Known:

@@ -14,7 +14,7 @@ import torch
 
 from cartridges.attention import AttentionContext, causal_bias
 from cartridges.engines.answer import Answer, stop_token_ids
-from cartridges.engines.base import CartridgePrefix, Request, TextPrefix, TokenEvent
+from cartridges.engines.base import CartridgePrefix, EngineLost, Request, TextPrefix, TokenEvent
 from cartridges.engines.batching import power_of_two
 from cartridges.engines.prefix_cache import PrefixCache, cartridge_kv, prefix_ids, prefix_key
 from cartridges.engines.sampling import Draws, sample
@@ -78,6 +78,11 @@ class TransformersStreamingEngine:
         """Requests waiting or decoding."""
         with self._changed:
             return sum(not stream.cancelled for stream in [*self._waiting, *self._active])
+
+    def check_health(self) -> None:
+        """Raises `EngineLost` once the worker thread has ended."""
+        if not self._worker.is_alive():
+            raise EngineLost("the engine's thread has ended")
 
     def forget(self, digest: str) -> None:
         """Drop a cartridge's KV. Running requests keep their own copy."""

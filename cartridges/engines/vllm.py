@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cartridges.config import VllmSettings
 from cartridges.engines.answer import Answer
-from cartridges.engines.base import CartridgePrefix, Completion, Request, Score, ScoreRequest, TokenEvent
+from cartridges.engines.base import CartridgePrefix, Completion, EngineLost, Request, Score, ScoreRequest, TokenEvent
 from cartridges.engines.spool import Spool, SpoolError, check_spooled
 from cartridges.engines.vllm_requests import Prompt, Translator, loss_positions, rows
 from cartridges.engines.vllm_setup import engine_arguments, prepare
@@ -142,8 +142,10 @@ class AsyncVllmEngine:
         """Closing the iterator aborts the request. Prefix-cache blocks are shared within a `tenant`.
 
         Raises `UserError` when prefix, prompt and answer do not fit the model's window, and
-        `CartridgeLoadError` when the cartridge could not be loaded.
+        `CartridgeLoadError` when the cartridge could not be loaded, `EngineLost` when vLLM's process died.
         """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         self._active += 1
         try:
             with ExitStack() as held:
@@ -151,8 +153,15 @@ class AsyncVllmEngine:
                 async with aclosing(self._events(request, prompt)) as events:
                     async for event in events:
                         yield event
+        except EngineDeadError as error:
+            raise EngineLost("vLLM's process is gone") from error
         finally:
             self._active -= 1
+
+    def check_health(self) -> None:
+        """Raises `EngineLost` once vLLM's process is gone."""
+        if self._engine.errored:
+            raise EngineLost("vLLM's process is gone")
 
     async def _prompt(self, request: Request, held: ExitStack, tenant: str) -> Prompt:
         content = None

@@ -1,8 +1,11 @@
 """Middleware of the HTTP service: authenticates the caller, and writes a line of the audit log for each request."""
 
+import asyncio
 import json
+import logging
 import os
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,8 +13,11 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cartridges.errors import UserError
 from workflows.serving.access import NOBODY, Authenticator
 from workflows.serving.errors import ApiError
+
+log = logging.getLogger(__name__)
 
 OPEN = ("/", "/healthz", "/favicon.ico")
 OPEN_FOLDER = "/web/"
@@ -21,16 +27,28 @@ OPEN_FOLDER = "/web/"
 class AuditLog:
     """JSON lines, one a request: who, what, how much and with what result; never a prompt or an answer.
 
-    Opened for every line, so that it can be rotated by renaming.
+    Opened for every line, so that it can be rotated by renaming. Raises `UserError` where it cannot be opened at
+    first; a line that cannot be written later is lost, said in the service's log and counted (`lost`).
     """
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, lost: Callable[[], None]):
+        self.path, self._lost = path, lost
+        try:
+            self._append(b"")
+        except OSError as error:
+            raise UserError(f"serve.audit_log {path} cannot be opened: {error.strerror}") from None
 
     def write(self, line: dict[str, Any]) -> None:
+        try:
+            self._append((json.dumps(line) + "\n").encode())
+        except OSError:
+            log.exception("a line of the audit log is lost")
+            self._lost()
+
+    def _append(self, data: bytes) -> None:
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(file, (json.dumps(line) + "\n").encode())
+            os.write(file, data)
         finally:
             os.close(file)
 
@@ -68,6 +86,9 @@ class AccessMiddleware:
             await self.app(_with_state(scope, caller=caller, note=note), receive, watched)
         except Exception:  # It is answered further out.
             status = 500
+            raise
+        except asyncio.CancelledError:  # The client has left; a stream's status was sent before.
+            status = status or 499
             raise
         finally:
             if self.audit is not None:

@@ -96,6 +96,11 @@ class Generation(Body, ABC):
         return self.max_tokens
 
     @property
+    def choices(self) -> int:
+        """Answers that are asked for."""
+        return self.n
+
+    @property
     @abstractmethod
     def topk(self) -> int | None:
         """Top logprobs per token; None when no logprobs were asked for."""
@@ -109,10 +114,19 @@ class TextPart(BaseModel):
 class ChatMessage(BaseModel):
     model_config = ConfigDict(frozen=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] | None = None
+    """None is what clients send of an assistant that said nothing."""
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is missing")
+        return self
 
     @property
     def text(self) -> str:
+        if self.content is None:
+            return ""
         if isinstance(self.content, str):
             return self.content
         return "\n".join(part.text for part in self.content)
@@ -149,16 +163,20 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    prompt: Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
+    prompt: (Text | TokenIds | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
+             | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)])
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = False
     best_of: Literal[1] = 1
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, list) and isinstance(self.prompt[0], str):
-            return self.prompt
-        return [self.prompt]
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return self.prompt if several else [self.prompt]
+
+    @property
+    def choices(self) -> int:
+        return len(self.prompts) * self.n
 
     @property
     def topk(self) -> int | None:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
@@ -21,7 +22,8 @@ from workflows.serving.access import Authenticator, Caller
 from workflows.serving.access_middleware import AccessMiddleware, AuditLog
 from workflows.serving.api import ChatRequest, CompletionRequest, Generation, LoadRequest, UpdateRequest
 from workflows.serving.body_limit import BodyLimit
-from workflows.serving.errors import ApiError
+from workflows.serving.catalog import AUTO
+from workflows.serving.errors import ApiError, draining
 from workflows.serving.formats import Answer
 from workflows.serving.page import add_page
 from workflows.serving.plans import Plan
@@ -39,10 +41,11 @@ def create_app(service: CartridgeService) -> FastAPI:
     """All routes of the service. Errors are OpenAI-shaped whatever raised them."""
     app = FastAPI(title="cartridges", docs_url=None, redoc_url=None)
     settings = service.settings
+    lost = partial(service.metrics.add, "cartridges_audit_lost_total")
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     # Added last, so it stands first: who may not come in sends no body.
     app.add_middleware(AccessMiddleware, authenticator=Authenticator(settings.keys_file, settings.open_to_network),
-                       audit=AuditLog(settings.audit_log) if settings.audit_log else None)
+                       audit=AuditLog(settings.audit_log, lost) if settings.audit_log else None)
     _add_errors(app, service)
     _add_generation(app, service)
     _add_cartridges(app, service)
@@ -112,12 +115,16 @@ def _add_state(app: FastAPI, service: CartridgeService) -> None:
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str, caller: CallerIs):
+        if name == AUTO:
+            return model(AUTO, [])
         target = await asyncio.to_thread(service.catalog.resolve, name, (), caller.may_use)
         aliases = sorted({alias for entry in target.entries for alias in entry.aliases})
         return model(name, aliases if target.entries else ["base"])
 
     @app.get("/healthz")
     async def healthz():
+        if service.draining:
+            raise draining()
         return {"status": "ok", "model": service.identity.name, "in_flight": service.in_flight}
 
     @app.get("/metrics")
@@ -154,8 +161,9 @@ def _add_errors(app: FastAPI, service: CartridgeService) -> None:
 
 
 def _explain(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    told = [(_place(found, error.body), found) for found in error.errors()]
+    # Of the ways in which a value may be written (a text, or a list of parts), the one that went furthest was meant.
+    where, first = max((pair for pair in told if pair[0][:1] == told[0][0][:1]), key=lambda pair: len(pair[0]))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', message)}")
@@ -166,14 +174,26 @@ def _explain(error: RequestValidationError) -> ApiError:
     return ApiError(400, text.encode(errors="replace").decode()[:500], param=param)
 
 
+def _place(found: dict[str, Any], body: Any) -> list[str]:
+    """Where in the body it is, without pydantic's own names for the ways in which a value may be written."""
+    where, here = [], body
+    for part in found["loc"][1:]:  # The first is "body".
+        if isinstance(here, list) and isinstance(part, int):
+            here = here[part]
+        elif isinstance(here, dict) and (part in here or found["type"] == "missing"):
+            here = here.get(part)
+        else:
+            continue
+        where.append(str(part))
+    return where
+
+
 async def _answer(service: CartridgeService, body: Generation, request: Request):
-    """Plan, wait for the first token (so that a refusal has its status), then stream or collect."""
+    """Admit and plan, wait for the first token (so that a refusal has its status), then stream or collect."""
     label, status, note = "", 500, request.state.note
     try:
         note["asked"] = "+".join([body.model, *body.cartridges])[:200]
-        plan = await _while_connected(request, service.plan(body, request.state.caller))
-        label = plan.label
-        plan, events = await _while_connected(request, service.start(plan, body, request.state.caller))
+        plan, events = await _while_connected(request, service.start(body, request.state.caller))
         label = plan.label
         answer = Answer(body, plan, service.template.tokenizer, note)
         if body.stream:
@@ -187,7 +207,7 @@ async def _answer(service: CartridgeService, body: Generation, request: Request)
     except (ApiError, UserError) as error:
         status = error.status if isinstance(error, ApiError) else 400
         raise
-    except ClientLeft:
+    except (ClientLeft, asyncio.CancelledError):  # Ray Serve cancels the request of a client that has left.
         status = 499
         service.metrics.add("cartridges_disconnects_total", model=label)
         raise

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from cartridges.artifact import Artifact, check_compatible, load
 from cartridges.compose import compose, composed_digest
 from cartridges.config import ReplicaSettings
-from cartridges.engines.base import Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
+from cartridges.engines.base import EngineLost, Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
 from cartridges.models import ModelIdentity, rope_frequencies
 from cartridges.registry import Registry
 from workflows.serving.catalog import PLUS
-from workflows.serving.errors import ApiError
+from workflows.serving.errors import ApiError, replica_lost
 from workflows.serving.metrics import Family, Metrics
 from workflows.serving.residency import Residency
 
@@ -47,14 +47,15 @@ class EngineCall:
 class Backend(Protocol):
     """Engine and residency. Closing a stream frees its slot. Errors: `ApiError`, `UserError`.
 
-    `residents` maps `name@version` to what `Resident.describe` says (of one of the replicas).
+    `release`: whether any replica had it. `residents` maps `name@version` to what `Resident.describe` says (of one of
+    the replicas).
     """
 
     def stream(self, call: EngineCall) -> AsyncIterator[TokenEvent]: ...
 
     async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]: ...
 
-    async def release(self, ref: str) -> None: ...
+    async def release(self, ref: str) -> bool: ...
 
     async def residents(self) -> dict[str, dict[str, Any]]: ...
 
@@ -84,8 +85,18 @@ class LocalBackend:
             prefix = await self._prefix(call, stack)
             stream = self.engine.stream(call.request(prefix), call.tenant)
             events = await stack.enter_async_context(aclosing(stream))
-            async for event in events:
-                yield event
+            try:
+                async for event in events:
+                    yield event
+            except EngineLost as error:
+                raise replica_lost() from error
+
+    def check_health(self) -> None:
+        """Raises `EngineLost` when nothing can be answered here any more."""
+        self.engine.check_health()
+
+    def close(self) -> None:
+        self.engine.close()
 
     async def _prefix(self, call: EngineCall, stack: AsyncExitStack) -> Prefix:
         if call.text is not None:
@@ -97,8 +108,8 @@ class LocalBackend:
     async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
         return await self.residency.hold(ref, pinned, ttl_s)
 
-    async def release(self, ref: str) -> None:
-        self.residency.release(ref)
+    async def release(self, ref: str) -> bool:
+        return self.residency.release(ref)
 
     async def residents(self) -> dict[str, dict[str, Any]]:
         return self.residency.list()

@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from cartridges.config import BuildSettings
 from workflows.serving.app import create_app
 from workflows.serving.factory import build_service
+from workflows.serving.metrics import Family
 from workflows.serving.ray_backend import RayBackend
 from workflows.serving.replicas import (
     DEDICATED,
@@ -42,8 +43,18 @@ class Ingress:
     """Holds a `CartridgeService`; its app is built in the replica."""
 
     def __init__(self, registry: str, settings: dict[str, Any], engine: DeploymentHandle):
-        parsed = BuildSettings.model_validate(settings)
-        self.service = build_service(registry, parsed, RayBackend(engine, registry, parsed))
+        parsed, me = BuildSettings.model_validate(settings), serve.get_replica_context()
+        backend = RayBackend(engine, registry, parsed, (me.app_name, me.deployment), me.replica_id.unique_id)
+        self.service = build_service(registry, parsed, backend)
+        self.service.metrics.replica = me.replica_id.unique_id
 
     def __serve_build_asgi_app__(self):
         return create_app(self.service)
+
+    async def tell(self) -> tuple[str, list[Family]]:
+        """Which replica this is, and what it has counted."""
+        return self.service.metrics.replica, self.service.metrics.families()
+
+    async def drain(self) -> None:
+        """Returns once nothing runs any more (`CartridgeService.drain`)."""
+        await self.service.drain()

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-         404: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error",
+TYPES = {401: "authentication_error", 403: "permission_error", 409: "conflict_error",
          429: "rate_limit_error"}
-"""HTTP status -> `error.type`; everything else is `server_error`."""
+"""HTTP status -> `error.type`; any other 4xx is `invalid_request_error`, everything else `server_error`."""
 
 
 class ApiError(Exception):
@@ -30,5 +29,14 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """`{"error": {"message", "type", "param", "code"}}`."""
-        kind = TYPES.get(self.status, "server_error")
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def replica_lost() -> ApiError:
+    """What was answering is gone; another takes its place."""
+    return ApiError(503, "the replica that answered was lost; try again", "replica_lost", retry_after=1)
+
+
+def draining() -> ApiError:
+    return ApiError(503, "the service is shutting down", "draining", retry_after=5)

@@ -22,7 +22,14 @@ def build_service(registry: str, settings: BuildSettings, backend: Backend) -> C
     """The service in front of `backend`. Reads the tokenizer and the model's identity, no weights."""
     directory = resolve_model_dir(settings.model)
     catalog = Catalog(Registry(registry), load_identity(directory), settings.serve.cartridges)
-    return CartridgeService(catalog, backend, ChatTemplate(load_tokenizer(directory)), settings.serve)
+    window = engine_window(settings, catalog.identity.max_position_embeddings)
+    return CartridgeService(catalog, backend, ChatTemplate(load_tokenizer(directory)), settings.serve, window)
+
+
+def engine_window(settings: BuildSettings, of_model: int) -> int:
+    """Tokens that a prefix and its conversation may have: `of_model`, or less where vLLM is set to take less."""
+    limited = settings.vllm.max_model_len and wants_vllm(settings.serve.engine, "serve.engine")
+    return min(of_model, settings.vllm.max_model_len) if limited else of_model
 
 
 def build_backend(registry: str, settings: BuildSettings) -> LocalBackend:

@@ -6,7 +6,6 @@ hash; it is shown once, when it is made.
 
 import hashlib
 import json
-import os
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,8 +101,4 @@ def _write(path: Path, records: tuple[KeyRecord, ...]) -> None:
     plain = KeyFile(keys=records).model_dump(mode="json")
     text = json.dumps(plain, indent=1) if path.suffix == ".json" else yaml.safe_dump(plain, sort_keys=False)
     # Nobody but the owner: hashes are no keys, but who has which corpora is not for everyone.
-    previous = os.umask(0o077)
-    try:
-        write_atomically(path, text)
-    finally:
-        os.umask(previous)
+    write_atomically(path, text, mode=0o600)

@@ -47,6 +47,7 @@ TABLE: dict[str, Metric] = {
     "cartridges_rejected_total": Metric(
         "counter", "Requests refused before the engine, by reason (queue_full)", ("reason",)),
     "cartridges_disconnects_total": Metric("counter", "Requests whose client left before the end", MODEL),
+    "cartridges_audit_lost_total": Metric("counter", "Lines that could not be written to the audit log"),
     "cartridges_fallbacks_total": Metric(
         "counter", "Answers taken from the corpus' text because the cartridge was unsure", MODEL),
     "cartridges_prompt_tokens_total": Metric("counter", "Prompt tokens, the prefix included", MODEL),
@@ -71,10 +72,15 @@ _KINDS = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 
 
 class Metrics:
-    """One process's values, of its part of `TABLE`. Unknown names and labels raise."""
+    """One process's values, of its part of `TABLE`. Unknown names and labels raise.
+
+    `replica`: who this is among several, a further label of everything told. They are not added up, because a sum
+    falls when one of them goes, and Prometheus would take that for a restart and count all over again.
+    """
 
     def __init__(self, source: Literal["ingress", "engine"]):
         self.registry = CollectorRegistry()
+        self.replica = ""
         self._metrics = {name: self._build(name, metric) for name, metric in TABLE.items()
                          if metric.source == source}
 
@@ -100,7 +106,10 @@ class Metrics:
 
     def families(self) -> list[Family]:
         """What was recorded so far, in a form that can be sent to another process."""
-        return list(self.registry.collect())
+        told = list(self.registry.collect())
+        for sample in (sample for family in told for sample in family.samples if self.replica):
+            sample.labels["replica"] = self.replica
+        return told
 
     def _child(self, name: str, labels: dict[str, str]):
         metric = self._metrics[name]

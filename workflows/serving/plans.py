@@ -87,25 +87,28 @@ class Plan:
 
 
 class Planner:
-    """Request bodies -> plans. Blocking: registry and tokenizer take time. Refusals are `ApiError`."""
+    """Request bodies -> plans. Blocking: registry and tokenizer take time. Refusals are `ApiError`.
 
-    def __init__(self, catalog: Catalog, template: ChatTemplate, settings: ServeSettings):
+    `window`: tokens that the engine takes (0: the model's window).
+    """
+
+    def __init__(self, catalog: Catalog, template: ChatTemplate, settings: ServeSettings, window: int = 0):
         self.catalog, self.template, self.settings = catalog, template, settings
-        self.window = catalog.identity.max_position_embeddings
+        self.window = window or catalog.identity.max_position_embeddings
         self.texts = CorpusTexts(catalog.registry, template, self.window)
         self.search = CorpusSearch(self.texts.read, catalog.searchable, template)
         self._default_tokens = len(template.default_ids())
 
     def plan(self, body: Generation, caller: Caller) -> Plan:
         prompts = self._prompts(body)
-        if len(prompts) * body.n > MAX_CHOICES:
+        if body.choices > MAX_CHOICES:
             raise ApiError(400, f"prompts times n must be at most {MAX_CHOICES}", param="n")
         longest = max(map(len, prompts))
         if longest >= self.window:  # Before anything is searched for it.
             raise ApiError(400, f"the model's window is {self.window} tokens, and the prompt has {longest}",
                            "context_length_exceeded")
         target = self._target(body, caller)
-        fallback = self._fallback_rule(body, target, len(prompts) * body.n)
+        fallback = self._fallback_rule(body, target, body.choices)
         context = self._context(body, target, longest)
         return self._planned(body, caller, target, context, prompts, fallback)
 

@@ -1,12 +1,14 @@
 """`Backend` over Ray Serve handles: shared replicas, and those of cartridges that have their own."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from cartridges.config import BuildSettings, ReplicaSettings
@@ -14,9 +16,11 @@ from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
 from workflows.serving.backend import EngineCall
 from workflows.serving.catalog import PLUS
-from workflows.serving.errors import ApiError
+from workflows.serving.errors import ApiError, replica_lost
 from workflows.serving.metrics import Family, add_up
 from workflows.serving.replicas import DEDICATED, run_dedicated
+
+log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 """How often the ingress looks which cartridges have replicas of their own."""
@@ -24,12 +28,26 @@ POLL_S = 2.0
 BROADCAST_S = 60.0
 """Longest wait for all replicas to answer a management call (a load may be among them)."""
 
+TELL_S = 5.0
+"""Longest wait for what replicas tell of themselves. Prometheus gives a scrape ten seconds."""
+
+NO_REPLICA = (DeploymentUnavailableError, BackPressureError)
+FAILURES = (RayTaskError, RayActorError, *NO_REPLICA)
+
 
 class RayBackend:
-    """What a replica raised is raised here again; a replica that died is an `ApiError` 503."""
+    """What a replica raised is raised here again; a replica that died is an `ApiError` 503.
 
-    def __init__(self, shared: DeploymentHandle, registry: str, settings: BuildSettings):
+    `ingress` is the application and deployment of which this is the replica `replica`.
+    A request to a pool that sleeps (or restarts) waits for its replica; replicas that are not there have nothing
+    to tell.
+    """
+
+    def __init__(self, shared: DeploymentHandle, registry: str, settings: BuildSettings, ingress: tuple[str, str],
+                 replica: str):
         self.shared, self.registry, self.settings = shared, registry, settings
+        self._ingress, self._replica = ingress, replica
+        self._peers: DeploymentHandle | None = None
         self._dedicated: dict[str, DeploymentHandle] = {}
         self._looked = 0.0
         self._changing = asyncio.Lock()
@@ -42,7 +60,7 @@ class RayBackend:
             async for event in events:
                 finished = event.finish_reason is not None
                 yield event
-        except (RayTaskError, RayActorError) as error:
+        except FAILURES as error:
             finished = True
             raise _original(error) from error
         finally:
@@ -50,23 +68,42 @@ class RayBackend:
                 events.cancel()
 
     async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
-        answers = await self._all("hold", ref, pinned, ttl_s, handles=[await self._pool(ref)])
+        answers = await self._ask(await self._pool(ref), "hold", ref, pinned, ttl_s)
         if not answers:
-            raise ApiError(503, "no replica is running; send a request first", "no_replica", retry_after=5)
+            raise _no_replica("send a request first, which starts one that sleeps")
         return answers[0]
 
-    async def release(self, ref: str) -> None:
-        await self._all("release", ref, handles=[await self._pool(ref)])
+    async def release(self, ref: str) -> bool:
+        return any(await self._ask(await self._pool(ref), "release", ref))
 
     async def residents(self) -> dict[str, dict[str, Any]]:
         return {ref: told for answer in await self._all("residents") for ref, told in answer.items()}
 
     async def families(self) -> list[Family]:
-        return add_up(await self._all("families"))
+        """Of all engines, and of the other replicas of the ingress."""
+        if self._peers is None:
+            app, deployment = self._ingress
+            self._peers = await asyncio.to_thread(serve.get_deployment_handle, deployment, app)
+        engines, ingresses = await asyncio.gather(self._all("families"), self._told(self._peers, "tell"))
+        return add_up([*engines, *(families for replica, families in ingresses if replica != self._replica)])
 
     async def dedicate(self, name: str, replicas: ReplicaSettings) -> None:
-        # In the background: a replica may take minutes, and the shared ones serve meanwhile.
-        await asyncio.to_thread(run_dedicated, name, self.registry, self.settings, replicas, wait=False)
+        if await self._has(name, replicas):
+            return
+        async with self._changing:
+            # Out of the table until they run: replicas that are there already are restarted with the new settings.
+            self._dedicated = {other: handle for other, handle in self._dedicated.items() if other != name}
+            # In the background: a replica may take minutes, and the shared ones serve meanwhile.
+            await asyncio.to_thread(run_dedicated, name, self.registry, self.settings, replicas, wait=False)
+
+    async def _has(self, name: str, replicas: ReplicaSettings) -> bool:
+        """Whether all this is so already. Replicas that sleep cannot say, and lose nothing by being made anew."""
+        await self._look()
+        if name not in self._dedicated:
+            return False
+        wanted = self.settings.model_dump(mode="json"), replicas.model_dump()
+        running = await self._ask(self._dedicated[name], "given")
+        return bool(running) and all(given == wanted for given in running)
 
     async def share(self, name: str) -> None:
         if not await asyncio.to_thread(_exists, name):
@@ -93,18 +130,35 @@ class RayBackend:
             self._looked = time.monotonic()
             # One at a time: an old answer must not bring back what has just been taken away.
             async with self._changing:
-                self._dedicated = await asyncio.to_thread(_dedicated_handles, self._dedicated)
+                try:
+                    self._dedicated = await asyncio.to_thread(_dedicated_handles, self._dedicated)
+                except (RayActorError, RayServeException) as error:
+                    log.warning("Ray Serve does not say which cartridges have replicas of their own: %s", error)
 
-    async def _all(self, method: str, *args: Any, handles: list[DeploymentHandle] | None = None) -> list[Any]:
-        """What every running replica of `handles` (None: of all pools) answers."""
+    async def _all(self, method: str) -> list[Any]:
+        """What the running replicas of all pools tell. Who does not answer in time is left out."""
         await self._look()
-        asked = [self.shared, *self._dedicated.values()] if handles is None else handles
+        pools = [self.shared, *self._dedicated.values()]
+        told = await asyncio.gather(*[self._told(pool, method) for pool in pools])
+        return [answer for pool in told for answer in pool]
+
+    async def _told(self, pool: DeploymentHandle, method: str) -> list[Any]:
         try:
-            answers = await asyncio.gather(*[
-                handle.broadcast(method, *args).results_async(timeout_s=BROADCAST_S) for handle in asked])
-        except (RayTaskError, RayActorError) as error:
-            raise _original(error) from error
-        return [answer for pool in answers for answer in pool]
+            return await self._ask(pool, method, patience_s=TELL_S)
+        except TimeoutError:
+            log.warning("the replicas of %s did not tell their %s in time", pool.app_name, method)
+            return []
+
+    async def _ask(self, pool: DeploymentHandle, method: str, *args: Any, patience_s: float = BROADCAST_S) -> list[Any]:
+        """What every running replica of `pool` answers: nothing if none runs, and nothing from one that is lost."""
+        try:
+            answers = await pool.broadcast(method, *args).results_async(timeout_s=patience_s, return_exceptions=True)
+        except (RayActorError, *NO_REPLICA):
+            return []
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, RayActorError):
+                raise _original(answer) from answer
+        return [answer for answer in answers if not isinstance(answer, RayActorError)]
 
 
 def _dedicated_handles(known: dict[str, DeploymentHandle]) -> dict[str, DeploymentHandle]:
@@ -120,8 +174,15 @@ def _exists(name: str) -> bool:
     return told is not None and told.status != "DELETING"
 
 
-def _original(error: RayTaskError | RayActorError) -> Exception:
-    """The refusal that a replica raised; a replica that died is a 503; else the error as it is."""
+def _original(error: BaseException) -> BaseException:
+    """The refusal that a replica raised; a replica that died or is not there is a 503; else the error as it is."""
     if isinstance(error, RayActorError):
-        return ApiError(503, "the replica that answered was lost; try again", "replica_lost", retry_after=1)
-    return error.cause if isinstance(error.cause, ApiError | UserError) else error
+        return replica_lost()
+    if isinstance(error, NO_REPLICA):
+        return _no_replica("try again in a moment")
+    refused = isinstance(error, RayTaskError) and isinstance(error.cause, ApiError | UserError)
+    return error.cause if refused else error
+
+
+def _no_replica(advice: str) -> ApiError:
+    return ApiError(503, f"no replica is running; {advice}", "no_replica", retry_after=5)

@@ -21,6 +21,9 @@ DEDICATED = "corpus-"
 HEADROOM = 64
 """Requests a deployment takes beyond `max_queue`, so that ours is the limit that answers (with 429)."""
 
+HEALTH_S = 2.0
+"""How often Ray asks a replica for its health. The third bad answer in a row has it replaced."""
+
 HINTS = 1024
 """Cartridges that Ray remembers a replica to hold, for routing; the bytes are `Residency`'s to limit."""
 
@@ -52,7 +55,7 @@ def engine_application(registry: str, settings: BuildSettings, replicas: Replica
     deployment = serve.deployment(EngineReplica).options(
         name="engine", ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, **_scaling(replicas),
         **shared_options(settings))
-    return deployment.bind(registry, settings.model_dump(mode="json"))
+    return deployment.bind(registry, settings.model_dump(mode="json"), replicas.model_dump())
 
 
 def _scaling(replicas: ReplicaSettings) -> dict[str, Any]:
@@ -68,14 +71,26 @@ def shared_options(settings: BuildSettings) -> dict[str, Any]:
     and is ended once it is idle or after `drain_s`."""
     return {"max_ongoing_requests": settings.serve.max_queue + HEADROOM,
             "graceful_shutdown_timeout_s": settings.serve.drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2,
+            "health_check_period_s": HEALTH_S,
             "logging_config": LoggingConfig(log_level="WARNING", enable_access_log=False)}
 
 
 class EngineReplica:
-    """Holds a `LocalBackend`."""
+    """Holds a `LocalBackend`. `replicas` are the settings of its deployment."""
 
-    def __init__(self, registry: str, settings: dict[str, Any]):
+    def __init__(self, registry: str, settings: dict[str, Any], replicas: dict[str, Any]):
+        self._given = settings, replicas
         self.backend = build_backend(registry, BuildSettings.model_validate(settings))
+        self.backend.metrics.replica = serve.get_replica_context().replica_id.unique_id
+
+    def check_health(self) -> None:
+        """Ray's: a replica that raises here is replaced."""
+        self.backend.check_health()
+
+    def __del__(self):
+        """Ray's: called as the replica stops, whose process then ends without Python's own clearing up."""
+        if "backend" in vars(self):
+            self.backend.close()
 
     @serve.multiplexed(max_num_models_per_replica=HINTS)
     async def _holds(self, ref: str) -> str:
@@ -92,11 +107,15 @@ class EngineReplica:
     async def hold(self, ref: str, pinned: bool | None, ttl_s: float | None) -> dict[str, Any]:
         return await self.backend.hold(ref, pinned, ttl_s)
 
-    async def release(self, ref: str) -> None:
-        await self.backend.release(ref)
+    async def release(self, ref: str) -> bool:
+        return await self.backend.release(ref)
 
     async def residents(self) -> dict[str, dict[str, Any]]:
         return await self.backend.residents()
+
+    async def given(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What this was started with: settings, and those of its deployment."""
+        return self._given
 
     async def families(self) -> list[Family]:
         return await self.backend.families()

@@ -71,11 +71,12 @@ class Residency:
         resident.used = time.monotonic()
         return resident.describe()
 
-    def release(self, ref: str) -> None:
-        """Put a cartridge out. Requests that run on it keep their copy. ApiError 404: not loaded."""
-        if ref not in self._residents:
-            raise ApiError(404, f"{ref} is not loaded", "cartridge_not_loaded")
-        self._evict(ref, "unload")
+    def release(self, ref: str) -> bool:
+        """Put a cartridge out. Requests that run on it keep their copy. False: it was not loaded."""
+        held = ref in self._residents
+        if held:
+            self._evict(ref, "unload")
+        return held
 
     def list(self) -> dict[str, dict[str, Any]]:
         self._expire()

@@ -15,7 +15,12 @@ from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from workflows.runtime.local_ray import local_ray
 
+log = logging.getLogger(__name__)
+
 APP = "cartridges"
+
+DRAIN_PATIENCE_S = 10.0
+"""Seconds beyond `serve.drain_s` after which stopping goes on without the ingress' answer."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ def running_service(registry: str, settings: BuildSettings) -> Iterator[Service]
     registry, settings = _absolute(registry), _with_absolute_files(settings)
     _check_access(settings)
     models = _check(registry, settings)
+    # A proxy gets five seconds to start, which a busy machine needs for its imports alone; then it is killed.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     port = settings.serve.port or _free_port(settings.serve.host)
     _check_port(settings.serve.host, port)
     url = f"http://{settings.serve.host}:{port}"
@@ -68,14 +75,26 @@ def _deploy(registry: str, settings: BuildSettings, port: int, started: ExitStac
     ours = not _serve_is_running()
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": settings.serve.host, "port": port},
                     logging_config={"log_level": "WARNING", "enable_access_log": False})
-    if ours:
-        started.callback(ray_serve.shutdown)
-    # Before Serve itself, because deleting lets the running requests finish.
-    started.callback(_delete_apps)
+    # Of a Serve that was here before, our applications go and it stays; ours goes whole and at once, because a
+    # proxy without its application would answer 404, which clients take for an answer.
+    started.callback(ray_serve.shutdown if ours else _delete_apps)
     for name, replicas in settings.serve.dedicated.items():
         run_dedicated(name, registry, settings, replicas)
     plain = settings.model_dump(mode="json")
     ray_serve.run(build_app({"registry": registry, "settings": plain}), name=APP, route_prefix="/")
+    started.callback(_drain, settings.serve.drain_s)
+
+
+def _drain(seconds: float) -> None:
+    """The ingress refuses new requests, and those it has accepted have `seconds` to finish."""
+    from ray import serve as ray_serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        ray_serve.get_app_handle(APP).broadcast("drain").results(timeout_s=seconds + DRAIN_PATIENCE_S)
+    except (RayError, RayServeException, TimeoutError) as error:  # It has not started, or is gone already.
+        log.warning("not drained: %s", error)
 
 
 def _delete_apps() -> None:
@@ -117,11 +136,14 @@ def _check(registry: str, settings: BuildSettings) -> tuple[str, ...]:
 
 
 def _check_access(settings: BuildSettings) -> None:
-    """Raises `UserError` for a keys file that cannot be read, and for a network without keys."""
+    """Raises `UserError` for a keys file or an audit log that cannot be opened, and for a network without keys."""
     from workflows.serving.access import Authenticator, is_loopback
+    from workflows.serving.access_middleware import AuditLog
 
     serve_ = settings.serve
     Authenticator(serve_.keys_file)
+    if serve_.audit_log is not None:
+        AuditLog(serve_.audit_log, lambda: None)
     if serve_.keys_file is None and not serve_.open_to_network and not is_loopback(serve_.host):
         raise UserError(f"serve.host {serve_.host} would open the service to the network without API keys; make "
                         "some (`cartridges keys add`) and set serve.keys_file, or set serve.open_to_network=true")

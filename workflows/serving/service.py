@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from workflows.serving.access import ANYONE, Caller
 from workflows.serving.api import Generation
 from workflows.serving.backend import Backend
 from workflows.serving.catalog import AUTO, Catalog, Target
-from workflows.serving.errors import ApiError
+from workflows.serving.errors import ApiError, draining
 from workflows.serving.metrics import Metrics, exposition
 from workflows.serving.plans import Plan, Planner
 from workflows.serving.streams import merge
@@ -29,21 +30,46 @@ Events = AsyncGenerator[tuple[int, TokenEvent], None]
 """(choice, event) as they come."""
 
 
-class CartridgeService:
-    """Everything the HTTP app does, over a `Catalog` and a `Backend`. Refusals are `ApiError`."""
+LINGER_S = 1.0
+"""Seconds that a drained service goes on refusing, so that clients hear its 503 and not a route that is gone."""
 
-    def __init__(self, catalog: Catalog, backend: Backend, template: ChatTemplate, settings: ServeSettings):
+
+class CartridgeService:
+    """Everything the HTTP app does, over a `Catalog` and a `Backend`. Refusals are `ApiError`.
+
+    `window`: tokens that the engine takes (0: the model's window).
+    """
+
+    def __init__(self, catalog: Catalog, backend: Backend, template: ChatTemplate, settings: ServeSettings,
+                 window: int = 0):
         self.catalog, self.backend, self.template, self.settings = catalog, backend, template, settings
         self.metrics = Metrics("ingress")
         self.in_flight = 0
-        self.planner = Planner(catalog, template, settings)
+        self._ends = math.inf  # On time.monotonic's clock; finite while draining.
+        self.planner = Planner(catalog, template, settings, window)
         self._search_threads = ThreadPoolExecutor(2, "search")
         if settings.search_at_start:
             self._search_threads.submit(self.planner.search.warm)
 
     @property
+    def draining(self) -> bool:
+        """Whether the service is being stopped: nothing new is accepted."""
+        return self._ends < math.inf
+
+    @property
     def identity(self) -> ModelIdentity:
         return self.catalog.identity
+
+    async def start(self, body: Generation, caller: Caller = ANYONE) -> tuple[Plan, Events]:
+        """The plan that is followed, and (choice, event) as they come. Close the events to stop at once.
+
+        ApiError 429 when too much is in flight, 503 while draining, 504 after the time limit, and what the
+        planner refuses. Where the plan asks for a fallback and the first tokens are too unsure, these are thrown
+        away and the answer comes from the corpus' text. So nothing that was sent is taken back. Where the text
+        cannot be had, the cartridge's answer stands.
+        """
+        events = self._admit(body, caller)
+        return await anext(events), events
 
     async def plan(self, body: Generation, caller: Caller = ANYONE) -> Plan:
         """Check `body` and render its prompts. In a thread: the registry and the tokenizer take time."""
@@ -55,51 +81,44 @@ class CartridgeService:
         """In threads of its own: the first search reads every corpus, and other requests must not wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._search_threads, work, *arguments)
 
-    async def start(self, plan: Plan, body: Generation, caller: Caller = ANYONE) -> tuple[Plan, Events]:
-        """The plan that is followed, and its events as `generate` gives them.
+    async def _admit(self, body: Generation, caller: Caller) -> AsyncGenerator[Any, None]:
+        """First the plan that is followed, then its events. Admitted once, for whatever it takes."""
+        with self._admitted(body.choices):
+            arrived = time.monotonic()
+            plan = await self._in_time(arrived, self.plan(body, caller))
+            plan = replace(plan, arrived=arrived)
+            items = self._follow(plan) if plan.fallback is None else self._with_fallback(plan, body, caller)
+            async with aclosing(items):
+                async for item in items:
+                    yield item
 
-        It is `plan`, unless that asks for a fallback and the first tokens are too unsure: then these are
-        thrown away and the answer comes from the corpus' text. So nothing that was sent is taken back.
-        Where the text cannot be had, the cartridge's answer stands.
-        """
-        if plan.fallback is None:
-            return plan, self.generate(plan)
-        events = self._with_fallback(plan, body, caller)
-        return await anext(events), events
-
-    async def generate(self, plan: Plan) -> Events:
-        """(choice, event) as they come. Close it to stop at once.
-
-        ApiError 429 when too much is in flight, 504 after the time limit.
-        """
-        with self._admitted(plan), RequestTimer(self.metrics, plan) as timer:
+    async def _follow(self, plan: Plan) -> AsyncGenerator[Any, None]:
+        yield plan
+        with RequestTimer(self.metrics, plan) as timer:
             async with aclosing(self._events(plan, timer)) as events:
                 async for item in events:
                     yield item
 
     async def _with_fallback(self, plan: Plan, body: Generation, caller: Caller) -> AsyncGenerator[Any, None]:
-        """First the plan that is followed, then its events; admitted once for whatever it takes."""
-        with self._admitted(plan):
-            with RequestTimer(self.metrics, plan) as timer:
-                async with aclosing(self._events(plan, timer)) as events:
-                    first = await _take(events, plan.fallback.tokens)
-                    entropy = mean_entropy([event for _, event in first])
-                    plan = replace(plan, fallback=replace(plan.fallback, entropy=entropy))
-                    other = await self._fallback_plan(plan, body, caller) if entropy > plan.fallback.threshold else None
-                    if other is None:
-                        yield plan
-                        for item in first:
-                            yield item
-                        async for item in events:
-                            yield item
-                        return
-                timer.discarded = True
-            self.metrics.add("cartridges_fallbacks_total", model=plan.label)
-            yield other
-            with RequestTimer(self.metrics, other) as timer:
-                async with aclosing(self._events(other, timer)) as events:
+        assert plan.fallback
+        with RequestTimer(self.metrics, plan) as timer:
+            async with aclosing(self._events(plan, timer)) as events:
+                first = await _take(events, plan.fallback.tokens)
+                entropy = mean_entropy([event for _, event in first])
+                plan = replace(plan, fallback=replace(plan.fallback, entropy=entropy))
+                other = await self._fallback_plan(plan, body, caller) if entropy > plan.fallback.threshold else None
+                if other is None:
+                    yield plan
+                    for item in first:
+                        yield item
                     async for item in events:
                         yield item
+                    return
+            timer.discarded = True
+        self.metrics.add("cartridges_fallbacks_total", model=plan.label)
+        async with aclosing(self._follow(other)) as items:
+            async for item in items:
+                yield item
 
     async def _fallback_plan(self, plan: Plan, body: Generation, caller: Caller) -> Plan | None:
         """The plan to fall back to, if there is one."""
@@ -110,30 +129,54 @@ class CartridgeService:
             return None
 
     async def _events(self, plan: Plan, timer: "RequestTimer") -> Events:
-        deadline = plan.arrived + self.settings.request_timeout_s
         async with aclosing(merge([self.backend.stream(call) for call in plan.calls])) as events:
             while True:
                 try:
-                    item = await asyncio.wait_for(events.__anext__(), deadline - time.monotonic())
+                    item = await self._in_time(plan.arrived, events.__anext__())
                 except StopAsyncIteration:
                     return
-                except TimeoutError:
-                    raise ApiError(504, f"not finished after {self.settings.request_timeout_s:g} s; "
-                                   "ask for fewer tokens", "timeout") from None
                 timer.token()
                 yield item
 
+    async def _in_time(self, arrived: float, work: Awaitable[T]) -> T:
+        """`work`'s result within the time that a request has, or that a service has which is being stopped."""
+        try:
+            deadline = min(arrived + self.settings.request_timeout_s, self._ends)
+            return await asyncio.wait_for(work, deadline - time.monotonic())
+        except TimeoutError:
+            if time.monotonic() >= self._ends:
+                raise draining() from None
+            raise ApiError(504, f"not finished after {self.settings.request_timeout_s:g} s; ask for fewer tokens",
+                           "timeout") from None
+
     @contextmanager
-    def _admitted(self, plan: Plan) -> Iterator[None]:
-        if self.in_flight + len(plan.calls) > self.settings.max_queue:
+    def _admitted(self, choices: int) -> Iterator[None]:
+        if self.draining:
+            self.metrics.add("cartridges_rejected_total", reason="draining")
+            raise draining()
+        if choices > self.settings.max_queue:
+            raise ApiError(400, f"prompts times n must be at most {self.settings.max_queue} here (serve.max_queue)",
+                           param="n")
+        if self.in_flight + choices > self.settings.max_queue:
             self.metrics.add("cartridges_rejected_total", reason="queue_full")
             raise ApiError(429, f"{self.in_flight} requests are in flight; try again in a moment",
                            "queue_full", retry_after=1)
-        self.in_flight += len(plan.calls)
+        self.in_flight += choices
         try:
             yield
         finally:
-            self.in_flight -= len(plan.calls)
+            self.in_flight -= choices
+
+    async def drain(self) -> None:
+        """Refuse new requests and wait, at most `drain_s` seconds, for those that run; then these are ended.
+
+        It waits `LINGER_S` more, for what was answered to reach its client.
+        """
+        if not self.draining:
+            self._ends = time.monotonic() + self.settings.drain_s
+        while self.in_flight and time.monotonic() < self._ends + LINGER_S:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(LINGER_S)
 
     async def exposition(self) -> bytes:
         """Prometheus text of this process and of the engine behind it."""
@@ -160,7 +203,8 @@ class CartridgeService:
 
     async def release(self, name: str, caller: Caller = ANYONE) -> dict[str, Any]:
         target = await self.managed(name, caller)
-        await self.backend.release(target.ref)
+        if not await self.backend.release(target.ref):
+            raise ApiError(404, f"{target.ref} is not loaded", "cartridge_not_loaded")
         return self._describe(target, {})
 
     async def dedicate(self, name: str, replicas: ReplicaSettings, caller: Caller = ANYONE) -> dict[str, Any]:
