@@ -327,5 +327,6 @@ class BuildSettings(Settings):
     serve: ServeSettings = ServeSettings()
     vllm: VllmSettings = VllmSettings()
     budget: str | None = None
-    """Wall-clock for synthesis and training together, such as `90s`, `10m`, `2h`."""
+    """How much to do: wall-clock for synthesis and training together, such as `90s`, `10m`, `2h`; or planned
+    conversations (`2000conversations`); or tokens of the conversations that are kept (`500000tokens`)."""
     seed: int = 0

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cartridges.config import BuildSettings
+from cartridges.config import BuildSettings, CurriculumSettings
+from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.prompts import example_messages
 from cartridges.records import Conversation
@@ -24,8 +25,10 @@ from cartridges.selfstudy.near import near_duplicates
 from cartridges.selfstudy.plan import Task
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
 from cartridges.selfstudy.synthesizer import Dropped
-from workflows.budget import Rates, estimate, fit, parse_time, steps_within
+from workflows.budget import Budget, Rates, conversations_for, estimate, fit, parse_budget, steps_within
+from workflows.cli import main
 from workflows.failures import forget_failed, require_few, run_with_retry
+from workflows.planning import settle, with_steps
 from workflows.stage import Clock, write_manifest
 from workflows.synthesize import synthesize
 
@@ -189,15 +192,64 @@ def test_the_clock_counts_killed_runs(tmp_path):
 def test_budget_fits_what_it_plans():
     settings = BuildSettings()
     rates = Rates(conversation_seconds=0.1, pack_seconds=3.0, kept=0.5, tokens=60)
-    assert parse_time("1.5h") == 5400
-    with pytest.raises(UserError, match="10m"):
-        parse_time("10")
     planned = fit(settings, rates, 600)
     steps, seconds = estimate(planned, rates)
     assert steps == planned.train.steps > 10
     assert 570 < seconds <= 600
     with pytest.raises(UserError, match="too short"):
         fit(settings, rates, 40)
+
+
+def test_a_budget_is_a_time_or_a_count():
+    assert parse_budget("1.5h") == Budget(5400, "seconds")
+    assert parse_budget("2000conversations") == parse_budget("2000 conversations") == Budget(2000, "conversations")
+    assert parse_budget("500000tokens") == Budget(500_000, "tokens")
+    for nonsense in ("10", "0m", "-1m", "0conversations", "1.5tokens", "10 minutes", "many", "", "1e3tokens", "nanm"):
+        with pytest.raises(UserError, match="10m, 2h"):
+            parse_budget(nonsense)
+    rates = Rates(conversation_seconds=0.1, pack_seconds=3.0, kept=0.5, tokens=60)
+    assert conversations_for(Budget(7, "conversations"), None) == 7
+    assert conversations_for(Budget(3000, "tokens"), rates) == 100
+    assert conversations_for(Budget(60, "seconds"), rates, spent=10) == 200
+    with pytest.raises(UserError, match="2m would do"):
+        conversations_for(Budget(40, "seconds"), rates, spent=10)
+
+
+def test_synthesis_alone_goes_by_a_budget(tiny_model_dir, corpus_file, tmp_path, monkeypatch, capfd):
+    def planned(output, budget, *more):
+        argv = ["synthesize", str(corpus_file), "--output", str(tmp_path / output), f"--set=model.name={tiny_model_dir}",
+                "--budget", budget, *more]
+        return main(argv), seen.pop("planned", None), capfd.readouterr().err
+
+    seen = {}
+    monkeypatch.setattr("workflows.rates.calibrate", lambda *of, **how: Rates(0.5, 0.0, 0.5, 30.0))
+    monkeypatch.setattr("workflows.synthesize.synthesize", lambda corpus, output, settings:
+                        seen.update(planned=settings.synthesize.num_conversations))
+    assert planned("a", "25conversations") == (0, 25, "plan: 25 conversations for a budget of 25conversations\n")
+    assert planned("a", "900tokens")[:2] == (0, 60)
+    first = planned("a", "1m")[1]
+    assert first in range(50, 61)
+    monkeypatch.setattr("workflows.rates.calibrate", lambda *of, **how: Rates(5.0, 0.0, 0.5, 30.0))
+    assert planned("a", "1m")[1] == first  # decided once
+    assert planned("b", "1m")[1] in (5, 6)
+    code, count, said = planned("c", "9conversations", "--set=synthesize.num_conversations=9")
+    assert (code, count) == (2, None) and "both say how many" in said
+    code, count, said = planned("a", "five")
+    assert (code, count, said.count("\n")) == (2, None, 1)
+    assert main(["train", "d", "--corpus", "c", "--output", "o", "--set=budget=10m"]) == 2
+    assert "train has no budget" in capfd.readouterr().err
+
+
+def test_a_build_goes_by_a_count_and_its_rounds_share_it(tiny_model_dir, corpus_file, tmp_path, monkeypatch):
+    base = tiny_settings(tiny_model_dir, num_conversations=0)
+    corpus = load_corpus(str(corpus_file))
+    monkeypatch.setattr("workflows.rates.remembered", lambda settings: Rates(0.5, 1.0, 0.5, 30.0))
+    for rounds, budget, count in ((1, "60conversations", 60), (3, "60conversations", 20), (2, "900tokens", 30)):
+        settings = base.model_copy(update={"budget": budget, "curriculum": CurriculumSettings(rounds=rounds)})
+        settled = settle(corpus, settings, tmp_path)
+        assert (settled.synthesize.num_conversations, settled.train.steps) == (count, 0)
+        assert with_steps(corpus, settled, {}, tmp_path) == settled  # steps go by epochs
+        assert settle(corpus, settled, tmp_path) == settled  # as a variation of it is planned
 
 
 def test_steps_take_what_the_conversations_left_and_an_epoch_at_least():

@@ -99,7 +99,7 @@ def _add_stages(parsers: Any) -> None:
     train.add_argument("dataset", metavar="DATASET", help="output directory of `cartridges synthesize`")
     train.add_argument("--corpus", required=True, metavar="CORPUS", help="the corpus of the conversations")
     train.add_argument("--output", required=True, metavar="DIR", help="where the cartridge goes")
-    _settings_options(train, "model", "num_tokens", "init", "loss", "seed", "corpus_id", "budget")
+    _settings_options(train, "model", "num_tokens", "init", "loss", "seed", "corpus_id")
 
     evaluate = _command(parsers, "evaluate", commands.run_evaluate, "report card of a published cartridge")
     evaluate.add_argument("name", metavar="NAME", help=REFERENCE)
@@ -284,7 +284,7 @@ def _settings_options(command: argparse.ArgumentParser, *dials: str) -> None:
         "pack_tokens": {"type": int, "metavar": "N", "help": "tokens of a pack (a micro batch)"},
         "init": {"metavar": "METHOD", "help": "start of training, such as sampled_chunks or attention_matching"},
         "loss": {"metavar": "LOSS", "help": "distillation, next_token, or none (publish the start)"},
-        "budget": {"metavar": "TIME", "help": "wall-clock for synthesis and training, such as 10m"},
+        "budget": {"metavar": "BUDGET", "help": "how much to do: a time (10m), 2000conversations or 500000tokens"},
         "seed": {"type": int, "metavar": "N", "help": "seed of everything random"},
         "curriculum": {"action": "store_const", "const": 4, "help": "up to four rounds: each asks more where the "
                        "cartridge so far knows least, and goes on from it"},

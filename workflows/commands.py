@@ -61,6 +61,11 @@ def _varied(args: argparse.Namespace, text: str) -> Any:
 
 def run_synthesize(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_from(args)
+    if settings.budget is not None:
+        from cartridges.corpus import load_corpus
+        from workflows.planning import settle_synthesis
+
+        settings = settle_synthesis(load_corpus(args.corpus, settings.corpus.corpus_id), settings, Path(args.output))
     from workflows.synthesize import synthesize
 
     return synthesize(args.corpus, args.output, settings)
@@ -81,6 +86,9 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_from(args)
+    if settings.budget is not None:
+        raise UserError("train has no budget: it goes by --set train.epochs=N or train.steps=N; `cartridges build "
+                        "--budget` plans steps for a time")
     from workflows.train import train
 
     return train(args.dataset, args.corpus, args.output, settings)
