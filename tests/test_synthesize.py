@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -85,6 +87,49 @@ def test_finish_marks_duplicates_counts_reasons_and_orders_rows(tmp_path):
     assert counted["tokens"] == {"input": 8, "loss": 4}
     assert counted["topk_mass"] == pytest.approx(0.8, abs=1e-6)
     assert counted["teacher_entropy"] == pytest.approx(-0.8 * np.log(0.4) - 0.2 * np.log(0.2), abs=1e-6)
+
+
+def test_finish_reads_each_part_once_however_many_the_shards(tmp_path, monkeypatch):
+    for number in range(8):
+        write_part(tmp_path / "parts", f"{number}.parquet", [conversation(n, f"{n}?") for n in range(number, 64, 8)])
+    read = Counter()
+    plain = pq.read_table
+    monkeypatch.setattr("cartridges.selfstudy.finish.pq.read_table", lambda file, **how: (
+        read.update([how.get("columns") is None]), plain(file, **how))[1])
+    monkeypatch.setattr("cartridges.selfstudy.finish.HELD_BYTES", 4_000)  # some parts at a time
+    finish(tmp_path / "parts", tmp_path / "shards", rows_per_shard=8)
+    assert 16 < read[True] <= 8 + 8 * 4  # the parts, and what was made of them; one by one it would be 64
+    assert [file.name for file in sorted((tmp_path / "shards").iterdir())] == [f"part-{n:05d}.parquet" for n in range(8)]
+    assert [row["conversation_id"] for row in shard_rows(tmp_path)] == [f"c{n:03d}" for n in range(64)]
+
+
+def test_conversations_are_loaded_as_they_were_written(tmp_path):
+    without = replace(conversation(7), loss_mask=np.zeros(4, bool), topk_ids=np.zeros((0, 2), np.int32),
+                      topk_logprobs=np.zeros((0, 2), np.float32))
+    made = [conversation(3, k=2), conversation(1, k=5), without]
+    write_part(tmp_path / "shards", "a.parquet", [made[0], Dropped("c002", "cloze", "empty"), made[1], without])
+    pq.write_table(pa.table({"text": ["no conversation"]}), tmp_path / "chunks.parquet")
+    for one, expected in zip(load_conversations(tmp_path), [made[1], made[0], without], strict=True):
+        assert one.messages == expected.messages and one.conversation_id == expected.conversation_id
+        for name in ("input_ids", "loss_mask", "topk_ids", "topk_logprobs"):
+            found, wanted = getattr(one, name), getattr(expected, name)
+            assert found.dtype == wanted.dtype and found.flags.writeable and np.array_equal(
+                found, wanted if len(wanted) else wanted.reshape(found.shape))
+
+
+def test_loading_takes_little_more_than_what_is_loaded(tmp_path):
+    rng, scored = np.random.default_rng(0), 100
+    mask = np.array([False, *[True] * scored])
+    write_part(tmp_path, "a.parquet", [replace(
+        conversation(number), input_ids=np.arange(scored + 1, dtype=np.int32), loss_mask=mask,
+        topk_ids=rng.integers(0, 49_000, (scored, 20)).astype(np.int32),
+        topk_logprobs=rng.random((scored, 20)).astype(np.float32)) for number in range(400)])
+    tracemalloc.start()
+    loaded = load_conversations(tmp_path)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(loaded) == 400 and held > 400 * scored * 20 * 8
+    assert peak < 1.5 * held
 
 
 def test_near_duplicates_are_dropped_where_asked_for(tmp_path):

@@ -92,8 +92,9 @@ class Summary:
         self.chunks.update(kept["chunk_id"].to_pylist())
         self.tokens += pc.sum(pc.list_value_length(kept["input_ids"])).as_py() or 0
         self._add_info([json.loads(info) for info in kept["info"].to_pylist()])
-        lengths = [sum(mask) for mask in kept["loss_mask"].to_pylist()]
-        self.answer_tokens.add(np.array(lengths, float))
+        for mask in kept["loss_mask"].chunks:
+            before = np.concatenate([[0], np.cumsum(mask.values.to_numpy(zero_copy_only=False))])
+            self.answer_tokens.add(np.diff(before[mask.offsets.to_numpy()]).astype(float))
         self._add_teacher(kept["topk_logprobs"])
 
     def _add_reasons(self, table: pa.Table) -> None:
