@@ -32,7 +32,7 @@ from workflows.cli import main
 from workflows.failures import forget_failed, require_few, run_with_retry
 from workflows.planning import settle, with_steps
 from workflows.stage import Clock, write_manifest
-from workflows.synthesize import synthesize
+from workflows.synthesize import finish_dataset, require_some, synthesize
 
 CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by {name}son. It has {i + 20} steps."
                      for i, name in enumerate(("Arl", "Bem", "Cod", "Dun", "Eck", "Fen", "Gos", "Hul")))
@@ -130,6 +130,25 @@ def test_loading_takes_little_more_than_what_is_loaded(tmp_path):
     tracemalloc.stop()
     assert len(loaded) == 400 and held > 400 * scored * 20 * 8
     assert peak < 1.5 * held
+
+
+def test_few_kept_are_a_warning_and_none_a_mistake(tiny_model_dir, tmp_path, caplog):
+    def finished(name, kept, nothing, other=0):
+        results = [conversation(n, f"{n}?") for n in range(kept)]
+        results += [Dropped(f"d{n:03d}", "recall", "nothing_to_ask") for n in range(nothing)]
+        results += [Dropped(f"e{n:03d}", "recall", "empty") for n in range(other)]
+        write_part(tmp_path / name / "work" / "parts", "a.parquet", results)
+        planned = {"conversations": len(results), "chunks": 1, "fingerprint": "f"}
+        caplog.clear()
+        return finish_dataset(tmp_path / name, tiny_settings(tiny_model_dir), planned, {}, ()), caplog.text
+
+    assert finished("fine", 8, 8)[1] == ""
+    assert "1 of 20 conversations were kept (19 empty)" in finished("few", 1, 0, 19)[1]
+    assert "8 of 17 conversations were kept (9 nothing_to_ask)" in finished("odd", 8, 9)[1]
+    manifest, _ = finished("none", 0, 4)
+    with pytest.raises(UserError, match=r"none of the 4 conversations was kept \(4 nothing_to_ask\)"):
+        require_some(manifest, tmp_path / "none", ())
+    require_some(manifest, tmp_path / "none", ["an earlier round"])
 
 
 def test_near_duplicates_are_dropped_where_asked_for(tmp_path):

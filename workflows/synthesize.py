@@ -16,6 +16,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
@@ -34,6 +35,8 @@ from workflows.stage import Clock, fingerprint, read_manifest, require_match, wr
 MANIFEST = "dataset.json"
 CARD = "data_card.json"
 POLL_SECONDS = 1.0
+FEW_KEPT = 0.1
+"""Of the planned conversations: fewer are worth a warning."""
 logger = logging.getLogger(__name__)
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -58,6 +61,7 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
     done = read_manifest(output / MANIFEST)
     require_match(done, expected, output)
     if done is not None:
+        require_some(done, output, earlier)
         return done
     from workflows.generation import check_generation
     from workflows.tracking import track
@@ -69,7 +73,20 @@ def synthesize(corpus: str, output_dir: str, settings: BuildSettings,
         speed = generate(output, settings, planned["conversations"], progress)
         manifest = finish_dataset(output, settings, planned, speed, earlier)
         run.log(metrics([manifest]))
+    require_some(manifest, output, earlier)
     return manifest
+
+
+def require_some(manifest: dict[str, Any], output: Path, earlier: Sequence[str]) -> None:
+    """`UserError` where nothing was kept, though a later round may have nothing new."""
+    if not manifest["conversations"]["kept"] and not earlier:
+        raise UserError(f"none of the {manifest['planned']} conversations was kept ({_reasons(manifest)}); `cartridges "
+                        f"inspect {output}` shows them. Choose other synthesize.families, or see synthesize.filters_off")
+
+
+def _reasons(manifest: dict[str, Any]) -> str:
+    dropped = Counter(manifest["conversations"]["dropped"])
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common(4))
 
 
 def corpus_tokens(corpus: Corpus, settings: BuildSettings) -> int:
@@ -330,6 +347,10 @@ def finish_dataset(output: Path, settings: BuildSettings, planned: dict[str, Any
     if summary.errors:
         logger.warning("%d conversations raised and were left out; `cartridges inspect %s` lists them",
                        summary.dropped["error"], output)
+    few = summary.kept < FEW_KEPT * planned["conversations"]
+    if summary.kept and (few or 2 * summary.dropped["nothing_to_ask"] > planned["conversations"]):
+        logger.warning("%s: %d of %d conversations were kept (%s)", output, summary.kept, planned["conversations"],
+                       _reasons(summary.as_dict()))
     temporary.rename(output / "shards")
     manifest = {**planned, **summary.as_dict(), "planned": planned["conversations"], **speed}
     write_manifest(output / CARD, data_card(summary, manifest, _model_record(settings)))

@@ -12,9 +12,10 @@ from cartridges.config import SynthesizeSettings
 from cartridges.errors import UserError
 from cartridges.records import Chunk
 from cartridges.selfstudy import general
-from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES, decodes
+from cartridges.selfstudy.families import DEFAULT_MIXTURE, ENGLISH_RULES, FAMILIES, OTHER_MIXTURE, decodes
+from cartridges.selfstudy.languages import SYLLABLES, is_english
 
-_PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")
+_PIECE = re.compile(rf"\d|[{SYLLABLES}]|[^\W\d{SYLLABLES}]+|[^\w\s]")
 """About a token, whatever the tokenizer. Characters would slight tables, which say more in fewer."""
 
 
@@ -41,7 +42,8 @@ def plan(chunks: Iterable[Chunk], settings: SynthesizeSettings, seed: int,
     chunk stand together, so that those in flight share its prefill; those for which a model has to
     write come last, the general ones at the end. `before` counts the tasks that there were already, by chunk and
     family: ordinals go on from there, and so does a family's way through the chunk. One pass over `chunks`, of which
-    none is kept. Raises `UserError` for a family that does not exist.
+    none is kept. Where a chunk is not English, the share of the families that ask by rules of English goes to the others.
+    Raises `UserError` for a family that does not exist.
     """
     count = round(settings.num_conversations * settings.general_share)
     about_chunks = _about_chunks(chunks, settings, settings.num_conversations - count, seed, weights or {},
@@ -62,9 +64,10 @@ def _about_chunks(chunks: Iterable[Chunk], settings: SynthesizeSettings, total: 
     unknown = sorted(set(shares) - set(FAMILIES))
     if unknown:
         raise UserError(f"seed family {unknown[0]!r} does not exist; there are {', '.join(sorted(FAMILIES))}")
-    ids, lengths = [], []
+    ids, lengths, english = [], [], []
     for chunk in chunks:
         ids.append(chunk.chunk_id)
+        english.append(is_english(chunk.text))
         lengths.append(len(_PIECE.findall(chunk.text)) * weights.get(chunk.chunk_id, 1.0))
     if not ids or not sum(shares.values()):
         return []
@@ -76,12 +79,24 @@ def _about_chunks(chunks: Iterable[Chunk], settings: SynthesizeSettings, total: 
     weights = np.array([shares[name] for name in names], float)
     families = rng.choice(len(names), size=total, p=weights / weights.sum())
     seeds = rng.integers(0, 2**62, size=total)
+    elsewhere = _elsewhere(settings.families, total, seed)
     tasks: list[Task] = []
     for i, (owner, family, task_seed) in enumerate(zip(owners, families, seeds, strict=True)):
-        of = (ids[owner], names[family])
+        fits = english[owner] or names[family] not in ENGLISH_RULES
+        of = (ids[owner], names[family] if fits else elsewhere[i] or names[family])
         tasks.append(Task(_task_id(seed, i, *of), *of, int(task_seed), made[of]))
         made[of] += 1
     return sorted(tasks, key=lambda task: decodes(task.seed_family))
+
+
+def _elsewhere(given: Mapping[str, float], total: int, seed: int) -> list[str | None]:
+    """For each task the family in place of one whose rules do not fit; None where the shares that were `given` have no
+    other."""
+    shares = {name: share for name, share in (given or OTHER_MIXTURE).items() if share and name not in ENGLISH_RULES}
+    if not shares:
+        return [None] * total
+    names, weights = sorted(shares), np.array([shares[name] for name in sorted(shares)])
+    return np.random.default_rng([seed, 2]).choice(names, size=total, p=weights / weights.sum()).tolist()
 
 
 def _task_id(seed: int, index: int, chunk_id: str, family: str) -> str:
