@@ -27,16 +27,31 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Distribution:
-    """Mean and quantiles of values from `low` to `high`; those beyond count as the nearest of the two."""
+    """Mean and quantiles of values from `low` to `high`. For those beyond the bins are joined by twos until they fit,
+    unless it is `bounded`: then they count as the nearest of the two."""
 
-    def __init__(self, low: float, high: float, bins: int = 4096):
+    def __init__(self, low: float, high: float, bins: int = 4096, bounded: bool = False):
+        self.bounded = bounded
         self.edges = np.linspace(low, high, bins + 1)
         self.counts = np.zeros(bins, np.int64)
         self.total = 0.0
 
     def add(self, values: np.ndarray) -> None:
         self.total += float(values.sum())
+        finite = values[np.isfinite(values)]
+        while len(finite) and not self.bounded and finite.max() > self.edges[-1]:
+            self._widen(up=True)
+        while len(finite) and not self.bounded and finite.min() < self.edges[0]:
+            self._widen(up=False)
         self.counts += np.histogram(np.clip(values, self.edges[0], self.edges[-1]), self.edges)[0]
+
+    def _widen(self, up: bool) -> None:
+        """Bins twice as wide, above or below."""
+        joined, none = self.counts.reshape(-1, 2).sum(1), np.zeros(len(self.counts) // 2, np.int64)
+        low, high = self.edges[0], self.edges[-1]
+        low, high = (low, 2 * high - low) if up else (2 * low - high, high)
+        self.edges = np.linspace(low, high, len(self.edges))
+        self.counts = np.concatenate([joined, none] if up else [none, joined])
 
     def mean(self) -> float:
         return self.total / max(int(self.counts.sum()), 1)
@@ -77,7 +92,7 @@ class Summary:
     chunks: Counter = field(default_factory=Counter)
     tokens: int = 0
     facts: Counter = field(default_factory=Counter)
-    topk_mass: Distribution = field(default_factory=lambda: Distribution(0, 1))
+    topk_mass: Distribution = field(default_factory=lambda: Distribution(0, 1, bounded=True))
     teacher_entropy: Distribution = field(default_factory=lambda: Distribution(0, 8))
     teacher_nll: Distribution = field(default_factory=lambda: Distribution(0, 8))
     information_gain: Distribution = field(default_factory=lambda: Distribution(-4, 12))
