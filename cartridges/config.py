@@ -1,6 +1,6 @@
 """Settings, one frozen class a stage. The string under a field says what it means."""
 
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -70,11 +70,11 @@ class SynthesizeSettings(Settings):
     chunk: ChunkSettings = ChunkSettings()
     num_conversations: int = Field(0, ge=0)
     """Conversations to plan before filtering; 0 derives it from the corpus length and the budget."""
-    families: dict[str, float] = {}
+    families: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """Seed family -> share of the planned conversations; empty takes the default mixture."""
     topk: int = Field(20, ge=1)
     """Teacher log-probabilities kept at each answer token (the paper's 20)."""
-    asking_temperature: float = Field(0.6, ge=0)
+    asking_temperature: float = Field(0.6, ge=0, allow_inf_nan=False)
     """Sampling temperature of the asking side (the paper's 0.6)."""
     max_question_tokens: int = Field(48, ge=8)
     max_answer_tokens: int = Field(64, ge=1)
@@ -103,16 +103,26 @@ class SynthesizeSettings(Settings):
     """Another model for the asking side; the teacher answers and scores in any case."""
     engine: EngineName = "auto"
     """auto takes vLLM on a GPU where it is installed, else transformers (docs/log.md has what was measured)."""
-    num_actors: int = Field(1, ge=1)
-    """Ray Data actors, each holding one engine."""
+    num_actors: int = Field(0, ge=0)
+    """Ray Data actors, each holding one engine; 0 takes what the cluster has when the run starts: one for the GPUs of
+    an engine, or without GPUs one a node."""
+    max_actors: int = Field(0, ge=0)
+    """So many that Ray Data may start while there is work and room, such as on a cluster that grows; 0: no more than
+    `num_actors`."""
     threads_per_actor: int = Field(0, ge=0)
-    """CPU threads of an actor's engine; 0 shares the machine's cores among the actors."""
+    """CPU threads of an actor's engine; 0 shares the cores of its node among the actors there."""
     batch_size: int = Field(128, ge=1)
     """Conversations an actor handles at once; also the unit of loss when a worker is killed."""
     retries: int = Field(1, ge=0)
     """Times that a conversation is tried again, alone, after it or its batch raised."""
     max_failed_share: float = Field(0.05, ge=0, le=1)
-    """The run fails when more than this share of the planned conversations raised."""
+    """The run fails as soon as more than this share of the planned conversations raised."""
+
+    @model_validator(mode="after")
+    def _some_family(self) -> "SynthesizeSettings":
+        if self.families and not any(self.families.values()):
+            raise ValueError("families: every share is 0")
+        return self
 
 
 class OptimizerSettings(Settings):

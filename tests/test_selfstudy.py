@@ -48,7 +48,8 @@ def test_a_chunk_s_share_goes_by_its_tokens_not_its_letters():
     assert owners["0" * 16] == pytest.approx(50, abs=1.5)
 
 
-CHINESE = "长江是亚洲最长的河流，全长6300公里。三峡大坝于1994年开工，2012年全部完工。黄河发源于巴颜喀拉山，全长5464公里。"
+CHINESE = ("长江是亚洲最长的河流，全长6300公里。"
+           "三峡大坝于1994年开工，2012年全部完工。黄河发源于巴颜喀拉山，全长5464公里。")
 GERMAN = ("Der Rhein ist ein 1233 Kilometer langer Strom in Mitteleuropa. Er entspringt in den Schweizer Alpen und "
           "mündet in die Nordsee. Der Kölner Dom wurde 1880 von Ernst Zwirner vollendet.")
 THAI = "หอคอยนี้สร้างขึ้นในปี 1871 และสูง 42 เมตร ตั้งอยู่ที่กรุงเทพ"

@@ -16,23 +16,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cartridges.config import BuildSettings, CurriculumSettings
+from cartridges.config import BuildSettings, CurriculumSettings, SynthesizeSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.prompts import example_messages
-from cartridges.records import Conversation
+from cartridges.records import Chunk, Conversation
 from cartridges.selfstudy.finish import finish
 from cartridges.selfstudy.held_out import split, without
 from cartridges.selfstudy.near import near_duplicates
-from cartridges.selfstudy.plan import Task
+from cartridges.selfstudy.plan import Task, plan
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
 from cartridges.selfstudy.synthesizer import Dropped
+from cartridges.settings import load
 from workflows.budget import Budget, Rates, conversations_for, estimate, fit, parse_budget, steps_within
 from workflows.cli import main
-from workflows.failures import forget_failed, require_few, run_with_retry
+from workflows.exits import exit_code
+from workflows.failures import Tolerance, TooManyFailed, forget_failed, require_few, run_with_retry
+from workflows.generation import check_generation
+from workflows.placement import place, threads_here
 from workflows.planning import settle, with_steps
 from workflows.stage import Clock, write_manifest
-from workflows.synthesize import finish_dataset, require_some, synthesize
+from workflows.synthesize import _place, _Reporting, finish_dataset, require_some, synthesize
 
 CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by {name}son. It has {i + 20} steps."
                      for i, name in enumerate(("Arl", "Bem", "Cod", "Dun", "Eck", "Fen", "Gos", "Hul")))
@@ -99,7 +103,8 @@ def test_finish_reads_each_part_once_however_many_the_shards(tmp_path, monkeypat
     monkeypatch.setattr("cartridges.selfstudy.finish.HELD_BYTES", 4_000)  # some parts at a time
     finish(tmp_path / "parts", tmp_path / "shards", rows_per_shard=8)
     assert 16 < read[True] <= 8 + 8 * 4  # the parts, and what was made of them; one by one it would be 64
-    assert [file.name for file in sorted((tmp_path / "shards").iterdir())] == [f"part-{n:05d}.parquet" for n in range(8)]
+    written = [file.name for file in sorted((tmp_path / "shards").iterdir())]
+    assert written == [f"part-{n:05d}.parquet" for n in range(8)]
     assert [row["conversation_id"] for row in shard_rows(tmp_path)] == [f"c{n:03d}" for n in range(64)]
 
 
@@ -215,6 +220,80 @@ def test_too_many_failures_end_the_run_and_are_done_again(tmp_path):
     assert not (tmp_path / "checkpoint" / "x_1.parquet").exists()
 
 
+def test_a_hopeless_run_is_known_before_its_end():
+    tolerance = Tolerance(allowed=0.1, planned=200, failed=15)
+    tolerance.add(5, "error: E: x")
+    with pytest.raises(TooManyFailed):
+        tolerance.add(1, "error: E: y")
+    few = Tolerance(allowed=0.05, planned=48)
+    few.add(8, "error: E: x")  # may still be bad luck; at the end it is too many all the same
+    with pytest.raises(TooManyFailed):
+        few.add(1, "error: E: x")
+
+
+@pytest.mark.parametrize("how, words", [
+    ({"topk": 50_000}, "synthesize.topk=50000 is more than the 49152 tokens"),
+    ({"chunk": {"max_tokens": 4000}}, "do not fit the window of 4096 tokens"),
+    ({"max_answer_tokens": 4096}, "do not fit the window")])
+def test_lengths_that_the_model_has_not_are_named_at_once(tiny_model_dir, how, words):
+    with pytest.raises(UserError, match=words):
+        check_generation(tiny_settings(tiny_model_dir, **how))
+
+
+@pytest.mark.parametrize("how", ["{cloze: -1}", "{cloze: .nan}", "{cloze: .inf}", "{cloze: 0}"])
+def test_shares_that_are_none_are_named(how):
+    with pytest.raises(UserError, match="families"):
+        load(BuildSettings, overrides=[f"synthesize.families={how}"])
+
+
+def test_a_plan_of_general_conversations_alone_is_a_mistake():
+    settings = SynthesizeSettings(num_conversations=32, general_share=0.999)
+    with pytest.raises(UserError, match="general_share=0.999 of 32 conversations leaves none"):
+        plan([Chunk("c", "d", 0, 4, "Some text.")], settings, 0)
+
+
+def test_actors_go_where_there_is_room():
+    def placed(nodes, gpus_each=1, **how):
+        one = place(SynthesizeSettings(**how), nodes, gpus_each)
+        return one.num_actors, one.most, one.beside, one.num_cpus, one.num_gpus
+
+    laptop, node, gpus = {"CPU": 3.0}, {"CPU": 16.0}, {"CPU": 32.0, "GPU": 4.0}
+    assert placed([laptop]) == (1, 1, 1, 2, None)
+    assert placed([laptop], num_actors=2) == (2, 2, 2, 1, None)
+    assert placed([node] * 3) == (3, 3, 1, 15, None)
+    assert placed([node] * 3, threads_per_actor=4) == (3, 3, 1, 4, None)
+    assert placed([node] * 3, num_actors=6) == (6, 6, 2, 7, None)
+    assert placed([{"CPU": 8.0}, gpus, gpus]) == (8, 8, 4, 7, 1)
+    assert placed([gpus, gpus], gpus_each=4) == (2, 2, 1, 31, 4)
+    assert placed([gpus], max_actors=12) == (4, 12, 4, 7, 1)
+    assert threads_here(3, 2) == 3 and threads_here(0, 10**6) == 1
+
+
+def test_a_full_disk_is_one_line_wherever_ray_found_it(capfd):
+    from ray.exceptions import RayTaskError
+
+    def command():
+        inner = RayTaskError("write", "a\nlong\ntrace", OSError(28, "No space left on device")).as_instanceof_cause()
+        raise ValueError("Ray Data's own") from inner
+
+    assert exit_code(command, resumable=True) == 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "No space left" in said and "same command again" in said
+    with pytest.raises(RuntimeError):
+        exit_code(lambda: (_ for _ in ()).throw(RuntimeError("a defect")), resumable=True)
+
+
+def test_reporting_goes_on_when_the_disk_is_full(tmp_path):
+    class Full:
+        seconds = 0.0
+
+        def save(self):
+            raise OSError(28, "No space left on device")
+
+    with _Reporting(tmp_path, 4, lambda *of: None, Full()) as reporting:
+        reporting._report()
+
+
 def test_batches_with_failures_are_taken_back(tmp_path):
     write_part(tmp_path / "parts", "x_1-0.parquet", [Dropped("c1", "cloze", "error: E: x")])
     write_part(tmp_path / "parts", "x_2-0.parquet", [conversation(2)])
@@ -281,8 +360,8 @@ def test_a_budget_is_a_time_or_a_count():
 
 def test_synthesis_alone_goes_by_a_budget(tiny_model_dir, corpus_file, tmp_path, monkeypatch, capfd):
     def planned(output, budget, *more):
-        argv = ["synthesize", str(corpus_file), "--output", str(tmp_path / output), f"--set=model.name={tiny_model_dir}",
-                "--budget", budget, *more]
+        argv = ["synthesize", str(corpus_file), "--output", str(tmp_path / output),
+                f"--set=model.name={tiny_model_dir}", "--budget", budget, *more]
         return main(argv), seen.pop("planned", None), capfd.readouterr().err
 
     seen = {}
@@ -350,6 +429,36 @@ def wait_for(condition, process, patience_s=900):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_nodes_make_what_one_makes(tiny_model_dir, corpus_file, tmp_path, monkeypatch):
+    """Without a number of actors there is one for each node; the ids and what is asked do not depend on it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    # Off means that every server of this cluster binds to loopback only.
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+    settings = tiny_settings(tiny_model_dir, num_conversations=32, batch_size=4)
+    made = {}
+    for nodes in (1, 2):
+        if nodes == 2:
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+            cluster.add_node(num_cpus=2)
+            ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            if nodes == 2:
+                placed = _place(settings)
+                assert (placed.num_actors, placed.num_cpus) == (2, 1)
+            synthesize(str(corpus_file), str(tmp_path / str(nodes)), settings, lambda *of: None)
+        finally:
+            if nodes == 2:
+                ray.shutdown()
+                cluster.shutdown()
+        made[nodes] = [(row["conversation_id"], row["messages"], row["dropped"]) for row in
+                       shard_rows(tmp_path / str(nodes))]
+    assert made[1] == made[2] and len(made[1]) == 32
 
 
 @pytest.mark.slow

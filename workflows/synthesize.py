@@ -11,6 +11,7 @@ Killed anywhere, the same call goes on: Ray Data skips what is committed, at mos
 flight are done again, and the ids are those of the plan.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -30,6 +31,7 @@ from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.records import Chunk, Corpus
 from workflows.budget import with_counts
+from workflows.placement import Placement, place, threads_here
 from workflows.stage import Clock, fingerprint, read_manifest, require_match, write_manifest
 
 MANIFEST = "dataset.json"
@@ -81,7 +83,7 @@ def require_some(manifest: dict[str, Any], output: Path, earlier: Sequence[str])
     """`UserError` where nothing was kept, though a later round may have nothing new."""
     if not manifest["conversations"]["kept"] and not earlier:
         raise UserError(f"none of the {manifest['planned']} conversations was kept ({_reasons(manifest)}); `cartridges "
-                        f"inspect {output}` shows them. Choose other synthesize.families, or see synthesize.filters_off")
+                        f"inspect {output}` shows them. Choose other synthesize.families, or see filters_off")
 
 
 def _reasons(manifest: dict[str, Any]) -> str:
@@ -129,7 +131,8 @@ def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mappin
     from cartridges.selfstudy.families import DEFAULT_MIXTURE
 
     identity = _identity(resolve_model_dir(settings.model))
-    how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine", "asking"}
+    how = {"num_actors", "max_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine",
+           "asking"}
     # What came later and is off is left out, so that data sets made before it stay valid.
     off = {name for name in ("drop_ungrounded_names", "near_duplicate", "filters_off", "general_share")
            if not getattr(settings.synthesize, name)}
@@ -212,20 +215,34 @@ def generate(output: Path, settings: BuildSettings, total: int,
         if progress is None:
             progress = stack.enter_context(Progress(total, "synthesize", "conversations")).callback
         stack.enter_context(local_ray())
+        placed = _place(settings)
         reporting = stack.enter_context(_Reporting(output / "work" / "checkpoint", total, progress, clock))
-        _run_pipeline(output.resolve(), settings)
-    wanted = settings.synthesize
-    return {"seconds": clock.seconds, "conversations_per_s": reporting.rate(wanted.num_actors * wanted.batch_size)}
+        _run_pipeline(output.resolve(), settings, placed, total)
+    return {"seconds": clock.seconds,
+            "conversations_per_s": reporting.rate(placed.num_actors * settings.synthesize.batch_size)}
 
 
-def _run_pipeline(output: Path, settings: BuildSettings) -> None:
+def _place(settings: BuildSettings) -> Placement:
+    """On the nodes that Ray has now."""
+    import ray
+
+    from cartridges.engines.vllm_setup import gpus_of_an_engine
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:  # a Ray that is started here offers more CPUs than there are
+        nodes = [{**nodes[0], "CPU": min(nodes[0].get("CPU", 0), os.cpu_count() or 1) + 1}]
+    return place(settings.synthesize, nodes, gpus_of_an_engine(settings.vllm, settings.synthesize.engine))
+
+
+def _run_pipeline(output: Path, settings: BuildSettings, placed: Placement, total: int) -> None:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data.checkpoint import CheckpointConfig
 
-    from cartridges.engines.vllm_setup import gpus_of_an_engine
+    from workflows.failures import Tolerance, count_failed, too_many
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What it would print, pages of it, is raised.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     work, wanted = output / "work", settings.synthesize
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -233,27 +250,35 @@ def _run_pipeline(output: Path, settings: BuildSettings) -> None:
         id_column="conversation_id", checkpoint_path=str(work / "checkpoint"),
         delete_checkpoint_on_success=False)
     try:
-        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-        threads = wanted.threads_per_actor or max(1, (os.cpu_count() or 1) // wanted.num_actors)
+        tolerance = ray.remote(num_cpus=0)(Tolerance).remote(
+            wanted.max_failed_share, total, count_failed(work / "parts"))
         # Read from a file because Ray Data filters committed rows behind a read only; a block for
         # each batch because a block is the unit that is committed.
         tasks = ray.data.read_parquet(str(work / "tasks.parquet"))
         tasks.repartition(target_num_rows_per_block=wanted.batch_size).map_batches(
-            SynthesisActor, fn_constructor_args=(settings, str(output / "chunks.parquet"), threads),
-            batch_size=None, batch_format="pyarrow", compute=ActorPoolStrategy(size=wanted.num_actors),
-            num_cpus=1, num_gpus=gpus_of_an_engine(settings.vllm, wanted.engine) if has_gpu else None,
+            SynthesisActor, fn_constructor_args=(settings, str(output / "chunks.parquet"), placed.beside, tolerance),
+            batch_size=None, batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=placed.num_actors, max_size=placed.most),
+            num_cpus=placed.num_cpus, num_gpus=placed.num_gpus,
         ).write_parquet(str(work / "parts"))
+    except Exception:
+        hopeless = ray.get(tolerance.exceeded.remote())
+        if hopeless is None:
+            raise
+        raise too_many(*hopeless, total, wanted.max_failed_share, work) from None
     finally:
         context.checkpoint_config = None
 
 
 class SynthesisActor:
-    """Holds one engine and a `Synthesizer`; a batch of tasks in, their conversations out."""
+    """Holds one engine and a `Synthesizer`; a batch of tasks in, their conversations out. `beside` actors share its
+    node; `tolerance` is the one actor that counts what raised in all of them."""
 
-    def __init__(self, settings: BuildSettings, chunks_file: str, threads: int):
-        self.settings, self.chunks_file, self.threads = settings, chunks_file, threads
+    def __init__(self, settings: BuildSettings, chunks_file: str, beside: int, tolerance: Any):
+        self.settings, self.chunks_file, self.tolerance = settings, chunks_file, tolerance
+        self.threads = threads_here(settings.synthesize.threads_per_actor, beside)
         # Ray gives an actor one; what the engine starts reads the variable.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)
 
     @cached_property
     def synthesizer(self):
@@ -272,13 +297,16 @@ class SynthesisActor:
 
     def __call__(self, batch):
         import pyarrow as pa
+        import ray
 
         from cartridges.selfstudy.plan import Task
         from cartridges.selfstudy.storage import schema, to_row
-        from workflows.failures import run_with_retry
+        from workflows.failures import failed_among, run_with_retry
 
         tasks = [Task(**row) for row in batch.to_pylist()]
-        results = run_with_retry(self.synthesizer, tasks, self.synthesizer.settings.retries)
+        results = run_with_retry(self.synthesizer, tasks, self.settings.synthesize.retries)
+        if failed := failed_among(results):
+            ray.get(self.tolerance.add.remote(len(failed), failed[0]))
         return pa.Table.from_pylist([to_row(result) for result in results], schema=schema())
 
 
@@ -297,11 +325,13 @@ class _Reporting:
             self._report()
 
     def _report(self) -> None:
-        done = self.committed()
-        if not self.seen or done > self.seen[-1][1]:
-            self.seen.append((time.monotonic(), done))
-        self.progress(done, self.total, "")
-        self.clock.save()
+        """A full disk is for the pipeline to say, which cannot go on; this can."""
+        with contextlib.suppress(OSError):
+            done = self.committed()
+            if not self.seen or done > self.seen[-1][1]:
+                self.seen.append((time.monotonic(), done))
+            self.progress(done, self.total, "")
+            self.clock.save()
 
     def rate(self, first: int) -> float:
         """Conversations a second from when `first` were committed (a batch of each actor: no start-up) to the last;

@@ -135,14 +135,9 @@ def _join(todo: Sequence[Wanted], places: Sequence[str], plans: Sequence[dict[st
 
 
 def _require_few_errors(work: Path, settings: BuildSettings, planned: int) -> None:
-    import pyarrow.parquet as pq
+    from workflows.failures import count_failed, require_few
 
-    from cartridges.selfstudy.card import ERROR
-    from workflows.failures import require_few
-
-    failed = sum(reason.startswith(ERROR) for file in (work / "parts").glob("*.parquet")
-                 for reason in pq.read_table(file, columns=["dropped"])["dropped"].to_pylist())
-    require_few(failed, planned, settings.synthesize.max_failed_share, work)
+    require_few(count_failed(work / "parts"), planned, settings.synthesize.max_failed_share, work)
 
 
 def _split(todo: Sequence[Wanted], numbers: Sequence[int], parts: Path) -> None:

@@ -3,7 +3,8 @@ it is written without spaces."""
 
 import re
 
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf"
+            "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff")
 """Of a character class: Thai, Lao, Burmese, Khmer, kana, Chinese characters."""
 SYLLABLES = UNSPACED + "\uac00-\ud7af"
 """The same and Hangul, which has spaces: about a token a character."""

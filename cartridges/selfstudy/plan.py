@@ -42,10 +42,13 @@ def plan(chunks: Iterable[Chunk], settings: SynthesizeSettings, seed: int,
     chunk stand together, so that those in flight share its prefill; those for which a model has to
     write come last, the general ones at the end. `before` counts the tasks that there were already, by chunk and
     family: ordinals go on from there, and so does a family's way through the chunk. One pass over `chunks`, of which
-    none is kept. Where a chunk is not English, the share of the families that ask by rules of English goes to the others.
+    none is kept. Where a chunk is not English, the share of the families that ask by rules of English goes to others.
     Raises `UserError` for a family that does not exist.
     """
     count = round(settings.num_conversations * settings.general_share)
+    if settings.num_conversations and count == settings.num_conversations:
+        raise UserError(f"synthesize.general_share={settings.general_share:g} of {count} conversations leaves none "
+                        "about the corpus; lower it")
     about_chunks = _about_chunks(chunks, settings, settings.num_conversations - count, seed, weights or {},
                                  Counter(before or {}))
     return about_chunks + (_general(count, seed) if about_chunks else [])
