@@ -1,6 +1,6 @@
 """Settings, one frozen class per stage. The string under a field documents it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -70,11 +70,11 @@ class SynthesizeSettings(Settings):
     chunk: ChunkSettings = ChunkSettings()
     num_conversations: int = Field(0, ge=0)
     """Conversations to plan before filtering. 0 derives the number from the corpus length and the budget."""
-    families: dict[str, float] = {}
+    families: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = {}
     """Share of the planned conversations for each seed family. Empty uses the default mixture."""
     topk: int = Field(20, ge=1)
     """Teacher log-probabilities stored per answer token (20 as in the paper)."""
-    asking_temperature: float = Field(0.6, ge=0)
+    asking_temperature: float = Field(0.6, ge=0, allow_inf_nan=False)
     """Sampling temperature of the asking side (0.6 as in the paper)."""
     max_question_tokens: int = Field(48, ge=8)
     max_answer_tokens: int = Field(64, ge=1)
@@ -103,16 +103,25 @@ class SynthesizeSettings(Settings):
     """Another model for the asking side. The teacher always answers and scores."""
     engine: EngineName = "auto"
     """auto is vLLM on a GPU if it is installed, else transformers (measurements in docs/log.md)."""
-    num_actors: int = Field(1, ge=1)
-    """Ray Data actors, each with one engine."""
+    num_actors: int = Field(0, ge=0)
+    """Ray Data actors, each with one engine. 0 derives the number from the cluster when the run starts: one per GPU (or
+    GPUs of an engine), or without GPUs one per node."""
+    max_actors: int = Field(0, ge=0)
+    """Most actors that Ray Data may start while there is work and room, for a cluster that grows. 0 is `num_actors`."""
     threads_per_actor: int = Field(0, ge=0)
-    """CPU threads of an actor's engine. 0 divides the machine's cores among the actors."""
+    """CPU threads of an actor's engine. 0 divides a node's cores among the actors there."""
     batch_size: int = Field(128, ge=1)
     """Conversations that an actor processes at once, and the most that are lost when a worker is killed."""
     retries: int = Field(1, ge=0)
     """Number of times a conversation is retried, alone, after it or its batch raised."""
     max_failed_share: float = Field(0.05, ge=0, le=1)
-    """The run fails if more than this share of the planned conversations raised."""
+    """The run fails as soon as more than this share of the planned conversations raised."""
+
+    @model_validator(mode="after")
+    def _some_family(self) -> "SynthesizeSettings":
+        if self.families and not any(self.families.values()):
+            raise ValueError("families: every share is 0")
+        return self
 
 
 class OptimizerSettings(Settings):
@@ -342,5 +351,6 @@ class BuildSettings(Settings):
     serve: ServeSettings = ServeSettings()
     vllm: VllmSettings = VllmSettings()
     budget: str | None = None
-    """Wall-clock time for synthesis and training together, such as `90s`, `10m`, `2h`."""
+    """How much to do: wall-clock time for synthesis and training together, such as `90s`, `10m`, `2h`; or planned
+    conversations (`2000conversations`); or tokens of the kept conversations (`500000tokens`)."""
     seed: int = 0

@@ -114,9 +114,7 @@ def _from_folder(folder: Path, corpus_id: str | None) -> Corpus:
         return walk(folder, skipped)
 
     documents = gather(read)
-    if skipped:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        logger.warning("corpus %s: skipped %d files (%s)", folder, skipped.total(), counts)
+    _say_skipped(folder, "files", skipped)
     if not documents:
         raise UserError(f"corpus {folder} is empty: no readable text file in it (hidden and git-ignored "
                         f"files are left out; {skipped.total()} skipped)")
@@ -125,14 +123,17 @@ def _from_folder(folder: Path, corpus_id: str | None) -> Corpus:
 
 def _from_jsonl(where: Path, corpus_id: str | None) -> Corpus:
     chosen = _select(_outlines(where), corpus_id, where)
-    places = {place for place, _ in chosen}
+    places, repeated = {place for place, _ in chosen}, set()
 
     def read() -> Iterator[Document]:
+        seen: set[str] = set()
         for place, row in _at(places, jsonl.rows(where)):
             text = _row_text(row, f"{where} {place}")
-            yield from _documents(text, f"{where.name}:{row.get('corpus_id', where.stem)}")
+            if _is_new(text, seen, place, repeated):
+                yield from _documents(text, f"{where.name}:{row.get('corpus_id', where.stem)}")
 
     documents = gather(read)
+    _say_skipped(where, "rows", Counter(duplicate=len(repeated)))
     picked = corpus_id or str(chosen[0][1].get("corpus_id", where.stem))
     return _build(picked, documents, where, _questions_of(_at(places, jsonl.rows(where)), where))
 
@@ -145,21 +146,39 @@ def _from_table(table: Table, corpus_id: str | None) -> Corpus:
         chosen = ids if one_corpus else _select(ids, corpus_id, where)
         places, picked = {place for place, _ in chosen}, corpus_id or str(chosen[0][1].get("corpus_id", picked))
     skipped: set[str] = set()
+    repeated: set[str] = set()
 
     def read() -> Iterator[Document]:
+        seen: set[str] = set()
         for place, row in _at(places, _numbered(table, table.text_column)):
             text = row.get(table.text_column, "")
             if isinstance(text, str) and not text.strip():
                 skipped.add(place)
                 continue
-            yield from _documents(_row_text({"text": text}, f"{where} {place}"),
-                                  f"{where.name}:{place.removeprefix('row ')}")
+            text = _row_text({"text": text}, f"{where} {place}")
+            if _is_new(text, seen, place, repeated):
+                yield from _documents(text, f"{where.name}:{place.removeprefix('row ')}")
 
     documents = gather(read)
-    if skipped:
-        logger.warning("corpus %s: skipped %d rows without text", where, len(skipped))
+    _say_skipped(where, "rows", Counter({"without text": len(skipped), "duplicate": len(repeated)}))
     asked = _at(places, _numbered(table, "corpus_id", "questions"))
     return _build(picked, documents, where, _questions_of(asked, where))
+
+
+def _is_new(text: str, seen: set[str], place: str, repeated: set[str]) -> bool:
+    """Whether no row before, of those `seen` in this pass, has the same text; else `place` is among the `repeated`."""
+    digest = hash_bytes(text.encode())
+    if digest in seen:
+        repeated.add(place)
+        return False
+    seen.add(digest)
+    return True
+
+
+def _say_skipped(where: Path, things: str, skipped: Counter) -> None:
+    if skipped.total():
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()) if count)
+        logger.warning("corpus %s: skipped %d %s (%s)", where, skipped.total(), things, counts)
 
 
 def _numbered(table: Table, *columns: str) -> Iterator[Row]:

@@ -47,6 +47,8 @@ def _parse(line: str, number: int, where: Path) -> dict:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} line {number} is not JSON ({error.msg} at column {error.colno}); "
                         "one object a line is expected") from None
+    except RecursionError:
+        raise UserError(f"{where} line {number} is nested too deeply to be read") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} line {number} is not a JSON object")
     return row

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from cartridges.documents import LONGEST_CHARACTERS, stretches
 from cartridges.errors import UserError
@@ -25,9 +26,15 @@ CODE_SUFFIXES = {".py", ".js", ".ts", ".tsx", ".jsx", ".java", ".c", ".h", ".cc"
                  ".go", ".rs", ".rb", ".php", ".swift", ".kt", ".scala", ".sh", ".sql", ".r", ".jl",
                  ".lua", ".pl", ".yaml", ".yml", ".toml", ".ini", ".json"}
 PROBE_BYTES = 8192
+ROW_SUFFIXES = {".jsonl", ".ndjson"}
 BLOCK_BYTES = 2**20
+FILES_NAMED = 8
 PDF = b"%PDF-"
 BOM = "\ufeff"
+
+
+class NotUtf8(UserError):
+    """A file that was meant to be read; in a folder all of them are named together."""
 
 
 class NoText(UserError):
@@ -71,10 +78,12 @@ def walk(root: Path, skipped: Counter) -> Iterator[Document]:
     """Every readable text below `root` in sorted order. Skipped files are counted in `skipped` by reason.
 
     Hidden files, files ignored by the .gitignore files in `root` and below, broken links and special files
-    are omitted without a count. A file with a text or source suffix that is not UTF-8 raises `UserError`,
-    since it was meant to be read.
+    are omitted without a count; in a Git repository also what the .gitignore files above `root` and
+    `.git/info/exclude` ignore. Files with a text or source suffix that are not UTF-8 raise one `UserError` at the
+    end, since they were meant to be read.
     """
     seen: set[str] = set()
+    unreadable: list[NotUtf8] = []
     for path in _files(root):
         without = "empty"
         try:
@@ -89,8 +98,20 @@ def walk(root: Path, skipped: Counter) -> Iterator[Document]:
                 yield document
         except NoText as error:
             without = error.kind
+        except NotUtf8 as error:
+            unreadable.append(error)
+            continue
         if without:
             skipped[without] += 1
+    if unreadable:
+        raise unreadable[0] if len(unreadable) == 1 else _several(unreadable, root)
+
+
+def _several(unreadable: list[NotUtf8], root: Path) -> UserError:
+    names = [str(error).partition(" is not UTF-8")[0].partition(" is UTF-16")[0] for error in unreadable]
+    more = f" and {len(names) - FILES_NAMED} more" if len(names) > FILES_NAMED else ""
+    return UserError(f"{len(names)} files in {root} are not UTF-8 text; convert them, or name them in a .gitignore "
+                     f"there: {', '.join(names[:FILES_NAMED])}{more}. The first: {unreadable[0]}")
 
 
 def decode(data: bytes, path: Path) -> str:
@@ -102,9 +123,9 @@ def decode(data: bytes, path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def not_utf8(path: Path, byte: int) -> UserError:
-    return UserError(f"{path} is not UTF-8 text (byte {byte} cannot be decoded); convert it, "
-                     f"for example: iconv -f LATIN1 -t UTF-8 '{path.name}'")
+def not_utf8(path: Path, byte: int) -> NotUtf8:
+    return NotUtf8(f"{path} is not UTF-8 text (byte {byte} cannot be decoded); convert it, "
+                   f"for example: iconv -f LATIN1 -t UTF-8 '{path.name}'")
 
 
 def check_unicode(text: str, place: str) -> None:
@@ -154,7 +175,8 @@ def _extract(data: bytes, path: Path) -> str:
         return _pdf_text(data, path)
     _check_plain(data[:PROBE_BYTES], path)
     if suffix not in TEXT_SUFFIXES | CODE_SUFFIXES | HTML_SUFFIXES | {".ipynb"}:
-        return _decode_unknown(data, path)
+        text = _decode_unknown(data, path)
+        return _rows_text(text) if suffix in ROW_SUFFIXES else text
     text = decode(data, path)
     if suffix in HTML_SUFFIXES:
         return _html_text(text)
@@ -163,11 +185,20 @@ def _extract(data: bytes, path: Path) -> str:
 
 def _check_plain(start: bytes, path: Path) -> None:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 "
-                        f"'{path.name}'")
+        raise NotUtf8(f"{path} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 "
+                      f"'{path.name}'")
     if b"\0" in start:
         raise NoText("binary", f"{path} is a binary file; a corpus is text, Markdown, HTML, PDF, source "
                                "code, a notebook or a JSONL")
+
+
+def _rows_text(text: str) -> str:
+    """The `text` of the rows of a JSONL in a folder; as it stands where not all rows have one."""
+    try:
+        found = [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return text
+    return "\n\n".join(found) if all(isinstance(one, str) for one in found) else text
 
 
 def _decode_unknown(data: bytes, path: Path) -> str:
@@ -219,40 +250,61 @@ def _notebook_text(text: str, path: Path) -> str:
     try:
         cells = json.loads(text)["cells"]
         return "\n\n".join("".join(cell["source"]).strip() for cell in cells).strip()
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise NoText("damaged notebook", f"{path} is not a Jupyter notebook of format 4; save it again "
                                          "with a current Jupyter") from None
 
 
 def _files(root: Path) -> Iterator[Path]:
     """All files, sorted and depth first, so that the corpus has the same order on every machine."""
-    rules: dict[Path, object] = {}
+    real = root.resolve()
+    top, rules = _rules_above(real)
     for folder, subfolders, names in os.walk(root):
         here = Path(folder)
+        known = real / here.relative_to(root)
         if ".gitignore" in names:
-            rules[here] = _read_gitignore(here / ".gitignore")
+            rules[known] = _read_gitignore(here / ".gitignore") + rules.get(known, [])
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(".")
-                               and not _ignored(here / name, root, rules, is_folder=True))
+                               and not _ignored(known / name, top, rules, is_folder=True))
         for name in sorted(names):
             path = here / name
-            if not name.startswith(".") and path.is_file() and not _ignored(path, root, rules):
+            if not name.startswith(".") and path.is_file() and not _ignored(known / name, top, rules):
                 yield path
 
 
-def _read_gitignore(path: Path):
+Rules = dict[Path, list[Any]]
+"""By folder, what its .gitignore says; behind it at the top of a repository, what `.git/info/exclude` says."""
+
+
+def _rules_above(root: Path) -> tuple[Path, Rules]:
+    """The top of the Git repository that `root` is in, or `root`, and the rules from there down to it. None of them
+    where they ignore `root` itself: it was asked for."""
+    top = next((folder for folder in (root, *root.parents) if (folder / ".git").exists()), root)
+    rules: Rules = {}
+    for folder in root.parents:
+        if folder.is_relative_to(top) and (folder / ".gitignore").is_file():
+            rules[folder] = _read_gitignore(folder / ".gitignore")
+    if (top / ".git" / "info" / "exclude").is_file():
+        rules[top] = rules.get(top, []) + _read_gitignore(top / ".git" / "info" / "exclude")
+    between = [folder for folder in (root, *root.parents) if folder != top and folder.is_relative_to(top)]
+    asked_for = any(_ignored(folder, top, rules, is_folder=True) for folder in between)
+    return (root, {}) if asked_for else (top, rules)
+
+
+def _read_gitignore(path: Path) -> list[Any]:
     from pathspec import GitIgnoreSpec
 
-    return GitIgnoreSpec.from_lines(decode(path.read_bytes(), path).splitlines())
+    return [GitIgnoreSpec.from_lines(decode(path.read_bytes(), path).splitlines())]
 
 
-def _ignored(path: Path, root: Path, rules: dict[Path, object], is_folder: bool = False) -> bool:
+def _ignored(path: Path, top: Path, rules: Rules, is_folder: bool = False) -> bool:
     """git's rule: the deepest .gitignore with a matching pattern decides."""
     for parent in path.parents:
-        if parent in rules:
+        for spec in rules.get(parent, ()):
             relative = path.relative_to(parent).as_posix() + ("/" if is_folder else "")
-            verdict = rules[parent].check_file(relative).include
+            verdict = spec.check_file(relative).include
             if verdict is not None:
                 return verdict
-        if parent == root:
+        if parent == top:
             return False
     return False

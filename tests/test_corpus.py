@@ -6,6 +6,8 @@ import os
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -64,6 +66,57 @@ def test_folder_is_walked_in_order_and_respects_gitignore(tmp_path, caplog):
     assert [d.source for d in corpus.documents] == ["a.txt", "b.md", "sub/c.py", "sub/keep.log"]
     assert corpus.corpus_id == tmp_path.name
     assert "skipped 3 files (1 binary, 1 duplicate, 1 empty)" in caplog.text
+
+
+def test_a_subfolder_goes_by_the_rules_of_its_repository(tmp_path):
+    for name in ("pkg/a.py", "pkg/a.gen.py", "pkg/sub/b.gen.py", "pkg/sub/keep.gen.py", "pkg/own.txt", "build/out.py",
+                 "build/in/deep.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    (tmp_path / ".gitignore").write_text("*.gen.py\nbuild/\n")
+    (tmp_path / "pkg" / "sub" / ".gitignore").write_text("!keep.gen.py\n")
+
+    def read(folder):
+        return [document.source for document in load_corpus(str(tmp_path / folder)).documents]
+
+    assert "a.gen.py" in read("pkg")  # no repository: rules above say nothing
+    (tmp_path / ".git" / "info").mkdir(parents=True)
+    (tmp_path / ".git" / "info" / "exclude").write_text("own.txt\n")
+    assert read("pkg") == ["a.py", "sub/keep.gen.py"]
+    assert read("pkg/sub") == ["keep.gen.py"] and "build/out.py" not in read(".")
+    assert read("build") == ["out.py", "in/deep.py"] and read("build/in") == ["deep.py"]  # asked for by name
+
+
+def test_all_files_that_are_not_utf8_are_named_at_once(tmp_path):
+    for number in range(12):
+        (tmp_path / f"{number:02}.py").write_bytes(b"x = '\xe9'")
+    (tmp_path / "fine.py").write_text("x = 1")
+    one_line(lambda: load_corpus(str(tmp_path)), "12 files", "00.py", "07.py and 4 more", "iconv")
+
+
+def test_rows_in_a_folder_are_their_text(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "One lamp.", "id": 1}, {"text": "Two keepers."}])
+    write_jsonl(tmp_path / "events.ndjson", [{"event": "lit"}])
+    corpus = load_corpus(str(tmp_path))
+    assert {one.source: one.text.strip() for one in corpus.documents} == {
+        "rows.jsonl": "One lamp.\n\nTwo keepers.", "events.ndjson": '{"event": "lit"}'}
+
+
+def test_what_is_nested_too_deeply_is_one_line(tmp_path):
+    for name in ("deep.jsonl", "deep.ipynb"):
+        (tmp_path / name).write_text("[" * 100_000)
+        one_line(lambda name=name: load_corpus(str(tmp_path / name)), name)
+
+
+def test_rows_that_stand_there_twice_are_counted(tmp_path, caplog):
+    texts = ["Same", "Same", "Other", "Same", ""]
+    with caplog.at_level(logging.WARNING):
+        assert len(load_corpus(write_jsonl(tmp_path / "rows.jsonl", [
+            {"corpus_id": f"r/{n}", "text": text} for n, text in enumerate(texts[:4])]), "r/*").documents) == 2
+        pq.write_table(pa.table({"text": texts}), tmp_path / "rows.parquet")
+        assert len(load_corpus(str(tmp_path / "rows.parquet")).documents) == 2
+    assert "rows.jsonl: skipped 2 rows (2 duplicate)" in caplog.text
+    assert "rows.parquet: skipped 3 rows (2 duplicate, 1 without text)" in caplog.text
 
 
 def test_fingerprint_follows_bytes_and_order(tmp_path):

@@ -134,6 +134,17 @@ def test_samples_are_drawn_by_family_and_seed(dataset):
     assert len({tuple(ids(seed)) for seed in range(6)}) > 1
 
 
+def test_quantiles_are_not_held_at_the_ends_of_a_scale():
+    told = Distribution(0, 8)
+    told.add(np.full(100, 3.0))
+    told.add(np.array([*[50.0] * 300, -1.0, np.inf]))
+    assert told.edges[0] <= -1 and told.edges[-1] >= 50 and told.counts.sum() == 402
+    assert told.quantile(0.1) == pytest.approx(3, abs=0.1) and told.quantile(0.95) == pytest.approx(50, abs=0.1)
+    mass = Distribution(0, 1, bounded=True)
+    mass.add(np.array([1.0000001] * 9))
+    assert mass.edges[-1] == 1 and mass.quantile(0.5) > 0.99
+
+
 def test_an_unfinished_data_set_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"data_card\.json"):
         read_card(tmp_path)

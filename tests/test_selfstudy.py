@@ -13,7 +13,9 @@ from cartridges.errors import UserError
 from cartridges.prompts import example_messages
 from cartridges.records import Chunk, Conversation, Dropped
 from cartridges.selfstudy import filters, questions
-from cartridges.selfstudy.families import FAMILIES, Proposal, draw_spans, register
+from cartridges.selfstudy.families import ENGLISH_RULES, FAMILIES, Proposal, draw_spans, register
+from cartridges.selfstudy.languages import is_english
+from cartridges.selfstudy.near_duplicates import jaccard, word_pairs
 from cartridges.selfstudy.phrases import noun_phrases
 from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.spans import Statement, answer_spans, statements
@@ -44,6 +46,59 @@ def test_a_chunk_s_share_goes_by_its_tokens_not_its_letters():
     chunks = [Chunk(str(i) * 16, "d", 0, len(text), text) for i, text in enumerate(texts)]
     owners = Counter(task.chunk_id for task in plan(chunks, settings(count=200), seed=1))
     assert owners["0" * 16] == pytest.approx(50, abs=1.5)
+
+
+CHINESE = ("长江是亚洲最长的河流，全长6300公里。"
+           "三峡大坝于1994年开工，2012年全部完工。黄河发源于巴颜喀拉山，全长5464公里。")
+GERMAN = ("Der Rhein ist ein 1233 Kilometer langer Strom in Mitteleuropa. Er entspringt in den Schweizer Alpen und "
+          "mündet in die Nordsee. Der Kölner Dom wurde 1880 von Ernst Zwirner vollendet.")
+THAI = "หอคอยนี้สร้างขึ้นในปี 1871 และสูง 42 เมตร ตั้งอยู่ที่กรุงเทพ"
+KOREAN = "이 탑은 1871년에 지어졌으며 높이는 사십이 미터이다. 등대지기는 두 명이고 바다를 지킨다."
+
+
+def test_the_language_is_told_by_its_commonest_words():
+    assert not any(map(is_english, (CHINESE, GERMAN, THAI, KOREAN, "Башня была построена в 1871 году.")))
+    assert not is_english("La tour a été construite en 1871 par Anna Berg. Elle est haute et elle domine la ville.")
+    assert not is_english("Wieża została zbudowana w 1871 roku przez Annę Berg i ma 42 metry, a jej lampa świeci się.")
+    for english in (*(chunk.text for chunk in CHUNKS), "| port | name |\n|---|---|\n| 7 | echo |", "", "Anna Berg",
+                    "def f(x):\n    return x + 1", "The mayor of Rio de Janeiro was in La Paz."):
+        assert is_english(english)
+
+
+@pytest.mark.parametrize("text", [CHINESE, GERMAN, THAI, KOREAN])
+def test_other_languages_are_asked_what_no_rule_of_english_asks(text):
+    chunk = Chunk("x", "d", 0, len(text), text)
+    tasks = plan([chunk, *CHUNKS], SynthesizeSettings(num_conversations=400, general_share=0), 0)
+    assert tasks == plan([chunk, *CHUNKS], SynthesizeSettings(num_conversations=400, general_share=0), 0)
+    english = [task.seed_family in ENGLISH_RULES for task in tasks if task.chunk_id != "x"]
+    assert 0.7 < sum(english) / len(english) < 0.99
+    asked = set()
+    for task in (task for task in tasks if task.chunk_id == "x"):
+        assert task.seed_family not in ENGLISH_RULES
+        proposal = FAMILIES[task.seed_family].propose(chunk, random.Random(task.seed), task.ordinal)
+        if proposal and proposal.user:
+            assert proposal.answer in text and not list(filters.question_faults(proposal.user, short=False))
+            asked.add((proposal.user, proposal.answer))
+    assert len(asked) >= 10
+    given = plan([chunk], SynthesizeSettings(num_conversations=9, families={"anchored": 1}, general_share=0), 0)
+    assert {task.seed_family for task in given} == {"anchored"}  # nothing else was wanted
+
+
+def test_a_text_without_spaces_gets_its_share():
+    """Of the tokens of the two; a run of characters is not one piece."""
+    texts = {"zh": CHINESE * 4, "en": "The lighthouse was built in 1871 by Anna Berg. It has 42 steps. " * 12}
+    chunks = [Chunk(name, "d", 0, len(text), text) for name, text in texts.items()]
+    tasks = plan(chunks, SynthesizeSettings(num_conversations=1000, general_share=0), 0)
+    share = sum(task.chunk_id == "zh" for task in tasks) / len(tasks)
+    assert 0.5 < share < 0.65  # 228 characters against 180 words and stops
+
+
+def test_answers_are_found_where_there_are_no_spaces():
+    assert filters.says("全长6300公里", "6300") and filters.says("全长6300公里", "公里")
+    assert not filters.says("全长16300公里", "6300") and not filters.says("In x1871.", "1871")
+    assert not list(filters.question_faults("长江有多长？", short=True))
+    assert list(filters.question_faults("为？", short=True)) == ["empty"]
+    assert jaccard(word_pairs("长江全长6300公里"), word_pairs("长江全长6301公里")) > 0.4
 
 
 def test_unknown_family_is_named():

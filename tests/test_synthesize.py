@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,19 +16,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cartridges.config import BuildSettings
+from cartridges.config import BuildSettings, CurriculumSettings, SynthesizeSettings
 from cartridges.corpus import load_corpus
 from cartridges.errors import UserError
 from cartridges.prompts import example_messages
-from cartridges.records import Conversation, Dropped, Task
+from cartridges.records import Chunk, Conversation, Dropped, Task
 from cartridges.selfstudy.deduplicate import deduplicate
 from cartridges.selfstudy.held_out import split, without
 from cartridges.selfstudy.near_duplicates import near_duplicates
+from cartridges.selfstudy.plan import plan
 from cartridges.selfstudy.storage import load_conversations, schema, to_row
-from workflows.building.budget import Rates, estimate, fit, parse_time, steps_within
+from cartridges.settings import load
+from workflows.building.budget import Budget, Rates, conversations_for, estimate, fit, parse_budget, steps_within
+from workflows.building.planning import settle, with_steps
+from workflows.cli import main
+from workflows.cli.exit_codes import exit_code
 from workflows.runtime.manifests import Clock, write_manifest
-from workflows.synthesis.failures import forget_failed, require_few, run_with_retry
-from workflows.synthesis.synthesize import synthesize
+from workflows.synthesis.failures import Tolerance, TooManyFailed, forget_failed, require_few, run_with_retry
+from workflows.synthesis.open_synthesizer import check_generation
+from workflows.synthesis.placement import place, threads_here
+from workflows.synthesis.ray_pipeline import CommittedProgress, placement_here
+from workflows.synthesis.synthesize import finish_dataset, require_some, synthesize
 
 CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by {name}son. It has {i + 20} steps."
                      for i, name in enumerate(("Arl", "Bem", "Cod", "Dun", "Eck", "Fen", "Gos", "Hul")))
@@ -81,6 +91,69 @@ def test_finish_marks_duplicates_counts_reasons_and_orders_rows(tmp_path):
     assert counted["tokens"] == {"input": 8, "loss": 4}
     assert counted["topk_mass"] == pytest.approx(0.8, abs=1e-6)
     assert counted["teacher_entropy"] == pytest.approx(-0.8 * np.log(0.4) - 0.2 * np.log(0.2), abs=1e-6)
+
+
+def test_finish_reads_each_part_once_however_many_the_shards(tmp_path, monkeypatch):
+    for number in range(8):
+        write_part(tmp_path / "parts", f"{number}.parquet", [conversation(n, f"{n}?") for n in range(number, 64, 8)])
+    read = Counter()
+    plain = pq.read_table
+    monkeypatch.setattr("cartridges.selfstudy.deduplicate.pq.read_table", lambda file, **how: (
+        read.update([how.get("columns") is None]), plain(file, **how))[1])
+    monkeypatch.setattr("cartridges.selfstudy.deduplicate.HELD_BYTES", 4_000)  # some parts at a time
+    deduplicate(tmp_path / "parts", tmp_path / "shards", rows_per_shard=8)
+    assert 16 < read[True] <= 8 + 8 * 4  # the parts, and what was made of them; one by one it would be 64
+    written = [file.name for file in sorted((tmp_path / "shards").iterdir())]
+    assert written == [f"part-{n:05d}.parquet" for n in range(8)]
+    assert [row["conversation_id"] for row in shard_rows(tmp_path)] == [f"c{n:03d}" for n in range(64)]
+
+
+def test_conversations_are_loaded_as_they_were_written(tmp_path):
+    without = replace(conversation(7), loss_mask=np.zeros(4, bool), topk_ids=np.zeros((0, 2), np.int32),
+                      topk_logprobs=np.zeros((0, 2), np.float32))
+    made = [conversation(3, k=2), conversation(1, k=5), without]
+    write_part(tmp_path / "shards", "a.parquet", [made[0], Dropped("c002", "cloze", "empty"), made[1], without])
+    pq.write_table(pa.table({"text": ["no conversation"]}), tmp_path / "chunks.parquet")
+    for one, expected in zip(load_conversations(tmp_path), [made[1], made[0], without], strict=True):
+        assert one.messages == expected.messages and one.conversation_id == expected.conversation_id
+        for name in ("input_ids", "loss_mask", "topk_ids", "topk_logprobs"):
+            found, wanted = getattr(one, name), getattr(expected, name)
+            assert found.dtype == wanted.dtype and found.flags.writeable and np.array_equal(
+                found, wanted if len(wanted) else wanted.reshape(found.shape))
+
+
+def test_loading_takes_little_more_than_what_is_loaded(tmp_path):
+    rng, scored = np.random.default_rng(0), 100
+    mask = np.array([False, *[True] * scored])
+    write_part(tmp_path, "a.parquet", [replace(
+        conversation(number), input_ids=np.arange(scored + 1, dtype=np.int32), loss_mask=mask,
+        topk_ids=rng.integers(0, 49_000, (scored, 20)).astype(np.int32),
+        topk_logprobs=rng.random((scored, 20)).astype(np.float32)) for number in range(400)])
+    tracemalloc.start()
+    loaded = load_conversations(tmp_path)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(loaded) == 400 and held > 400 * scored * 20 * 8
+    assert peak < 1.5 * held
+
+
+def test_few_kept_are_a_warning_and_none_a_mistake(tiny_model_dir, tmp_path, caplog):
+    def finished(name, kept, nothing, other=0):
+        results = [conversation(n, f"{n}?") for n in range(kept)]
+        results += [Dropped(f"d{n:03d}", "recall", "nothing_to_ask") for n in range(nothing)]
+        results += [Dropped(f"e{n:03d}", "recall", "empty") for n in range(other)]
+        write_part(tmp_path / name / "work" / "parts", "a.parquet", results)
+        planned = {"conversations": len(results), "chunks": 1, "fingerprint": "f"}
+        caplog.clear()
+        return finish_dataset(tmp_path / name, tiny_settings(tiny_model_dir), planned, {}, ()), caplog.text
+
+    assert finished("fine", 8, 8)[1] == ""
+    assert "1 of 20 conversations were kept (19 empty)" in finished("few", 1, 0, 19)[1]
+    assert "8 of 17 conversations were kept (9 nothing_to_ask)" in finished("odd", 8, 9)[1]
+    manifest, _ = finished("none", 0, 4)
+    with pytest.raises(UserError, match=r"none of the 4 conversations was kept \(4 nothing_to_ask\)"):
+        require_some(manifest, tmp_path / "none", ())
+    require_some(manifest, tmp_path / "none", ["an earlier round"])
 
 
 def test_near_duplicates_are_dropped_where_asked_for(tmp_path):
@@ -147,6 +220,80 @@ def test_too_many_failures_end_the_run_and_are_done_again(tmp_path):
     assert not (tmp_path / "checkpoint" / "x_1.parquet").exists()
 
 
+def test_a_hopeless_run_is_known_before_its_end():
+    tolerance = Tolerance(allowed=0.1, planned=200, failed=15)
+    tolerance.add(5, "error: E: x")
+    with pytest.raises(TooManyFailed):
+        tolerance.add(1, "error: E: y")
+    few = Tolerance(allowed=0.05, planned=48)
+    few.add(8, "error: E: x")  # may still be bad luck; at the end it is too many all the same
+    with pytest.raises(TooManyFailed):
+        few.add(1, "error: E: x")
+
+
+@pytest.mark.parametrize("how, words", [
+    ({"topk": 50_000}, "synthesize.topk=50000 is more than the 49152 tokens"),
+    ({"chunk": {"max_tokens": 4000}}, "do not fit the window of 4096 tokens"),
+    ({"max_answer_tokens": 4096}, "do not fit the window")])
+def test_lengths_that_the_model_has_not_are_named_at_once(tiny_model_dir, how, words):
+    with pytest.raises(UserError, match=words):
+        check_generation(tiny_settings(tiny_model_dir, **how))
+
+
+@pytest.mark.parametrize("how", ["{cloze: -1}", "{cloze: .nan}", "{cloze: .inf}", "{cloze: 0}"])
+def test_shares_that_are_none_are_named(how):
+    with pytest.raises(UserError, match="families"):
+        load(BuildSettings, overrides=[f"synthesize.families={how}"])
+
+
+def test_a_plan_of_general_conversations_alone_is_a_mistake():
+    settings = SynthesizeSettings(num_conversations=32, general_share=0.999)
+    with pytest.raises(UserError, match="general_share=0.999 of 32 conversations leaves none"):
+        plan([Chunk("c", "d", 0, 4, "Some text.")], settings, 0)
+
+
+def test_actors_go_where_there_is_room():
+    def placed(nodes, gpus_each=1, **how):
+        one = place(SynthesizeSettings(**how), nodes, gpus_each)
+        return one.num_actors, one.most, one.beside, one.num_cpus, one.num_gpus
+
+    laptop, node, gpus = {"CPU": 3.0}, {"CPU": 16.0}, {"CPU": 32.0, "GPU": 4.0}
+    assert placed([laptop]) == (1, 1, 1, 2, None)
+    assert placed([laptop], num_actors=2) == (2, 2, 2, 1, None)
+    assert placed([node] * 3) == (3, 3, 1, 15, None)
+    assert placed([node] * 3, threads_per_actor=4) == (3, 3, 1, 4, None)
+    assert placed([node] * 3, num_actors=6) == (6, 6, 2, 7, None)
+    assert placed([{"CPU": 8.0}, gpus, gpus]) == (8, 8, 4, 7, 1)
+    assert placed([gpus, gpus], gpus_each=4) == (2, 2, 1, 31, 4)
+    assert placed([gpus], max_actors=12) == (4, 12, 4, 7, 1)
+    assert threads_here(3, 2) == 3 and threads_here(0, 10**6) == 1
+
+
+def test_a_full_disk_is_one_line_wherever_ray_found_it(capfd):
+    from ray.exceptions import RayTaskError
+
+    def command():
+        inner = RayTaskError("write", "a\nlong\ntrace", OSError(28, "No space left on device")).as_instanceof_cause()
+        raise ValueError("Ray Data's own") from inner
+
+    assert exit_code(command, resumable=True) == 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "No space left" in said and "same command again" in said
+    with pytest.raises(RuntimeError):
+        exit_code(lambda: (_ for _ in ()).throw(RuntimeError("a defect")), resumable=True)
+
+
+def test_reporting_goes_on_when_the_disk_is_full(tmp_path):
+    class Full:
+        seconds = 0.0
+
+        def save(self):
+            raise OSError(28, "No space left on device")
+
+    with CommittedProgress(tmp_path, 4, lambda *of: None, Full()) as reporting:
+        reporting._report()
+
+
 def test_batches_with_failures_are_taken_back(tmp_path):
     write_part(tmp_path / "parts", "x_1-0.parquet", [Dropped("c1", "cloze", "error: E: x")])
     write_part(tmp_path / "parts", "x_2-0.parquet", [conversation(2)])
@@ -188,15 +335,64 @@ def test_the_clock_counts_killed_runs(tmp_path):
 def test_budget_fits_what_it_plans():
     settings = BuildSettings()
     rates = Rates(conversation_seconds=0.1, pack_seconds=3.0, kept=0.5, tokens=60)
-    assert parse_time("1.5h") == 5400
-    with pytest.raises(UserError, match="10m"):
-        parse_time("10")
     planned = fit(settings, rates, 600)
     steps, seconds = estimate(planned, rates)
     assert steps == planned.train.steps > 10
     assert 570 < seconds <= 600
     with pytest.raises(UserError, match="too short"):
         fit(settings, rates, 40)
+
+
+def test_a_budget_is_a_time_or_a_count():
+    assert parse_budget("1.5h") == Budget(5400, "seconds")
+    assert parse_budget("2000conversations") == parse_budget("2000 conversations") == Budget(2000, "conversations")
+    assert parse_budget("500000tokens") == Budget(500_000, "tokens")
+    for nonsense in ("10", "0m", "-1m", "0conversations", "1.5tokens", "10 minutes", "many", "", "1e3tokens", "nanm"):
+        with pytest.raises(UserError, match="10m, 2h"):
+            parse_budget(nonsense)
+    rates = Rates(conversation_seconds=0.1, pack_seconds=3.0, kept=0.5, tokens=60)
+    assert conversations_for(Budget(7, "conversations"), None) == 7
+    assert conversations_for(Budget(3000, "tokens"), rates) == 100
+    assert conversations_for(Budget(60, "seconds"), rates, spent=10) == 200
+    with pytest.raises(UserError, match="2m would do"):
+        conversations_for(Budget(40, "seconds"), rates, spent=10)
+
+
+def test_synthesis_alone_goes_by_a_budget(tiny_model_dir, corpus_file, tmp_path, monkeypatch, capfd):
+    def planned(output, budget, *more):
+        argv = ["synthesize", str(corpus_file), "--output", str(tmp_path / output),
+                f"--set=model.name={tiny_model_dir}", "--budget", budget, *more]
+        return main(argv), seen.pop("planned", None), capfd.readouterr().err
+
+    seen = {}
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda *of, **how: Rates(0.5, 0.0, 0.5, 30.0))
+    monkeypatch.setattr("workflows.synthesis.synthesize.synthesize", lambda corpus, output, settings:
+                        seen.update(planned=settings.synthesize.num_conversations))
+    assert planned("a", "25conversations") == (0, 25, "plan: 25 conversations for a budget of 25conversations\n")
+    assert planned("a", "900tokens")[:2] == (0, 60)
+    first = planned("a", "1m")[1]
+    assert first in range(50, 61)
+    monkeypatch.setattr("workflows.building.machine_rates.calibrate", lambda *of, **how: Rates(5.0, 0.0, 0.5, 30.0))
+    assert planned("a", "1m")[1] == first  # decided once
+    assert planned("b", "1m")[1] in (5, 6)
+    code, count, said = planned("c", "9conversations", "--set=synthesize.num_conversations=9")
+    assert (code, count) == (2, None) and "both say how many" in said
+    code, count, said = planned("a", "five")
+    assert (code, count, said.count("\n")) == (2, None, 1)
+    assert main(["train", "d", "--corpus", "c", "--output", "o", "--set=budget=10m"]) == 2
+    assert "train has no budget" in capfd.readouterr().err
+
+
+def test_a_build_goes_by_a_count_and_its_rounds_share_it(tiny_model_dir, corpus_file, tmp_path, monkeypatch):
+    base = tiny_settings(tiny_model_dir, num_conversations=0)
+    corpus = load_corpus(str(corpus_file))
+    monkeypatch.setattr("workflows.building.machine_rates.remembered", lambda settings: Rates(0.5, 1.0, 0.5, 30.0))
+    for rounds, budget, count in ((1, "60conversations", 60), (3, "60conversations", 20), (2, "900tokens", 30)):
+        settings = base.model_copy(update={"budget": budget, "curriculum": CurriculumSettings(rounds=rounds)})
+        settled = settle(corpus, settings, tmp_path)
+        assert (settled.synthesize.num_conversations, settled.train.steps) == (count, 0)
+        assert with_steps(corpus, settled, {}, tmp_path) == settled  # steps go by epochs
+        assert settle(corpus, settled, tmp_path) == settled  # as a variation of it is planned
 
 
 def test_steps_take_what_the_conversations_left_and_an_epoch_at_least():
@@ -234,6 +430,36 @@ def wait_for(condition, process, patience_s=900):
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_nodes_make_what_one_makes(tiny_model_dir, corpus_file, tmp_path, monkeypatch):
+    """Without a number of actors there is one for each node; the ids and what is asked do not depend on it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    # Off means that every server of this cluster binds to loopback only.
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+    settings = tiny_settings(tiny_model_dir, num_conversations=32, batch_size=4)
+    made = {}
+    for nodes in (1, 2):
+        if nodes == 2:
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+            cluster.add_node(num_cpus=2)
+            ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            if nodes == 2:
+                placed = placement_here(settings)
+                assert (placed.num_actors, placed.num_cpus) == (2, 1)
+            synthesize(load_corpus(str(corpus_file)), str(tmp_path / str(nodes)), settings, lambda *of: None)
+        finally:
+            if nodes == 2:
+                ray.shutdown()
+                cluster.shutdown()
+        made[nodes] = [(row["conversation_id"], row["messages"], row["dropped"]) for row in
+                       shard_rows(tmp_path / str(nodes))]
+    assert made[1] == made[2] and len(made[1]) == 32
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def test_without_ids_the_rows_are_documents_of_one_corpus(tmp_path, caplog):
         corpus = load_corpus(path)
     assert corpus.text == "one\n\ntwo" and corpus.corpus_id == "wiki"
     assert [document.source for document in corpus.documents] == ["wiki.parquet:1", "wiki.parquet:3"]
-    assert "skipped 3 rows without text" in caplog.text
+    assert "skipped 4 rows (1 duplicate, 3 without text)" in caplog.text
     assert load_corpus(path, "mine").corpus_id == "mine"
 
 

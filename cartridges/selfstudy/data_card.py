@@ -19,16 +19,33 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Distribution:
-    """Mean and quantiles of values from `low` to `high`; values beyond are clipped."""
+    """Mean and quantiles of values from `low` to `high`.
 
-    def __init__(self, low: float, high: float, bins: int = 4096):
+    For values beyond, bins are joined in pairs until they fit; if `bounded`, such values count as the nearest bound.
+    """
+
+    def __init__(self, low: float, high: float, bins: int = 4096, bounded: bool = False):
+        self.bounded = bounded
         self.edges = np.linspace(low, high, bins + 1)
         self.counts = np.zeros(bins, np.int64)
         self.total = 0.0
 
     def add(self, values: np.ndarray) -> None:
         self.total += float(values.sum())
+        finite = values[np.isfinite(values)]
+        while len(finite) and not self.bounded and finite.max() > self.edges[-1]:
+            self._widen(up=True)
+        while len(finite) and not self.bounded and finite.min() < self.edges[0]:
+            self._widen(up=False)
         self.counts += np.histogram(np.clip(values, self.edges[0], self.edges[-1]), self.edges)[0]
+
+    def _widen(self, up: bool) -> None:
+        """Bins twice as wide, above or below."""
+        joined, none = self.counts.reshape(-1, 2).sum(1), np.zeros(len(self.counts) // 2, np.int64)
+        low, high = self.edges[0], self.edges[-1]
+        low, high = (low, 2 * high - low) if up else (2 * low - high, high)
+        self.edges = np.linspace(low, high, len(self.edges))
+        self.counts = np.concatenate([joined, none] if up else [none, joined])
 
     def mean(self) -> float:
         return self.total / max(int(self.counts.sum()), 1)
@@ -69,7 +86,7 @@ class Summary:
     chunks: Counter = field(default_factory=Counter)
     tokens: int = 0
     facts: Counter = field(default_factory=Counter)
-    topk_mass: Distribution = field(default_factory=lambda: Distribution(0, 1))
+    topk_mass: Distribution = field(default_factory=lambda: Distribution(0, 1, bounded=True))
     teacher_entropy: Distribution = field(default_factory=lambda: Distribution(0, 8))
     teacher_nll: Distribution = field(default_factory=lambda: Distribution(0, 8))
     information_gain: Distribution = field(default_factory=lambda: Distribution(-4, 12))
@@ -84,8 +101,9 @@ class Summary:
         self.chunks.update(kept["chunk_id"].to_pylist())
         self.tokens += pc.sum(pc.list_value_length(kept["input_ids"])).as_py() or 0
         self._add_info([json.loads(info) for info in kept["info"].to_pylist()])
-        lengths = [sum(mask) for mask in kept["loss_mask"].to_pylist()]
-        self.answer_tokens.add(np.array(lengths, float))
+        for mask in kept["loss_mask"].chunks:
+            before = np.concatenate([[0], np.cumsum(mask.values.to_numpy(zero_copy_only=False))])
+            self.answer_tokens.add(np.diff(before[mask.offsets.to_numpy()]).astype(float))
         self._add_teacher(kept["topk_logprobs"])
 
     def _add_reasons(self, table: pa.Table) -> None:

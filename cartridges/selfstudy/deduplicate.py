@@ -1,15 +1,24 @@
-"""The last pass over all written conversations: marks duplicates and counts."""
+"""The last pass over all written conversations: marks duplicates across batches, and counts.
+
+Rows are sorted by id through one file per shard: each row is read once from its part and once from there, and no more
+than a shard, or `HELD_BYTES`, is in memory.
+"""
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cartridges.selfstudy.data_card import Summary
 from cartridges.selfstudy.drop_reasons import DUPLICATE, NEAR_DUPLICATE
 from cartridges.selfstudy.near_duplicates import near_duplicates
+
+HELD_BYTES = 2**28
+"""Of rows on their way to a shard, that are held before they are written."""
 
 
 def exact_duplicates(files: Sequence[Path], earlier: Sequence[Path] = ()) -> set[str]:
@@ -59,18 +68,20 @@ def deduplicate(parts: Path, shards: Path, exact: bool = True, similarity: float
     """
     files = sorted(parts.glob("*.parquet"))
     repeated = _repeated(files, exact, similarity, earlier)
-    located = sorted((conversation_id, number, row) for number, file in enumerate(files)
-                     for row, conversation_id in enumerate(_ids(file)))
+    ids = np.sort(np.array([conversation_id for file in files for conversation_id in _ids(file)]))
     shards.mkdir(parents=True)
+    sorting = shards / "sorting"
+    _spread(files, ids[::rows_per_shard], sorting)
     summary = Summary()
-    for shard, start in enumerate(range(0, len(located), rows_per_shard)):
-        table = _gather(files, located[start:start + rows_per_shard])
+    for shard in range(len(ids[::rows_per_shard])):
+        table = _sorted(sorting / f"{shard:05d}")
         reasons = [repeated.get(conversation_id, reason) for conversation_id, reason
                    in zip(table["conversation_id"].to_pylist(), table["dropped"].to_pylist(), strict=True)]
         column = table.schema.get_field_index("dropped")
         table = table.set_column(column, table.schema.field("dropped"), pa.array(reasons, pa.string()))
         summary.add(table)
         pq.write_table(table, shards / f"part-{shard:05d}.parquet", compression="zstd")
+    shutil.rmtree(sorting, ignore_errors=True)
     return summary
 
 
@@ -78,10 +89,30 @@ def _ids(file: Path) -> list[str]:
     return pq.read_table(file, columns=["conversation_id"])["conversation_id"].to_pylist()
 
 
-def _gather(files: Sequence[Path], located: Sequence[tuple[str, int, int]]) -> pa.Table:
-    """The rows at `located` (id, file number, row), in order of id; each file is read once."""
-    wanted: dict[int, list[int]] = {}
-    for _, number, row in located:
-        wanted.setdefault(number, []).append(row)
-    table = pa.concat_tables([pq.read_table(files[number]).take(rows) for number, rows in wanted.items()])
+def _spread(files: Sequence[Path], first_ids: np.ndarray, sorting: Path) -> None:
+    """The rows of `files` below `sorting`, in a folder for each shard; `first_ids` are the smallest ids of the shards,
+    in order. Each file is read once."""
+    held: dict[int, list[pa.Table]] = {}
+    size = 0
+    for number, file in enumerate(files):
+        table = pq.read_table(file)
+        shards = np.searchsorted(first_ids, np.array(table["conversation_id"].to_pylist()), side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        table, ends = table.take(order), np.searchsorted(shards[order], np.arange(len(first_ids)), side="right")
+        for shard in np.unique(shards):
+            start = ends[shard - 1] if shard else 0
+            held.setdefault(int(shard), []).append(table.slice(start, ends[shard] - start))
+        size += table.nbytes
+        if size > HELD_BYTES or number == len(files) - 1:
+            for shard, rows in held.items():
+                folder = sorting / f"{shard:05d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                pq.write_table(pa.concat_tables(rows), folder / f"{number:06d}.parquet")
+            held, size = {}, 0
+
+
+def _sorted(folder: Path) -> pa.Table:
+    """The rows in `folder`, which is gone then, by their ids."""
+    table = pa.concat_tables([pq.read_table(file) for file in sorted(folder.glob("*.parquet"))])
+    shutil.rmtree(folder)
     return table.sort_by("conversation_id")

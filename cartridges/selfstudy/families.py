@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, Protocol
 
 from cartridges.records import Chunk
 from cartridges.selfstudy import questions, seed_prompts
+from cartridges.selfstudy.languages import parts, word_count
 from cartridges.selfstudy.phrases import head
 from cartridges.selfstudy.spans import Statement, answer_spans, content_words, statements
 
@@ -166,16 +167,16 @@ class Recall:
     decodes: ClassVar[bool] = False
 
     def propose(self, chunk: Chunk, rng: random.Random, ordinal: int) -> Proposal | None:
-        texts = [s.verbatim.split(" ") for s in statements(chunk.text) if len(s.verbatim.split()) >= 6]
+        texts = [parts(s.verbatim) for s in statements(chunk.text) if word_count(s.verbatim) >= 6]
         if not texts:
             return None
-        words = texts[ordinal % len(texts)]
-        shared = max((len(commonprefix([words, others])) for others in texts if others is not words), default=0)
+        words, join = texts[ordinal % len(texts)]
+        shared = max((len(commonprefix([words, others])) for others, _ in texts if others is not words), default=0)
         first = max(3, shared + 1)  # with this many words the start is unique
         if first >= len(words):
             return None
         cut = rng.randint(first, max(first, len(words) - 3))
-        return Proposal(user="Continue: " + " ".join(words[:cut]), answer=" ".join(words[cut:]))
+        return Proposal(user="Continue: " + join.join(words[:cut]), answer=join.join(words[cut:]))
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,13 @@ DEFAULT_MIXTURE = {
     "creative": 0.005,
 }
 """Shares of the planned conversations, chosen for a small asking model (docs/log.md)."""
+
+
+ENGLISH_RULES = frozenset({"anchored", "anchored_sentence", "anchored_written", "anchored_asked", "anchored_rounds",
+                           "keywords"})
+"""Families that make sense of English only; `plan` gives chunks in other languages to others."""
+OTHER_MIXTURE = {"cloze": 0.5, "recall": 0.45, "question": 0.03, "use_case": 0.01, "summarization": 0.01}
+"""Of what those would have made, where no shares are given. Not measured."""
 
 
 def register(name: str, family: SeedFamily) -> None:

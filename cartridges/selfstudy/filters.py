@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cartridges.selfstudy.languages import UNSPACED, is_unspaced, word_count
+
 _NUMBER = re.compile(r"\d[\d,.]*(?<![,.])")
 _CAPITALISED = re.compile(r"(?<![\w'’-])[A-Z][\w'’-]+")
 _WORD = re.compile(r"[\w'’-]+")
@@ -14,9 +16,9 @@ _OPENS = re.compile(r"(?:^|[.!?:;|*•\n\"“(\[-])[\s\"“(\[*_]*$")
 
 def question_faults(question: str, short: bool) -> Iterator[str]:
     """The faults of a question: too short, not a question, or a reference to a text that the reader does not have."""
-    if len(question.split()) < 3:
+    if word_count(question) < 3:
         yield "empty"
-    if short and not question.endswith("?"):
+    if short and not question.endswith(("?", "？", "؟")):
         yield "malformed"
     if re.search(r"(?i)\b(the|this|given|following) (text|passage|paragraph|table|sentence)\b", question):
         yield "refers_to_text"
@@ -62,8 +64,10 @@ def groundedness(answer: str, chunk: str, question: str) -> dict[str, float]:
 
 
 def says(text: str, span: str) -> bool:
-    """Whether `text` contains `span` as whole words."""
-    return re.search(rf"(?<!\w){re.escape(span.lower())}(?!\w)", text.lower()) is not None
+    """Whether `text` contains `span` as whole words. Text written without spaces has no word bounds to check."""
+    begins, ends = ("" if is_unspaced(span[at:][:1]) else mark for at, mark in (
+        (0, rf"(?<![^\W{UNSPACED}])"), (-1, rf"(?![^\W{UNSPACED}])")))
+    return re.search(f"{begins}{re.escape(span.lower())}{ends}", text.lower()) is not None
 
 
 def information_gain(with_chunk: np.ndarray, without: np.ndarray) -> float:

@@ -6,6 +6,8 @@ threshold is dropped, and nearly every one above it is found.
 
 from collections.abc import Iterable
 
+from cartridges.selfstudy.languages import spaced
+
 PERMUTATIONS = 128
 RECALL_MARGIN = 0.8
 """The index searches down to this share of the threshold, since MinHash only estimates the similarity."""
@@ -32,7 +34,7 @@ def near_duplicates(texts: Iterable[tuple[str, str]], similarity: float) -> set[
 
 def word_pairs(text: str) -> frozenset[str]:
     """Pairs of neighbouring words in `text`, without case and spaces; for a single word, that word."""
-    words = text.casefold().split()
+    words = spaced(text.casefold()).split()
     return frozenset(f"{a} {b}" for a, b in zip(words, words[1:], strict=False)) or frozenset(words)
 
 

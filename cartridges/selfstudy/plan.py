@@ -11,9 +11,10 @@ from cartridges.config import SynthesizeSettings
 from cartridges.errors import UserError
 from cartridges.records import Chunk, Task
 from cartridges.selfstudy import general
-from cartridges.selfstudy.families import DEFAULT_MIXTURE, FAMILIES, decodes
+from cartridges.selfstudy.families import DEFAULT_MIXTURE, ENGLISH_RULES, FAMILIES, OTHER_MIXTURE, decodes
+from cartridges.selfstudy.languages import SYLLABLES, is_english
 
-_PIECE = re.compile(r"\d|[^\W\d]+|[^\w\s]")
+_PIECE = re.compile(rf"\d|[{SYLLABLES}]|[^\W\d{SYLLABLES}]+|[^\w\s]")
 """About one token of any tokenizer. Counting characters would underrate tables, which are denser than prose."""
 
 
@@ -23,12 +24,16 @@ def plan(chunks: Iterable[Chunk], settings: SynthesizeSettings, seed: int,
     """`settings.num_conversations` tasks, determined by the arguments alone.
 
     A chunk gets conversations in proportion to its length in tokens, times its weight in `weights` (by chunk id; 1 if
-    missing), by systematic sampling; a family gets its share. Tasks of a chunk are adjacent, so that they share its
-    prefill. Tasks for which a model has to write come last, and the general ones at the very end. `before` counts
-    earlier tasks by chunk and family; ordinals continue from there, so a family continues through the chunk. `chunks`
-    is iterated once and not stored. Raises `UserError` for an unknown family.
+    missing), by systematic sampling; a family gets its share. For a chunk that is not English, the share of the
+    families with rules of English goes to others. Tasks of a chunk are adjacent, so that they share its prefill. Tasks
+    for which a model has to write come last, and the general ones at the very end. `before` counts earlier tasks by
+    chunk and family; ordinals continue from there, so a family continues through the chunk. `chunks` is iterated once
+    and not stored. Raises `UserError` for an unknown family.
     """
     count = round(settings.num_conversations * settings.general_share)
+    if settings.num_conversations and count == settings.num_conversations:
+        raise UserError(f"synthesize.general_share={settings.general_share:g} of {count} conversations leaves none "
+                        "about the corpus; lower it")
     about_chunks = _about_chunks(chunks, settings, settings.num_conversations - count, seed, weights or {},
                                  Counter(before or {}))
     return about_chunks + (_general(count, seed) if about_chunks else [])
@@ -47,9 +52,10 @@ def _about_chunks(chunks: Iterable[Chunk], settings: SynthesizeSettings, total: 
     unknown = sorted(set(shares) - set(FAMILIES))
     if unknown:
         raise UserError(f"seed family {unknown[0]!r} does not exist; there are {', '.join(sorted(FAMILIES))}")
-    ids, lengths = [], []
+    ids, lengths, english = [], [], []
     for chunk in chunks:
         ids.append(chunk.chunk_id)
+        english.append(is_english(chunk.text))
         lengths.append(len(_PIECE.findall(chunk.text)) * weights.get(chunk.chunk_id, 1.0))
     if not ids or not sum(shares.values()):
         return []
@@ -61,12 +67,24 @@ def _about_chunks(chunks: Iterable[Chunk], settings: SynthesizeSettings, total: 
     weights = np.array([shares[name] for name in names], float)
     families = rng.choice(len(names), size=total, p=weights / weights.sum())
     seeds = rng.integers(0, 2**62, size=total)
+    elsewhere = _elsewhere(settings.families, total, seed)
     tasks: list[Task] = []
     for i, (owner, family, task_seed) in enumerate(zip(owners, families, seeds, strict=True)):
-        of = (ids[owner], names[family])
+        fits = english[owner] or names[family] not in ENGLISH_RULES
+        of = (ids[owner], names[family] if fits else elsewhere[i] or names[family])
         tasks.append(Task(_task_id(seed, i, *of), *of, int(task_seed), made[of]))
         made[of] += 1
     return sorted(tasks, key=lambda task: decodes(task.seed_family))
+
+
+def _elsewhere(given: Mapping[str, float], total: int, seed: int) -> list[str | None]:
+    """For each task the family in place of one whose rules do not fit; None where the shares that were `given` have no
+    other."""
+    shares = {name: share for name, share in (given or OTHER_MIXTURE).items() if share and name not in ENGLISH_RULES}
+    if not shares:
+        return [None] * total
+    names, weights = sorted(shares), np.array([shares[name] for name in sorted(shares)])
+    return np.random.default_rng([seed, 2]).choice(names, size=total, p=weights / weights.sum()).tolist()
 
 
 def _task_id(seed: int, index: int, chunk_id: str, family: str) -> str:

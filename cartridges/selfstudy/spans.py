@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from cartridges.selfstudy.languages import is_english, is_unspaced, unspaced_phrases, word_count
 from cartridges.selfstudy.phrases import STOP_WORDS, noun_phrases
 from cartridges.selfstudy.verbs import is_plural, is_unit
 
@@ -18,7 +19,9 @@ _MONTH = "January|February|March|April|May|June|July|August|September|October|No
 DATE = re.compile(rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?\s(?:of\s)?(?:{_MONTH})(?:,?\s\d{{4}})?"
                   rf"|(?:{_MONTH})(?:\s\d{{1,2}}(?:st|nd|rd|th)?,)?\s\d{{1,4}})\b")
 _WORD = re.compile(r"[\w'’\-]+")
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)[\"')\]”’]*\s+(?=[\"'(\[“‘]?[A-Z0-9])")
+_BEGINS = "A-Z0-9À-ÖØ-ÞĀĂĄĆČĎĐĒĘĚĞĢĪĮİŁŃŇŌŐŘŚŞŠŤŪŮŰŲŹŻŽΑ-ΩА-ЯЁІЇЄ¿¡\u0590-\u06ff\u0900-\u0dff\uac00-\ud7af"
+_SENTENCE_END = re.compile(rf"(?<=[.!?؟।])(?<!\b[A-Z]\.)[\"')\]”’»]*\s+(?=[\"'(\[“‘«„]?[{_BEGINS}])"
+                           r"|(?<=[。！？])[」』”’）]*\s*(?=[^\s」』”’）])")
 MAX_SPAN = 60
 """Longest answer span in characters."""
 _TABLE_RULE = re.compile(r"^\|?[\s:|-]+\|?$")
@@ -66,7 +69,7 @@ def statements(text: str) -> list[Statement]:
             title = line.lstrip("# ") + "."
         elif line:
             sentences = [part.strip() for part in _SENTENCE_END.split(line) if part.strip()]
-            found += [Statement(sentence, sentence) for sentence in sentences if len(sentence.split()) > 3]
+            found += [Statement(sentence, sentence) for sentence in sentences if word_count(sentence) > 3]
             title = sentences[-1] if sentences else title
     return _with_rows(found)
 
@@ -110,6 +113,8 @@ def answer_spans(statement: Statement) -> list[str]:
     """Numbers, names and short phrases in `statement`; numbers and names come first."""
     if statement.cells:
         return [cell for _, cell in statement.cells if cell]
+    if is_unspaced(statement.text):
+        return [span for span in dict.fromkeys(unspaced_phrases(statement.text)) if len(span) <= MAX_SPAN]
     dates = DATE.findall(statement.text)
     text = DATE.sub(" ; ", statement.text)
     strong = list(dates)
@@ -118,9 +123,15 @@ def answer_spans(statement: Statement) -> list[str]:
         strong += [match.group(), number] if _counts(number, unit) else [number]
     strong += [m.group() for m in _NAME.finditer(text) if m.start() > 0 and m.group().lower() not in STOP_WORDS]
     spans = dict.fromkeys(strong)
-    spans.update(dict.fromkeys(noun_phrases(text)))
+    spans.update(dict.fromkeys(noun_phrases(text) if is_english(text) else _long_words(text)))
     return [span for span in spans if 1 <= len(span) <= MAX_SPAN and span.lower() not in STOP_WORDS
             and (span in dates or not _is_torn(span, text))]
+
+
+def _long_words(text: str) -> list[str]:
+    """In place of noun phrases, where it is not known what a noun is: of six letters, three of Hangul, or a capital."""
+    return [word.group() for word in _WORD.finditer(text)
+            if len(word.group()) + 2 * word_count(word.group()) > 7 or (word.start() > 0 and word.group()[0].isupper())]
 
 
 def _counts(number: str, unit: str | None) -> bool:

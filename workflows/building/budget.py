@@ -1,18 +1,29 @@
-"""How much to do: from a time to conversations and steps, by rates measured on this machine."""
+"""How much to do: from a time, or a number of conversations or tokens, to conversations and steps, by rates measured
+on this machine."""
 
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from cartridges.config import BuildSettings
 from cartridges.errors import UserError
 from workflows.synthesis.plan_size import FEWEST_CONVERSATIONS, with_plan
 
 TRAINING_START_SECONDS = 60.0
-START_SECONDS = 30.0 + TRAINING_START_SECONDS
+SYNTHESIS_START_SECONDS = 30.0
+START_SECONDS = SYNTHESIS_START_SECONDS + TRAINING_START_SECONDS
 """Part of a budget that goes to starting Ray, to loading the model twice and to the start of training."""
 
-_UNITS = {"s": 1, "m": 60, "h": 3600}
+_TIMES = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Seconds of work, planned conversations, or tokens of the conversations that are kept."""
+
+    amount: float
+    unit: Literal["seconds", "conversations", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +40,38 @@ class Rates:
     tokens: float
 
 
-def parse_time(text: str) -> float:
-    """`90s`, `10m`, `1.5h` in seconds. Raises `UserError` for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"budget {text!r} is not a time; write it as 90s, 10m or 2h")
-    return float(match[1]) * _UNITS[match[2]]
+def parse_budget(text: str) -> Budget:
+    """`90s`, `10m`, `1.5h`, `2000conversations` or `500000tokens`. Raises `UserError` for anything else."""
+    time = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip(), re.ASCII)
+    count = re.fullmatch(r"(\d+)\s*(conversation|token)s?", text.strip(), re.ASCII)
+    if time and float(time[1]) > 0:
+        return Budget(float(time[1]) * _TIMES[time[2]], "seconds")
+    if count and int(count[1]) > 0:
+        return Budget(int(count[1]), "conversations" if count[2] == "conversation" else "tokens")
+    raise UserError(f"budget {text!r} is none; write a time (90s, 10m, 2h), 2000conversations or 500000tokens")
+
+
+def require_one_count(settings: BuildSettings) -> None:
+    """Raise `UserError` where a budget and a number both say how many conversations."""
+    if settings.synthesize.num_conversations:
+        raise UserError(f"--budget {settings.budget} and synthesize.num_conversations="
+                        f"{settings.synthesize.num_conversations} both say how many; give one of them")
+
+
+def conversations_for(wanted: Budget, rates: Rates | None, spent: float = 0.0) -> int:
+    """How many to plan for a budget of synthesis alone; `rates` are not needed where it counts conversations. `spent`
+    are seconds that are gone by now. Raises `UserError` where it is not enough for one."""
+    if wanted.unit == "conversations":
+        return int(wanted.amount)
+    if wanted.unit == "tokens":
+        count = math.ceil(wanted.amount / (rates.kept * rates.tokens))
+    else:
+        count = int((wanted.amount - spent - SYNTHESIS_START_SECONDS) / rates.conversation_seconds)
+    if count < 1:
+        needed = spent + SYNTHESIS_START_SECONDS + FEWEST_CONVERSATIONS * rates.conversation_seconds
+        raise UserError("the budget is too short for this machine and these settings; "
+                        f"{math.ceil(needed / 60)}m would do")
+    return count
 
 
 def fit(settings: BuildSettings, rates: Rates, seconds: float, spent: float = 0.0) -> BuildSettings:

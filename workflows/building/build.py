@@ -98,12 +98,12 @@ def build(corpus: str, name: str, settings: BuildSettings, registry: str, questi
 def prepare(corpus: str, loaded: Corpus, name: str, settings: BuildSettings, store: Registry,
             asked: tuple[Question, ...], work: Path) -> Job:
     """The job, checked; without questions it holds some of self-study back. Raises `UserError`."""
-    from workflows.building.budget import parse_time
+    from workflows.building.budget import parse_budget, require_one_count
     from workflows.training.train import check_training
 
     check_name(name)
-    if settings.budget is not None:
-        parse_time(settings.budget)
+    if settings.budget is not None and parse_budget(settings.budget).unit != "seconds":
+        require_one_count(settings)
     if not asked:
         train = settings.train.model_copy(update={"held_out": HELD_OUT_QUESTIONS})
         settings = settings.model_copy(update={"train": train})

@@ -107,15 +107,19 @@ def _settings_of(part: Part, settings: BuildSettings) -> BuildSettings:
 
 def _with_plans(jobs: Sequence[Job], settings: BuildSettings) -> list[Job]:
     """Each with its share of the budget, by its tokens."""
-    from workflows.building.budget import START_SECONDS, parse_time
+    from workflows.building.budget import START_SECONDS, parse_budget
 
     sizes = [corpus_tokens(job.loaded, job.settings) for job in jobs]
     planned = []
     for job, size in zip(jobs, sizes, strict=True):
         seconds = None
-        if settings.budget is not None:  # Costs that are paid once are in the plan of each.
-            left = max(0.0, parse_time(settings.budget) - START_SECONDS)
+        wanted = parse_budget(settings.budget) if settings.budget is not None else None
+        if wanted and wanted.unit == "seconds":  # Costs that are paid once are in the plan of each.
+            left = max(0.0, wanted.amount - START_SECONDS)
             seconds = START_SECONDS + left * size / sum(sizes)
+        elif wanted:
+            share = f"{max(1, round(wanted.amount * size / sum(sizes)))}{wanted.unit}"
+            job = replace(job, settings=job.settings.model_copy(update={"budget": share}))
         try:
             planned.append(replace(job, settings=settle(job.loaded, job.settings, job.work, seconds)))
         except UserError as error:

@@ -87,8 +87,8 @@ def _trusted(before: float, now: float) -> float:
     return before if now / AGREES <= before <= now * AGREES else now
 
 
-def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
-    """Measure the rates on a few batches of the corpus' conversations and a few steps on them.
+def calibrate(corpus: Corpus, settings: BuildSettings, training: bool = True) -> Rates:
+    """Measure the rates on a few batches of the corpus' conversations and, for `training`, a few steps on them.
 
     Raises `UserError` when the filters keep none of those conversations.
     """
@@ -109,8 +109,10 @@ def calibrate(corpus: Corpus, settings: BuildSettings) -> Rates:
         raise UserError("no conversation of the calibration passed the filters, so a budget cannot be planned; give "
                         "--set synthesize.num_conversations=N instead, and see synthesize.filters_off")
     tokens = mean(own_lengths(conversations))
-    base = base or load_base_model(settings.model)
-    pack_seconds = WORKER_SLOWDOWN * _time_steps(base, corpus, conversations, settings)
+    pack_seconds = 0.0
+    if training:
+        base = base or load_base_model(settings.model)
+        pack_seconds = WORKER_SLOWDOWN * _time_steps(base, corpus, conversations, settings)
     del base
     torch.cuda.empty_cache()  # nothing without a GPU
     return Rates(conversation_seconds, pack_seconds, kept, tokens)

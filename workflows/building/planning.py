@@ -1,6 +1,6 @@
 """Derives the number of conversations and, for a budget, of steps, and says on stderr what it derived.
 
-    WORKDIR/budget-<fingerprint>.json   what was decided at the start
+    WORKDIR/budget-<fingerprint>.json   what was decided at the start (of `synthesize` alone: in its output)
     WORKDIR/calibration.json            what measuring for it took, which is the budget's too
     WORKDIR/steps-<fingerprint>.json    steps, decided when the conversations were there
 
@@ -8,6 +8,7 @@ Decided once: a build that goes on keeps its plan.
 """
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,11 @@ def _settle_draft(settings: BuildSettings) -> BuildSettings:
 def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: float | None) -> BuildSettings:
     from workflows.building import budget, machine_rates
 
+    wanted = budget.parse_budget(settings.budget)
+    if wanted.unit != "seconds":
+        return _fit_count(corpus, settings, work, wanted)
     open_steps, shared = _steps_follow(settings, seconds), seconds is not None
-    seconds = seconds or budget.parse_time(settings.budget)
+    seconds = seconds or wanted.amount
     file = work / f"budget-{_plan_key(corpus.fingerprint, settings, seconds)}.json"
     decided = read_manifest(file)
     if decided is None:
@@ -70,6 +74,45 @@ def _fit_budget(corpus: Corpus, settings: BuildSettings, work: Path, seconds: fl
     return with_plan(settings, decided["num_conversations"], decided["steps"])
 
 
+def _fit_count(corpus: Corpus, settings: BuildSettings, work: Path, wanted: Any) -> BuildSettings:
+    """Conversations by a budget that counts them, or their tokens, shared by the rounds; steps by epochs."""
+    from workflows.building import budget, machine_rates
+
+    if settings.synthesize.num_conversations:  # of a plan that was made before
+        return settings
+    file = work / f"budget-{_plan_key(corpus.fingerprint, settings)}.json"
+    decided = read_manifest(file)
+    if decided is None:
+        known = None
+        if wanted.unit == "tokens":
+            say("measuring how long conversations are and how many are kept, for the budget")
+            known = machine_rates.remembered(settings) or machine_rates.measured(corpus, settings)
+        count = budget.conversations_for(wanted, known) / settings.curriculum.rounds
+        decided = {"num_conversations": max(1, round(count))}
+        write_manifest(file, decided)
+    return with_plan(settings, decided["num_conversations"])
+
+
+def settle_synthesis(corpus: Corpus, settings: BuildSettings, output: Path) -> BuildSettings:
+    """`settings` with the conversations that the budget is for, synthesis alone; decided once, in `output`."""
+    from workflows.building import budget, machine_rates
+
+    wanted = budget.parse_budget(settings.budget)
+    budget.require_one_count(settings)
+    file = output / f"budget-{_plan_key(corpus.fingerprint, settings)}.json"
+    decided = read_manifest(file)
+    if decided is None:
+        start, known = time.monotonic(), None
+        if wanted.unit != "conversations":
+            say("measuring this machine's rates for the budget")
+            known = machine_rates.calibrate(corpus, settings, training=False)
+        count = budget.conversations_for(wanted, known, spent=time.monotonic() - start)
+        decided = {"num_conversations": count}
+        write_manifest(file, decided)
+    say(f"plan: {decided['num_conversations']} conversations for a budget of {settings.budget}")
+    return with_plan(settings, decided["num_conversations"])
+
+
 def _plan_key(made_of: str, settings: BuildSettings, seconds: float | None = None) -> str:
     """Changes with what a plan depends on: how a cartridge is examined or served is no part of that."""
     parts = {"model", "synthesize", "train", "curriculum", "budget", "seed", "vllm"}
@@ -78,8 +121,10 @@ def _plan_key(made_of: str, settings: BuildSettings, seconds: float | None = Non
 
 def _steps_follow(settings: BuildSettings, seconds: float | None = None) -> bool:
     """Whether the steps are decided after synthesis, from the time that it left."""
+    from workflows.building.budget import parse_budget
+
     return (settings.budget is not None and seconds is None and settings.curriculum.rounds == 1
-            and not settings.train.steps)
+            and not settings.train.steps and parse_budget(settings.budget).unit == "seconds")
 
 
 def with_steps(corpus: Corpus, settings: BuildSettings, dataset: dict[str, Any], work: Path) -> BuildSettings:
@@ -94,7 +139,7 @@ def with_steps(corpus: Corpus, settings: BuildSettings, dataset: dict[str, Any],
     if decided is None:
         known = machine_rates.remembered(settings) or machine_rates.measured(corpus, settings)
         spent = (read_manifest(work / CALIBRATION) or {"seconds": 0.0})["seconds"]
-        left = budget.parse_time(settings.budget) - dataset["seconds"] - spent
+        left = budget.parse_budget(settings.budget).amount - dataset["seconds"] - spent
         decided = {"steps": budget.steps_within(settings, known, dataset["conversations"]["kept"], left)}
         decided["epochs"] = decided["steps"] / budget.epoch_steps(settings, known, dataset["conversations"]["kept"])
         write_manifest(file, decided)

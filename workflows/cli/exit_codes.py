@@ -36,13 +36,31 @@ def exit_code(command: Callable[[], None], resumable: bool) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        found = _disk_error(error)
+        if found is None:
             raise
         again = "; then run the same command again" if resumable else ""
-        print(f"cartridges: {_one_line(error)}: free space or give a directory that can be written{again}",
+        print(f"cartridges: {_one_line(found)}: free space or give a directory that can be written{again}",
               file=sys.stderr)
         return 1
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """Where nothing can be written: `error`, what Ray holds it was raised for, or one of their causes."""
+    waiting, seen = [error], set()
+    while waiting:
+        one = waiting.pop(0)
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        carried = vars(one).get("cause")  # of Ray's own, which is called an OSError too and has no errno
+        if isinstance(carried, BaseException):
+            waiting.append(carried)
+        elif isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            return one
+        waiting += [one.__cause__, one.__context__]
+    return None
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ DIALS: dict[str, tuple[str, dict[str, Any]]] = {
     "init": ("train.init", {"metavar": "METHOD", "help": "start of training, such as sampled_chunks or "
                             "attention_matching"}),
     "loss": ("train.loss", {"metavar": "LOSS", "help": "distillation, next_token, or none (publish the start)"}),
-    "budget": ("budget", {"metavar": "TIME", "help": "wall-clock for synthesis and training, such as 10m"}),
+    "budget": ("budget", {"metavar": "BUDGET",
+                          "help": "how much to do: a time (10m), 2000conversations or 500000tokens"}),
     "seed": ("seed", {"type": int, "metavar": "N", "help": "seed of everything random"}),
     "curriculum": ("curriculum.rounds", {"action": "store_const", "const": 4, "help": "up to four rounds: each asks "
                    "more where the cartridge so far knows least, and goes on from it"}),

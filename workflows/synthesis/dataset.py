@@ -61,7 +61,8 @@ def dataset_fingerprint(corpus: Corpus, settings: BuildSettings, weights: Mappin
     from cartridges.selfstudy.families import DEFAULT_MIXTURE
 
     identity = model_identity(resolve_model_dir(settings.model))
-    how = {"num_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine", "asking"}
+    how = {"num_actors", "max_actors", "threads_per_actor", "batch_size", "max_failed_share", "retries", "engine",
+           "asking"}
     # Settings that were added later are left out while they are off, so that older data sets stay valid.
     off = {name for name in ("drop_ungrounded_names", "near_duplicate", "filters_off", "general_share")
            if not getattr(settings.synthesize, name)}

@@ -11,6 +11,8 @@ from cartridges.selfstudy.asker import AskingRefusedError
 from cartridges.selfstudy.drop_reasons import ERROR, error_reason
 
 REFUSED = f"{ERROR}{AskingRefusedError.__name__}: "
+FEWEST_FAILED = 8
+"""That do not yet end a run before its time."""
 
 
 def run_with_retry(synthesizer, tasks: Sequence[Task], retries: int = 1) -> list[Any]:
@@ -42,6 +44,41 @@ def _failed(task: Task, error: Exception) -> Dropped:
     return Dropped(task.conversation_id, task.seed_family, error_reason(error), task.chunk_id)
 
 
+def failed_among(results: Sequence[Any]) -> list[str]:
+    """The reasons of those that raised."""
+    return [one.reason for one in results if isinstance(one, Dropped) and one.reason.startswith(ERROR)]
+
+
+class TooManyFailed(Exception):
+    """So many raised that the run cannot end well."""
+
+
+class Tolerance:
+    """Counts what raises in a whole run; `failed` of them did in its earlier goes."""
+
+    def __init__(self, allowed: float, planned: int, failed: int = 0):
+        self.most, self.failed, self.reason = max(allowed * planned, FEWEST_FAILED), failed, ""
+
+    def add(self, failed: int, reason: str) -> None:
+        """Raises `TooManyFailed` once there are more than a finished run may have, and a few at least."""
+        self.failed, self.reason = self.failed + failed, self.reason or reason
+        if self.exceeded():
+            raise TooManyFailed(f"{self.failed}; {self.reason}")
+
+    def exceeded(self) -> tuple[int, str] | None:
+        """How many there are and why the first one failed, where they are too many. The driver asks: what an actor
+        raises reaches it without its cause."""
+        return (self.failed, self.reason) if self.failed > self.most else None
+
+
+def count_failed(parts: Path) -> int:
+    """Rows that raised, in the files there."""
+    import pyarrow.parquet as pq
+
+    return sum(reason.startswith(ERROR) for file in parts.glob("*.parquet")
+               for reason in pq.read_table(file, columns=["dropped"])["dropped"].to_pylist())
+
+
 def require_few(failed: int, planned: int, allowed: float, work: Path) -> None:
     """Raise where more than the share `allowed` failed: `UserError` where the asking side was refused, else
     `RuntimeError`.
@@ -50,12 +87,20 @@ def require_few(failed: int, planned: int, allowed: float, work: Path) -> None:
     """
     if failed <= allowed * planned:
         return
-    reason = forget_failed(work)
+    raise _too_many(failed, planned, allowed, forget_failed(work))
+
+
+def too_many(failed: int, reason: str, planned: int, allowed: float, work: Path) -> Exception:
+    """What to raise where a run was stopped before its end."""
+    return _too_many(failed, planned, allowed, forget_failed(work) or reason)
+
+
+def _too_many(failed: int, planned: int, allowed: float, reason: str) -> Exception:
     if reason.startswith(REFUSED):
-        raise UserError(f"{reason.removeprefix(REFUSED)} ({failed} of {planned} conversations failed; the same command "
-                        "goes on)")
-    raise RuntimeError(f"{failed} of {planned} conversations failed, more than synthesize.max_failed_share "
-                       f"({allowed}) allows; the first: {reason}")
+        return UserError(f"{reason.removeprefix(REFUSED)} ({failed} of {planned} conversations failed; the same "
+                         "command goes on)")
+    return RuntimeError(f"{failed} of {planned} conversations failed, more than synthesize.max_failed_share "
+                        f"({allowed}) allows; the first: {reason}")
 
 
 def forget_failed(work: Path) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from cartridges.config import BuildSettings
+from cartridges.errors import UserError
 from cartridges.models import BaseModel
 from cartridges.records import Chunk
 from cartridges.selfstudy.asker import Ask, Asker, EngineAsker
@@ -61,11 +62,23 @@ def make_asker(settings: BuildSettings) -> Asker | None:
 
 
 def check_generation(settings: BuildSettings) -> None:
-    """Raises `UserError` for an engine that is not installed, an asking model or an asking service that cannot be
-    used. Where conversations are there already nobody is asked, so it is for those who make some."""
+    """Raises `UserError` for an engine that is not installed, lengths that the model has not, an asking model or an
+    asking service that cannot be used. Where conversations are there already nobody is asked, so it is for those who
+    make some."""
     from cartridges.models import load_identity, resolve_model_dir
 
-    runs_on_vllm(settings)
+    on_vllm, wanted = runs_on_vllm(settings), settings.synthesize
+    identity = load_identity(resolve_model_dir(settings.model))
+    if wanted.topk > identity.vocab_size:
+        raise UserError(f"synthesize.topk={wanted.topk} is more than the {identity.vocab_size} tokens that the model "
+                        "knows")
+    window = identity.max_position_embeddings
+    if on_vllm and settings.vllm.max_model_len:
+        window = min(window, settings.vllm.max_model_len)
+    longest = wanted.chunk.max_tokens + wanted.max_question_tokens + wanted.max_answer_tokens
+    if longest > window:
+        raise UserError(f"a chunk, a question and an answer (synthesize.chunk.max_tokens, max_question_tokens and "
+                        f"max_answer_tokens: {longest} together) do not fit the window of {window} tokens; lower them")
     if settings.synthesize.asking.model:
         load_identity(resolve_model_dir(settings.synthesize.asking.model))
     if settings.synthesize.asking.endpoint:

@@ -1,5 +1,6 @@
 """Ray Data over the planned conversations: actors with engines, and the progress of what they have committed."""
 
+import contextlib
 import logging
 import os
 import threading
@@ -7,11 +8,13 @@ import time
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from cartridges.config import BuildSettings
 from cartridges.records import Chunk, Task
 from workflows.runtime.manifests import Clock
 from workflows.runtime.progress import ProgressCallback
+from workflows.synthesis.placement import Placement, place, threads_here
 
 POLL_SECONDS = 1.0
 
@@ -27,20 +30,34 @@ def generate(output: Path, settings: BuildSettings, total: int,
         if progress is None:
             progress = stack.enter_context(Progress(total, "synthesize", "conversations")).callback
         stack.enter_context(local_ray())
+        placed = placement_here(settings)
         reporting = stack.enter_context(CommittedProgress(output / "work" / "checkpoint", total, progress, clock))
-        _run_pipeline(output.resolve(), settings)
-    wanted = settings.synthesize
-    return {"seconds": clock.seconds, "conversations_per_s": reporting.rate(wanted.num_actors * wanted.batch_size)}
+        _run_pipeline(output.resolve(), settings, placed, total)
+    first = placed.num_actors * settings.synthesize.batch_size
+    return {"seconds": clock.seconds, "conversations_per_s": reporting.rate(first)}
 
 
-def _run_pipeline(output: Path, settings: BuildSettings) -> None:
+def placement_here(settings: BuildSettings) -> Placement:
+    """Where actors go on the nodes that Ray has now."""
+    import ray
+
+    from cartridges.engines.vllm_setup import gpus_of_an_engine
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:  # a Ray that is started here offers more CPUs than there are
+        nodes = [{**nodes[0], "CPU": min(nodes[0].get("CPU", 0), os.cpu_count() or 1) + 1}]
+    return place(settings.synthesize, nodes, gpus_of_an_engine(settings.vllm, settings.synthesize.engine))
+
+
+def _run_pipeline(output: Path, settings: BuildSettings, placed: Placement, total: int) -> None:
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data.checkpoint import CheckpointConfig
 
-    from cartridges.engines.vllm_setup import gpus_of_an_engine
+    from workflows.synthesis.failures import Tolerance, count_failed, too_many
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # It prints pages of what it then raises.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     work, wanted = output / "work", settings.synthesize
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -48,27 +65,37 @@ def _run_pipeline(output: Path, settings: BuildSettings) -> None:
         id_column="conversation_id", checkpoint_path=str(work / "checkpoint"),
         delete_checkpoint_on_success=False)
     try:
-        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-        threads = wanted.threads_per_actor or max(1, (os.cpu_count() or 1) // wanted.num_actors)
+        tolerance = ray.remote(num_cpus=0)(Tolerance).remote(
+            wanted.max_failed_share, total, count_failed(work / "parts"))
         # Read from a file because Ray Data filters committed rows behind a read only; a block for
         # each batch because a block is the unit that is committed.
         tasks = ray.data.read_parquet(str(work / "tasks.parquet"))
         tasks.repartition(target_num_rows_per_block=wanted.batch_size).map_batches(
-            SynthesisActor, fn_constructor_args=(settings, str(output / "chunks.parquet"), threads),
-            batch_size=None, batch_format="pyarrow", compute=ActorPoolStrategy(size=wanted.num_actors),
-            num_cpus=1, num_gpus=gpus_of_an_engine(settings.vllm, wanted.engine) if has_gpu else None,
+            SynthesisActor, fn_constructor_args=(settings, str(output / "chunks.parquet"), placed.beside, tolerance),
+            batch_size=None, batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=placed.num_actors, max_size=placed.most),
+            num_cpus=placed.num_cpus, num_gpus=placed.num_gpus,
         ).write_parquet(str(work / "parts"))
+    except Exception:
+        hopeless = ray.get(tolerance.exceeded.remote())
+        if hopeless is None:
+            raise
+        raise too_many(*hopeless, total, wanted.max_failed_share, work) from None
     finally:
         context.checkpoint_config = None
 
 
 class SynthesisActor:
-    """Holds one engine and a `Synthesizer`; a batch of tasks in, their conversations out."""
+    """Holds one engine and a `Synthesizer`; a batch of tasks in, their conversations out.
 
-    def __init__(self, settings: BuildSettings, chunks_file: str, threads: int):
-        self.settings, self.chunks_file, self.threads = settings, chunks_file, threads
+    `beside` actors share its node. `tolerance` is the one actor that counts what raised in all of them.
+    """
+
+    def __init__(self, settings: BuildSettings, chunks_file: str, beside: int, tolerance: Any):
+        self.settings, self.chunks_file, self.tolerance = settings, chunks_file, tolerance
+        self.threads = threads_here(settings.synthesize.threads_per_actor, beside)
         # Ray gives an actor one; what the engine starts reads the variable.
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)
 
     @cached_property
     def synthesizer(self):
@@ -87,12 +114,15 @@ class SynthesisActor:
 
     def __call__(self, batch):
         import pyarrow as pa
+        import ray
 
         from cartridges.selfstudy.storage import schema, to_row
-        from workflows.synthesis.failures import run_with_retry
+        from workflows.synthesis.failures import failed_among, run_with_retry
 
         tasks = [Task(**row) for row in batch.to_pylist()]
-        results = run_with_retry(self.synthesizer, tasks, self.synthesizer.settings.retries)
+        results = run_with_retry(self.synthesizer, tasks, self.settings.synthesize.retries)
+        if failed := failed_among(results):
+            ray.get(self.tolerance.add.remote(len(failed), failed[0]))
         return pa.Table.from_pylist([to_row(result) for result in results], schema=schema())
 
 
@@ -111,11 +141,13 @@ class CommittedProgress:
             self._report()
 
     def _report(self) -> None:
-        done = self.committed()
-        if not self.seen or done > self.seen[-1][1]:
-            self.seen.append((time.monotonic(), done))
-        self.progress(done, self.total, "")
-        self.clock.save()
+        """A full disk is for the pipeline to report, which cannot go on; this can."""
+        with contextlib.suppress(OSError):
+            done = self.committed()
+            if not self.seen or done > self.seen[-1][1]:
+                self.seen.append((time.monotonic(), done))
+            self.progress(done, self.total, "")
+            self.clock.save()
 
     def rate(self, first: int) -> float:
         """Conversations a second from when `first` were committed (a batch of each actor: no start-up) to the last;

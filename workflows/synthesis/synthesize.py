@@ -13,12 +13,14 @@ flight are done again, and the ids are those of the plan.
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from cartridges.config import BuildSettings
+from cartridges.errors import UserError
 from cartridges.records import Corpus
 from workflows.runtime.manifests import read_manifest, require_match, write_manifest
 from workflows.runtime.progress import ProgressCallback
@@ -33,6 +35,8 @@ from workflows.synthesis.dataset import (
 from workflows.synthesis.plan_size import with_counts
 from workflows.synthesis.ray_pipeline import generate
 
+FEW_KEPT = 0.1
+"""Share of the planned conversations; a warning says when fewer are kept."""
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +57,7 @@ def synthesize(corpus: Corpus, output_dir: str, settings: BuildSettings,
     done = read_manifest(output / MANIFEST)
     require_match(done, expected, output)
     if done is not None:
+        require_some(done, output, earlier)
         return done
     from workflows.runtime.tracking import track
     from workflows.synthesis.open_synthesizer import check_generation
@@ -64,7 +69,20 @@ def synthesize(corpus: Corpus, output_dir: str, settings: BuildSettings,
         speed = generate(output, settings, planned["conversations"], progress)
         manifest = finish_dataset(output, settings, planned, speed, earlier)
         run.log(metrics([manifest]))
+    require_some(manifest, output, earlier)
     return manifest
+
+
+def require_some(manifest: dict[str, Any], output: Path, earlier: Sequence[str]) -> None:
+    """Raise `UserError` where nothing was kept, unless it is a later round, which may have nothing new."""
+    if not manifest["conversations"]["kept"] and not earlier:
+        raise UserError(f"none of the {manifest['planned']} conversations was kept ({_reasons(manifest)}); `cartridges "
+                        f"inspect {output}` shows them. Choose other synthesize.families, or see filters_off")
+
+
+def _reasons(manifest: dict[str, Any]) -> str:
+    dropped = Counter(manifest["conversations"]["dropped"])
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.most_common(4))
 
 
 def finish_dataset(output: Path, settings: BuildSettings, planned: dict[str, Any],
@@ -86,6 +104,10 @@ def finish_dataset(output: Path, settings: BuildSettings, planned: dict[str, Any
     if summary.errors:
         logger.warning("%d conversations raised and were left out; `cartridges inspect %s` lists them",
                        summary.dropped["error"], output)
+    few = summary.kept < FEW_KEPT * planned["conversations"]
+    if summary.kept and (few or 2 * summary.dropped["nothing_to_ask"] > planned["conversations"]):
+        logger.warning("%s: %d of %d conversations were kept (%s)", output, summary.kept, planned["conversations"],
+                       _reasons(summary.as_dict()))
     temporary.rename(output / "shards")
     manifest = {**planned, **summary.as_dict(), "planned": planned["conversations"], **speed}
     write_manifest(output / CARD, data_card(summary, manifest, _model_record(settings)))

@@ -133,14 +133,9 @@ def _join(todo: Sequence[DatasetSpec], places: Sequence[str], plans: Sequence[di
 
 
 def _require_few_errors(work: Path, settings: BuildSettings, planned: int) -> None:
-    import pyarrow.parquet as pq
+    from workflows.synthesis.failures import count_failed, require_few
 
-    from cartridges.selfstudy.drop_reasons import ERROR
-    from workflows.synthesis.failures import require_few
-
-    failed = sum(reason.startswith(ERROR) for file in (work / "parts").glob("*.parquet")
-                 for reason in pq.read_table(file, columns=["dropped"])["dropped"].to_pylist())
-    require_few(failed, planned, settings.synthesize.max_failed_share, work)
+    require_few(count_failed(work / "parts"), planned, settings.synthesize.max_failed_share, work)
 
 
 def _split(todo: Sequence[DatasetSpec], numbers: Sequence[int], parts: Path) -> None:

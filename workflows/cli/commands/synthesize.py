@@ -1,6 +1,7 @@
 """`cartridges synthesize`."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from workflows.cli.options import CORPUS, add_command, settings_from, settings_options
@@ -16,6 +17,10 @@ def add_to(parsers: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = settings_from(args)
     from cartridges.corpus import load_corpus
+    from workflows.building.planning import settle_synthesis
     from workflows.synthesis.synthesize import synthesize
 
-    return synthesize(load_corpus(args.corpus, settings.corpus.corpus_id), args.output, settings)
+    corpus = load_corpus(args.corpus, settings.corpus.corpus_id)
+    if settings.budget is not None:
+        settings = settle_synthesis(corpus, settings, Path(args.output))
+    return synthesize(corpus, args.output, settings)
