@@ -1,12 +1,12 @@
 # `make demo` and `make test` set everything up by themselves (.venv, dependencies, default model).
 PY := .venv/bin/python
-.PHONY: help setup demo test quick vllm lint clean
+.PHONY: help setup demo test quick vllm browser lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    build the sample corpus's cartridge, report on it, ask it over HTTP"
 	@echo "make test    all tests        make quick   only the fast ones"
-	@echo "make vllm    add vLLM's CPU build to .venv"
+	@echo "make vllm    add vLLM's CPU build to .venv     make browser   Chromium, for the web page's tests"
 	@echo "make lint    ruff             make clean   remove .venv, runs and caches"
 
 setup:
@@ -23,6 +23,9 @@ quick: setup
 
 vllm: setup
 	@bash requirements/install_vllm.sh
+
+browser:
+	@bash requirements/install_browser.sh
 
 lint: setup
 	$(PY) -m ruff check .

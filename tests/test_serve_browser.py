@@ -1,5 +1,6 @@
 """The web page in a real browser. Skipped where there is no Chromium."""
 
+import re
 import shutil
 import time
 
@@ -85,7 +86,7 @@ def test_another_corpus_is_another_conversation(page):
 def test_stop_ends_an_answer_and_the_next_question_is_answered(page, url):
     page.get_by_label("beside it").uncheck()
     ask(page, "Tell me everything that is known about the harbour.")
-    page.wait_for_function("document.querySelector('[data-state=asking] p.text')?.textContent.trim().length > 3")
+    page.locator("[data-state=asking] p.text").filter(has_text=re.compile(r"\S.{3}", re.DOTALL)).wait_for()
     page.get_by_role("button", name="Stop").click()
     page.locator("section[data-state=stopped]").wait_for(timeout=10_000)
     time.sleep(1)  # a client that went frees its slot within a second
