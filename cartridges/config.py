@@ -5,11 +5,11 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from cartridges.engine_config import Dtype, EngineName, VllmSettings
+from cartridges.serve_config import ServeSettings
 from cartridges.settings import Settings
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-Dtype = Literal["auto", "float32", "bfloat16"]
-EngineName = Literal["auto", "transformers", "vllm"]
 
 
 class ModelSettings(Settings):
@@ -220,100 +220,6 @@ class EvaluateSettings(Settings):
     wrong_cartridge: str | None = None
     """Registry name of the cartridge for the wrong_cartridge arm. None uses the bundled decoy: the exact KV of an
     unrelated text, cut to p tokens."""
-
-
-class VllmSettings(Settings):
-    """The vLLM engine, for all stages that use it."""
-
-    dtype: Dtype = "auto"
-    """Compute and KV cache dtype. auto is `model.dtype`."""
-    max_model_len: int = Field(0, ge=0)
-    """Longest prefix and conversation together, in tokens. 0 is the model's window."""
-    kv_cache_bytes: int = Field(0, ge=0)
-    """Bytes of the KV cache. 0 is 2 GiB on a CPU, and vLLM's choice on a GPU."""
-    gpu_memory_utilization: float = Field(0, ge=0, le=1)
-    """Share of a GPU's memory that vLLM takes. 0 is vLLM's default (0.92); give less where something else, such as an
-    asking model in the same actor, needs some."""
-    block_size: int = Field(0, ge=0)
-    """Tokens of a KV block. 0 is 32 on a CPU (the smallest that works there) and vLLM's default on a GPU.
-    Cartridges with a multiple of this many tokens are shared completely between requests."""
-    max_num_seqs: int = Field(64, ge=1)
-    """Most requests decoded together."""
-    max_topk: int = Field(20, ge=0)
-    """Most logprobs per token that a request may ask for."""
-    tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs over which one model is split. Each loads its KV heads of a cartridge."""
-    spool_dir: str | None = None
-    """Directory through which workers read cartridges. None is a temporary directory. Workers on several machines
-    need a shared one."""
-    spool_bytes: int = Field(8 << 30, ge=1)
-    """Most bytes of spooled cartridges. The least recently used are removed first."""
-
-
-class ReplicaSettings(Settings):
-    min_replicas: int = Field(1, ge=0)
-    """0 stops all replicas of an idle deployment; its next request waits for a replica to start."""
-    max_replicas: int = Field(1, ge=1)
-    target_ongoing: float = Field(8, gt=0, allow_inf_nan=False)
-    """Target of autoscaling: requests in flight per replica."""
-    idle_s: float = Field(60, ge=0, allow_inf_nan=False)
-    """Seconds of lower load before a replica is stopped."""
-
-    @model_validator(mode="after")
-    def _least_and_most(self) -> "ReplicaSettings":
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
-        return self
-
-
-class ServeSettings(Settings):
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    engine: EngineName = "auto"
-    """auto is vLLM if it is installed, else transformers."""
-    cartridges: tuple[str, ...] = ()
-    """Names (`name[@version|@alias]`) that are offered. Empty offers the whole registry. Each is loaded by its first
-    request, or by `POST /v1/cartridges`."""
-    keys_file: str | None = None
-    """File of API keys (`cartridges keys add`). Without one, only requests from this machine are answered."""
-    open_to_network: bool = False
-    """Answer the network without keys, for use behind a gateway that checks its own."""
-    audit_log: str | None = None
-    """File to which every request appends a JSON line: caller, model and token counts, never a prompt or an answer."""
-    max_tokens_limit: int = Field(2048, ge=1)
-    max_queue: int = Field(128, ge=1)
-    """Most requests in flight; beyond that the service answers 429."""
-    shared: ReplicaSettings = ReplicaSettings()
-    """Replicas for all cartridges without dedicated ones."""
-    dedicated: dict[str, ReplicaSettings] = {}
-    """Dedicated replicas of cartridges, by name. They can be changed while the service runs."""
-    max_active: int = Field(16, ge=1)
-    """Most requests that a transformers replica decodes at once; the others wait."""
-    default_temperature: float = Field(0.0, ge=0, le=2)
-    """Temperature of requests that set none. It is 0, because cartridges are asked for facts (OpenAI's default is
-    1)."""
-
-    full_context: bool = True
-    """Allow `full_context: true`, which answers with the corpus in the prompt if the registry has its text. It costs a
-    prefill of up to the whole window."""
-    search_at_start: bool = False
-    """Read all texts and index them at start; otherwise the first `auto` request waits for that. (A key restricted to
-    some cartridges has its own index, made at its first request.)"""
-    fallback_entropy: float = Field(0.5, ge=0)
-    """Mean entropy of the cartridge's first tokens (nats per token) above which a request with `fallback` is answered
-    from the corpus' text. It was chosen for the default model (docs/serving.md)."""
-    fallback_tokens: int = Field(8, ge=1)
-    """Number of those first tokens. They are held back until the decision."""
-    retrieval_tokens: int = Field(256, ge=192)
-    """Most tokens of retrieved passages for an answer from the text."""
-    resident_bytes: int = Field(2 << 30, ge=1)
-    """Most bytes of loaded cartridges in a replica. The least recently used are unloaded first."""
-    max_body_bytes: int = Field(4 << 20, ge=1024)
-    """Longest request body in bytes; longer ones are answered with 413."""
-    request_timeout_s: float = Field(600, gt=0)
-    """Seconds after which an unfinished request ends with an error."""
-    drain_s: float = Field(10, ge=0)
-    """Seconds for running requests to finish when the service is stopped."""
 
 
 class CurriculumSettings(Settings):

@@ -16,11 +16,12 @@ import uvicorn
 
 from cartridges.artifact import CorpusRecord, save
 from cartridges.cartridge import Cartridge
-from cartridges.config import ModelSettings, ServeSettings
+from cartridges.config import ModelSettings
 from cartridges.corpus_text import keep_text
 from cartridges.engines.stream import TransformersStreamingEngine
 from cartridges.models import load_base_model
 from cartridges.registry import Registry
+from cartridges.serve_config import ServeSettings
 from workflows.serving.app import create_app
 from workflows.serving.backend import LocalBackend
 from workflows.serving.catalog import Catalog

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOW = (
     "errors files",
     "settings",
+    "engine_config",
+    "serve_config",
     "records config",
     "documents",
     "template cartridge readers tables",

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from cartridges.config import BuildSettings, ReplicaSettings
+from cartridges.config import BuildSettings
+from cartridges.serve_config import ReplicaSettings
 from workflows.serving import deployments, replicas
 
 FILE = Path(__file__).resolve().parents[1] / "workflows" / "configs" / "serve.yaml"

@@ -8,7 +8,8 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from cartridges.config import BuildSettings, ReplicaSettings
+from cartridges.config import BuildSettings
+from cartridges.serve_config import ReplicaSettings
 from workflows.serving.backend import EngineCall
 from workflows.serving.errors import ApiError
 from workflows.serving.metrics import Metrics, exposition

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cartridges.cartridge import Cartridge
-from cartridges.config import VllmSettings
 from cartridges.corpus import load_corpus
+from cartridges.engine_config import VllmSettings
 from cartridges.engines.base import CartridgePrefix, RawPrefix, Request, ScoreRequest, TextPrefix
 from cartridges.engines.spool import spool_file
 from cartridges.engines.transformers import TransformersEngine

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, aclosing
 from pathlib import Path
 
-from cartridges.config import VllmSettings
+from cartridges.engine_config import VllmSettings
 from cartridges.engines.answer import Answer
 from cartridges.engines.base import CartridgePrefix, Completion, EngineLost, Request, Score, ScoreRequest, TokenEvent
 from cartridges.engines.spool import Spool, SpoolError, check_spooled

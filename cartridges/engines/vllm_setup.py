@@ -5,7 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cartridges.config import EngineName, ModelSettings, VllmSettings
+from cartridges.config import ModelSettings
+from cartridges.engine_config import EngineName, VllmSettings
 from cartridges.errors import UserError
 from cartridges.models import choose_dtype
 from cartridges.records import KVShape

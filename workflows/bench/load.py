@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from cartridges.config import BuildSettings, ReplicaSettings
+from cartridges.config import BuildSettings
+from cartridges.serve_config import ReplicaSettings
 from workflows.bench.arms import Cartridges, questions
 from workflows.bench.serve import choose_engine
 from workflows.runtime.progress import Progress

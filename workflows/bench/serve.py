@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from itertools import cycle
 from typing import Any
 
-from cartridges.config import BuildSettings, EngineName
+from cartridges.config import BuildSettings
+from cartridges.engine_config import EngineName
 from cartridges.engines.base import Engine, Request
 from cartridges.forward import round_up
 from workflows.bench.arms import (

@@ -15,9 +15,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from cartridges.config import ReplicaSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
+from cartridges.serve_config import ReplicaSettings
 from workflows.serving.access import Authenticator, Caller
 from workflows.serving.access_middleware import AccessMiddleware, AuditLog
 from workflows.serving.api import ChatRequest, CompletionRequest, Generation, LoadRequest, UpdateRequest

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from cartridges.artifact import Artifact, check_compatible, load
 from cartridges.compose import compose, composed_digest
-from cartridges.config import ReplicaSettings
 from cartridges.engines.base import EngineLost, Prefix, Request, StreamingEngine, TextPrefix, TokenEvent
 from cartridges.models import ModelIdentity, rope_frequencies
 from cartridges.registry import Registry
+from cartridges.serve_config import ReplicaSettings
 from workflows.serving.catalog import PLUS
 from workflows.serving.errors import ApiError, replica_lost
 from workflows.serving.metrics import Family, Metrics

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cartridges.config import ServeSettings
+from cartridges.serve_config import ServeSettings
 from cartridges.template import ChatTemplate
 from workflows.serving.access import Caller
 from workflows.serving.api import MAX_CHOICES, ChatRequest, CompletionRequest, Generation

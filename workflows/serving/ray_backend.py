@@ -11,9 +11,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from cartridges.config import BuildSettings, ReplicaSettings
+from cartridges.config import BuildSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.errors import UserError
+from cartridges.serve_config import ReplicaSettings
 from workflows.serving.backend import EngineCall
 from workflows.serving.catalog import PLUS
 from workflows.serving.errors import ApiError, replica_lost

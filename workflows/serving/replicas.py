@@ -8,9 +8,10 @@ import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from cartridges.config import BuildSettings, ReplicaSettings
+from cartridges.config import BuildSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.engines.vllm_setup import gpus_of_an_engine
+from cartridges.serve_config import ReplicaSettings
 from workflows.serving.backend import EngineCall
 from workflows.serving.factory import build_backend
 from workflows.serving.metrics import Family

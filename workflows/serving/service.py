@@ -10,9 +10,9 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from cartridges.config import ReplicaSettings, ServeSettings
 from cartridges.engines.base import TokenEvent
 from cartridges.models import ModelIdentity
+from cartridges.serve_config import ReplicaSettings, ServeSettings
 from cartridges.template import ChatTemplate
 from workflows.serving.access import ANYONE, Caller
 from workflows.serving.api import Generation
