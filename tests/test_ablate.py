@@ -72,7 +72,7 @@ def test_mistakes_are_named_before_anything_is_made(ablate, tmp_path):
                             (("train.init=random", "train.num_tokens=9999"), "shorter than num_tokens=9999"),
                             (("train.init=random", "train.init=random;"), "given twice"),
                             (("serve.port=1",), "changes nothing"), (("model.name=other",), "another model"),
-                            (("train.loss=next_token; budget=soon",), "budget 'soon' is not a time")):
+                            (("train.loss=next_token; budget=soon",), "budget 'soon' is neither a time nor a count")):
         code, result, said = ablate(*varied)
         assert (code, result) == (2, None) and message in said and len(said.splitlines()) == 1
     assert "has no questions" in ablate("train.init=random", questions=False)[2]

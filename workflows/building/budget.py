@@ -48,7 +48,8 @@ def parse_budget(text: str) -> Budget:
         return Budget(float(time[1]) * _TIMES[time[2]], "seconds")
     if count and int(count[1]) > 0:
         return Budget(int(count[1]), "conversations" if count[2] == "conversation" else "tokens")
-    raise UserError(f"budget {text!r} is none; write a time (90s, 10m, 2h), 2000conversations or 500000tokens")
+    raise UserError(f"budget {text!r} is neither a time nor a count; write it as 10m, 2000conversations or "
+                    "500000tokens")
 
 
 def require_one_count(settings: BuildSettings) -> None:
