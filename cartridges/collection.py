@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cartridges import jsonl
 from cartridges.corpus import corpus_ids, load_corpus
 from cartridges.errors import UserError
+from cartridges.readers import ROW_SUFFIXES
 from cartridges.registry import LONGEST_NAME
 from cartridges.tables import is_table, open_table
 
@@ -36,7 +36,7 @@ def parts(path: str, pattern: str | None = None) -> list[Part]:
         # A long file is split into several documents.
         sources = dict.fromkeys(document.source for document in load_corpus(path).documents)
         found = [Part(str(where / source), source) for source in sources]
-    elif where.suffix.lower() in jsonl.SUFFIXES:
+    elif where.suffix.lower() in ROW_SUFFIXES:
         found = [Part(path, name) for name in dict.fromkeys(corpus_ids(path))]
     else:
         raise UserError(f"{path} is one document; --each wants a folder, or rows with corpus_id")

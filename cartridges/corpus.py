@@ -16,7 +16,7 @@ from cartridges import jsonl
 from cartridges.documents import LONGEST_CHARACTERS, Documents, gather, ids_of
 from cartridges.errors import UserError
 from cartridges.jsonl import Row
-from cartridges.readers import check_unicode, hash_bytes, read_file, split, walk
+from cartridges.readers import ROW_SUFFIXES, check_unicode, hash_bytes, read_file, split, walk
 from cartridges.records import Corpus, Document, Question
 from cartridges.tables import Table, is_table, open_table
 
@@ -42,7 +42,7 @@ def load_corpus(path: str, corpus_id: str | None = None) -> Corpus:
         return _from_folder(where, corpus_id)
     if not where.is_file():
         raise UserError(f"corpus {path} is neither a file nor a folder")
-    if where.suffix.lower() in jsonl.SUFFIXES:
+    if where.suffix.lower() in ROW_SUFFIXES:
         return _from_jsonl(where, corpus_id)
     return _build(corpus_id or where.stem, gather(lambda: read_file(where, source=where.name)), where)
 

@@ -5,7 +5,7 @@ class UserError(ValueError):
     """The input is wrong. The message says in one line what is wrong and what to do about it.
 
     The command line prints it on stderr and exits 2; the HTTP service answers 4xx with it.
-    Any other exception is a defect of this library and exits 1.
+    Other exceptions exit 1; those that are no defect (`NonFiniteLoss`, a disk that cannot be written) in one line too.
     """
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from cartridges.errors import UserError
 from cartridges.readers import BOM, not_utf8
 
-SUFFIXES = {".jsonl", ".ndjson"}
-
 Row = tuple[str, dict]
 """The place of a row, counted from 1 (`line 3` of a JSONL, `row 3` of a table), and its content."""
 

@@ -38,7 +38,8 @@ class ServeSettings(Settings):
     """File to which every request appends a JSON line: caller, model and token counts, never a prompt or an answer."""
     max_tokens_limit: int = Field(2048, ge=1)
     max_queue: int = Field(128, ge=1)
-    """Most requests in flight; beyond that the service answers 429."""
+    """Most answers in flight (a request's prompts times n). Beyond that the service answers 429; a single request for
+    more is a 400."""
     shared: ReplicaSettings = ReplicaSettings()
     """Replicas for all cartridges without dedicated ones."""
     dedicated: dict[str, ReplicaSettings] = {}

@@ -32,7 +32,14 @@ from workflows.building.planning import settle, with_steps
 from workflows.cli import main
 from workflows.cli.exit_codes import exit_code
 from workflows.runtime.manifests import Clock, write_manifest
-from workflows.synthesis.failures import Tolerance, TooManyFailed, forget_failed, require_few, run_with_retry
+from workflows.synthesis.failures import (
+    Tolerance,
+    TooManyFailed,
+    count_failed,
+    forget_failed,
+    require_few,
+    run_with_retry,
+)
 from workflows.synthesis.open_synthesizer import check_generation
 from workflows.synthesis.placement import place, threads_here
 from workflows.synthesis.ray_pipeline import CommittedProgress, placement_here
@@ -269,6 +276,16 @@ def test_actors_go_where_there_is_room():
     assert threads_here(3, 2) == 3 and threads_here(0, 10**6) == 1
 
 
+@pytest.mark.parametrize(("cores", "offered"), [(2, 4), (4, 4), (8, 8)])
+def test_a_cpu_is_left_for_reading_and_writing_on_one_machine(monkeypatch, cores, offered):
+    """Else Ray Data's own tasks would wait for the actors for ever."""
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(offered)}}])
+    for num_actors in (0, 1, 2):
+        placed = placement_here(BuildSettings.model_validate({"synthesize": {"num_actors": num_actors}}))
+        assert 0 < placed.num_actors * placed.num_cpus < offered
+
+
 def test_a_full_disk_is_one_line_wherever_ray_found_it(capfd):
     from ray.exceptions import RayTaskError
 
@@ -299,7 +316,9 @@ def test_batches_with_failures_are_taken_back(tmp_path):
     write_part(tmp_path / "parts", "x_2-0.parquet", [conversation(2)])
     for name in ("x_1", "x_2"):
         write_part(tmp_path / "checkpoint", f"{name}.parquet", [])
+    assert count_failed(tmp_path) == 1
     assert forget_failed(tmp_path) == "error: E: x"
+    assert count_failed(tmp_path) == 0, "what is done again has not failed yet"
     left = sorted(file.name for file in (tmp_path / "checkpoint").iterdir())
     assert left == ["x_1.pending.parquet", "x_2.parquet"]
 

@@ -49,7 +49,6 @@ def _repeated(files: Sequence[Path], exact: bool, similarity: float | None,
               earlier: Sequence[Path]) -> dict[str, str]:
     """Reasons of duplicates by id. Near duplicates compare only the last question and answer, because the turns before
     may be the same examples."""
-
     reasons = dict.fromkeys(exact_duplicates(files, earlier), DUPLICATE) if exact else {}
     if similarity is not None:
         texts = sorted((conversation_id, " ".join(texts[-2:])) for conversation_id, texts in _kept_texts(files)

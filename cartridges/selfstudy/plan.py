@@ -57,7 +57,7 @@ def _about_chunks(chunks: Iterable[Chunk], settings: SynthesizeSettings, total: 
         ids.append(chunk.chunk_id)
         english.append(is_english(chunk.text))
         lengths.append(len(_PIECE.findall(chunk.text)) * weights.get(chunk.chunk_id, 1.0))
-    if not ids or not sum(shares.values()):
+    if not ids:
         return []
     rng = np.random.default_rng(seed)
     ends = np.cumsum(lengths) / sum(lengths)

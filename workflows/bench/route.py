@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cartridges import jsonl
 from cartridges.corpus import corpus_ids, load_corpus
 from cartridges.errors import UserError
+from cartridges.readers import ROW_SUFFIXES
 from cartridges.records import Corpus
 from workflows.serving.passages import PassageIndex, cut
 
@@ -38,7 +38,7 @@ def bench_route(sources: list[str], tokenizer, max_questions: int, seed: int = 0
 
 def _load(source: str) -> list[Corpus]:
     path, _, corpus_id = source.partition("::")
-    if corpus_id or Path(path).suffix.lower() not in jsonl.SUFFIXES:
+    if corpus_id or Path(path).suffix.lower() not in ROW_SUFFIXES:
         return [load_corpus(path, corpus_id or None)]
     return [load_corpus(path, row) for row in dict.fromkeys(corpus_ids(path))]
 

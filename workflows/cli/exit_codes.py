@@ -15,7 +15,8 @@ class PartialFailure(Exception):
 
 
 def exit_code(command: Callable[[], None], resumable: bool) -> int:
-    """Run `command`: 0, or 2 for a user's mistake, 130 for Ctrl-C and SIGTERM, 1 where nothing can be written.
+    """Run `command`: 0, or 2 for a user's mistake, 130 for Ctrl-C and SIGTERM, 1 where nothing can be written, training
+    broke down or only a part was done.
 
     One line on stderr says why; `resumable`: it tells that the same command goes on.
     """
@@ -59,7 +60,7 @@ def _disk_error(error: BaseException) -> OSError | None:
             waiting.append(carried)
         elif isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             return one
-        waiting += [one.__cause__, one.__context__]
+        waiting += [one.__cause__, None if one.__suppress_context__ else one.__context__]
     return None
 
 

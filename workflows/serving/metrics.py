@@ -45,7 +45,7 @@ TABLE: dict[str, Metric] = {
     "cartridges_in_flight": Metric("gauge", "Requests accepted and not finished", MODEL),
     "cartridges_queued": Metric("gauge", "Requests accepted that wait for their first token", MODEL),
     "cartridges_rejected_total": Metric(
-        "counter", "Requests refused before the engine, by reason (queue_full)", ("reason",)),
+        "counter", "Requests refused before the engine, by reason (queue_full, draining)", ("reason",)),
     "cartridges_disconnects_total": Metric("counter", "Requests whose client left before the end", MODEL),
     "cartridges_audit_lost_total": Metric("counter", "Lines that could not be written to the audit log"),
     "cartridges_fallbacks_total": Metric(

@@ -106,8 +106,7 @@ def plan_dataset(corpus: Corpus, output: Path, settings: BuildSettings, expected
     before = count_tasks(Path(dataset) / "shards" for dataset in earlier)
     tasks = plan(chunks, settings.synthesize, settings.seed, weights, before)
     if not tasks:
-        raise UserError("no conversations are planned: the corpus has no text, or every share in "
-                        "synthesize.families is 0")
+        raise UserError("no conversations are planned: the corpus has no text")
     (output / "work").mkdir(exist_ok=True)
     asked = {task.chunk_id for task in tasks}
     write_rows(output / "chunks.parquet", Chunk, chunks.with_ids(asked))

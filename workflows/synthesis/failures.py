@@ -71,11 +71,14 @@ class Tolerance:
         return (self.failed, self.reason) if self.failed > self.most else None
 
 
-def count_failed(parts: Path) -> int:
-    """Rows that raised, in the files there."""
+def count_failed(work: Path) -> int:
+    """Committed rows in `work` that raised. Batches that are pending will be done again, so they do not count."""
     import pyarrow.parquet as pq
 
-    return sum(reason.startswith(ERROR) for file in parts.glob("*.parquet")
+    pending = tuple(file.name.removesuffix(".pending.parquet")
+                    for file in (work / "checkpoint").glob("*.pending.parquet"))
+    return sum(reason.startswith(ERROR)
+               for file in (work / "parts").glob("*.parquet") if not file.stem.startswith(pending)
                for reason in pq.read_table(file, columns=["dropped"])["dropped"].to_pylist())
 
 

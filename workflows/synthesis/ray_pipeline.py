@@ -20,7 +20,7 @@ POLL_SECONDS = 1.0
 
 
 def generate(output: Path, settings: BuildSettings, total: int,
-              progress: ProgressCallback | None) -> dict[str, float]:
+             progress: ProgressCallback | None) -> dict[str, float]:
     """Run Ray Data until every task is committed; how fast it went."""
     from workflows.runtime.local_ray import local_ray
     from workflows.runtime.progress import Progress
@@ -44,8 +44,8 @@ def placement_here(settings: BuildSettings) -> Placement:
     from cartridges.engines.vllm_setup import gpus_of_an_engine
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:  # a Ray that is started here offers more CPUs than there are
-        nodes = [{**nodes[0], "CPU": min(nodes[0].get("CPU", 0), os.cpu_count() or 1) + 1}]
+    if len(nodes) == 1:  # A Ray started here offers at least four CPUs. All cores may compute, if one CPU is left over.
+        nodes = [{**nodes[0], "CPU": min(nodes[0].get("CPU", 0), (os.cpu_count() or 1) + 1)}]
     return place(settings.synthesize, nodes, gpus_of_an_engine(settings.vllm, settings.synthesize.engine))
 
 
@@ -59,14 +59,13 @@ def _run_pipeline(output: Path, settings: BuildSettings, placed: Placement, tota
     # It prints pages of what it then raises.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     work, wanted = output / "work", settings.synthesize
+    tolerance = ray.remote(num_cpus=0)(Tolerance).remote(wanted.max_failed_share, total, count_failed(work))
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.checkpoint_config = CheckpointConfig(
         id_column="conversation_id", checkpoint_path=str(work / "checkpoint"),
         delete_checkpoint_on_success=False)
     try:
-        tolerance = ray.remote(num_cpus=0)(Tolerance).remote(
-            wanted.max_failed_share, total, count_failed(work / "parts"))
         # Read from a file because Ray Data filters committed rows behind a read only; a block for
         # each batch because a block is the unit that is committed.
         tasks = ray.data.read_parquet(str(work / "tasks.parquet"))

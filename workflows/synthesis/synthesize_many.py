@@ -135,7 +135,7 @@ def _join(todo: Sequence[DatasetSpec], places: Sequence[str], plans: Sequence[di
 def _require_few_errors(work: Path, settings: BuildSettings, planned: int) -> None:
     from workflows.synthesis.failures import count_failed, require_few
 
-    require_few(count_failed(work / "parts"), planned, settings.synthesize.max_failed_share, work)
+    require_few(count_failed(work), planned, settings.synthesize.max_failed_share, work)
 
 
 def _split(todo: Sequence[DatasetSpec], numbers: Sequence[int], parts: Path) -> None:
