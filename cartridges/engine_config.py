@@ -27,6 +27,9 @@ class VllmSettings(Settings):
     Cartridges with a multiple of this many tokens are shared completely between requests."""
     max_num_seqs: int = Field(64, ge=1)
     """Most requests decoded together."""
+    enforce_eager: bool | None = None
+    """Run without torch.compile and CUDA graphs: a start in seconds, slower decoding. None is true on a CPU, where
+    compiling takes minutes and the result is not kept, and false on a GPU."""
     max_topk: int = Field(20, ge=0)
     """Most logprobs per token that a request may ask for."""
     tensor_parallel_size: int = Field(1, ge=1)

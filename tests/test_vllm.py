@@ -34,7 +34,9 @@ pytestmark = [pytest.mark.vllm,
               pytest.mark.skipif(not is_installed(), reason="vLLM is not installed (make vllm)")]
 
 BLOCK = 32
-TINY = VllmSettings(dtype="float32", max_model_len=512, kv_cache_bytes=2 << 20, block_size=BLOCK)
+ON_GPU = torch.cuda.is_available()
+TINY = VllmSettings(dtype="float32", max_model_len=512, kv_cache_bytes=2 << 20, block_size=BLOCK,
+                    gpu_memory_utilization=0.2 if ON_GPU else 0)
 QUESTIONS = ("Who keeps the lanterns?", "How many?", "Say it again, but slowly and in full.")
 
 
@@ -98,9 +100,12 @@ def reference(base):
 
 @pytest.fixture(scope="module")
 def engine(model_dir):
-    engine = VllmEngine(model_dir, TINY)
-    yield engine
-    engine.close()
+    with pytest.MonkeyPatch.context() as patch:
+        # On a GPU too: the tests look at the scheduler and at the worker's connector.
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        engine = VllmEngine(model_dir, TINY)
+        yield engine
+        engine.close()
 
 
 def scheduler(engine):
@@ -307,6 +312,7 @@ def test_ranks_take_their_heads():
     assert [heads[:2][rank_heads(2, 4, rank)] for rank in range(4)] == [[0], [0], [1], [1]]
 
 
+@pytest.mark.skipif(ON_GPU, reason="vLLM's attention on a GPU has it")
 def test_head_dim_that_the_cpu_build_lacks_is_refused(tiny_model_dir):
     with pytest.raises(UserError, match="head_dim 16"):
         engine_arguments(tiny_model_dir, TINY, Translator(tiny_model_dir).shape, "spool")

@@ -56,8 +56,7 @@ def engine_arguments(model_dir: str | Path, settings: VllmSettings, shape: KVSha
         "enable_prefix_caching": True, "logprobs_mode": "raw_logprobs", "max_logprobs": settings.max_topk,
         "generation_config": "vllm", "disable_log_stats": True,
         "tensor_parallel_size": settings.tensor_parallel_size,
-        # Compiling takes minutes on a CPU, and the result is not kept for the next start.
-        "enforce_eager": cpu,
+        "enforce_eager": cpu if settings.enforce_eager is None else settings.enforce_eager,
         "kv_cache_memory_bytes": settings.kv_cache_bytes or (2 << 30 if cpu else None),
         "kv_transfer_config": {
             "kv_connector": "CartridgeConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail",

@@ -69,7 +69,9 @@ class Runner:
 
     def round(self) -> dict[str, Any]:
         self._forget_peak_memory()
-        return {"seconds": self.side.round(), "memory": self._peak_memory()}
+        result = {"seconds": self.side.round(), "memory": self._peak_memory()}
+        self._leave_memory_to_others()
+        return result
 
     def bare(self) -> dict[str, Any]:
         """Seconds of the round's matrix products alone."""
@@ -83,6 +85,13 @@ class Runner:
         import torch
 
         return torch.cuda.max_memory_allocated() if self.base.device.startswith("cuda") else None
+
+    def _leave_memory_to_others(self) -> None:
+        """The sides share one GPU: what a side's allocator keeps for its next round, the others would lack."""
+        import torch
+
+        if self.base.device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
     def _forget_peak_memory(self) -> None:
         """The bare products of `bare` and the loading of the model are no part of a round's peak."""
