@@ -4,6 +4,7 @@ import asyncio
 import re
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -11,7 +12,17 @@ import openai
 import psutil
 import pytest
 
-from tests.serve_support import PATIENCE, TEXTS, load_stock, make_registry, metric, serve_process, url_of
+from cartridges.registry import Registry
+from tests.serve_support import (
+    PATIENCE,
+    TEXTS,
+    load_stock,
+    make_registry,
+    metric,
+    publish,
+    serve_process,
+    url_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -189,6 +200,7 @@ class Crowd:
         self.url, self.models, self.stop = url, models, asyncio.Event()
         self.answered: list[tuple[str, str, float]] = []
         self.lost: list[str] = []
+        self.refused = 0
 
     async def ask(self) -> None:
         async with openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0,
@@ -212,18 +224,70 @@ class Crowd:
                     assert response.status_code == status and response.json()["error"]["message"], response.text
                 await asyncio.sleep(0.2)
 
+    async def ask_the_damaged(self, name: str) -> None:
+        async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as http:
+            while not self.stop.is_set():
+                response = await http.post("/v1/chat/completions", json={"model": name, "messages": ASK})
+                assert response.status_code == 409 and "damaged" in response.json()["error"]["message"], response.text
+                self.refused += 1
+                await asyncio.sleep(0.1)
+
     async def never_read(self) -> None:
         asked = {"model": "harbour", "messages": ASK, "max_tokens": 64, "stream": True}
         async with (httpx.AsyncClient(base_url=self.url, timeout=PATIENCE) as http,
                     http.stream("POST", "/v1/chat/completions", json=asked)):
             await self.stop.wait()
 
+    def told(self, since: int = 0) -> list[tuple[str, str]]:
+        """Model and answer of each, from number `since` on."""
+        return [(name, answer) for name, answer, _ in self.answered[since:]]
+
     async def more(self, count: int) -> None:
         """Until so many more are answered."""
-        wanted, deadline = len(self.answered) + count, time.monotonic() + PATIENCE
-        while len(self.answered) < wanted:
+        wanted = len(self.answered) + count
+        await self.until(lambda: len(self.answered) >= wanted)
+
+    async def until(self, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not reached():
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
+
+
+def test_under_load_a_damaged_cartridge_and_a_moved_alias_cost_no_request(
+        client, url, registry, tiny_model_dir, tmp_path):
+    base, published = load_stock(tiny_model_dir), Registry(registry)
+    version = publish(base, published, "ruined", TEXTS["orchard"], tmp_path)
+    weights = registry / "ruined" / version / "cartridge.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    publish(base, published, "moving", TEXTS["harbour"], tmp_path)
+    expected = {name: ask(client, name) for name in ["base", *TEXTS]}
+    before, after = expected["harbour"], expected["orchard"]
+
+    async def go_through_it() -> tuple[Crowd, int]:
+        crowd = Crowd(url, [*expected, "moving"])
+        async with asyncio.TaskGroup() as tasks:
+            for one in (*[crowd.ask] * 4, crowd.never_read):
+                tasks.create_task(one())
+            tasks.create_task(crowd.ask_the_damaged("ruined"))
+            await crowd.until(lambda: ("moving", before) in crowd.told())
+            moved = len(crowd.answered)
+            await asyncio.to_thread(publish, base, published, "moving", TEXTS["orchard"], tmp_path)
+            await crowd.until(lambda: ("moving", after) in crowd.told(moved))
+            settled = len(crowd.answered) + 4  # those that ran on the old version while the first asked the new one
+            await crowd.more(24)
+            await crowd.until(lambda: crowd.refused > 3)
+            crowd.stop.set()
+        return crowd, settled
+
+    crowd, settled = asyncio.run(go_through_it())
+    assert not crowd.lost
+    assert {(name, answer) for name, answer in crowd.told() if name != "moving"} == set(expected.items())
+    assert {answer for name, answer in crowd.told() if name == "moving"} == {before, after}
+    assert {answer for name, answer in crowd.told(settled) if name == "moving"} == {after}
+    assert metric(url, 'cartridges_loads_total{model="ruined",result="error"}') > 0
 
 
 def test_under_load_a_lost_replica_costs_its_own_requests_alone(process, client, url, registry):
