@@ -5,8 +5,8 @@ scheduler side reports that their KV exists elsewhere, and the worker side write
 as in any KV cache) and values into the blocks. From then on they are ordinary prefix-cache blocks: shared, evicted,
 loaded again.
 
-Writes go through the attention layer's own cache update, so no layout is assumed. This has run on the CPU build; on
-CUDA it calls vLLM's `reshape_and_cache_flash`, which has not been run.
+Writes go through the attention layer's own cache update, so no layout is assumed. What has run on a CPU and on a GPU,
+docs/vllm.md tells.
 """
 
 from dataclasses import dataclass, field

@@ -11,6 +11,8 @@ from cartridges.errors import UserError
 from cartridges.models import choose_dtype
 from cartridges.records import KVShape
 
+INSTALL = "run `make vllm` (its CPU build), or on a GPU `.venv/bin/pip install -e '.[vllm]'`"
+
 
 def is_installed() -> bool:
     return find_spec("vllm") is not None
@@ -19,7 +21,7 @@ def is_installed() -> bool:
 def wants_vllm(engine: EngineName, where: str) -> bool:
     """Whether `engine`, the value of the setting `where`, selects vLLM. Raises `UserError` for a missing vLLM."""
     if engine == "vllm" and not is_installed():
-        raise UserError(f"{where} is vllm, but vLLM is not installed; `make vllm` installs it")
+        raise UserError(f"{where} is vllm, but vLLM is not installed; {INSTALL}")
     return engine == "vllm" or (engine == "auto" and is_installed())
 
 
@@ -73,7 +75,7 @@ def prepare(in_process: bool) -> None:
     from torch.cuda import is_available as cuda_is_available
 
     if not is_installed():
-        raise UserError("vLLM is not installed; run `make vllm`, or use the transformers engine")
+        raise UserError(f"vLLM is not installed; {INSTALL}, or use the transformers engine")
     defaults = {
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout belongs to --json
         "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1",

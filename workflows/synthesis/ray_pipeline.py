@@ -53,6 +53,7 @@ def _run_pipeline(output: Path, settings: BuildSettings, placed: Placement, tota
     import ray
     from ray.data import ActorPoolStrategy, DataContext
     from ray.data.checkpoint import CheckpointConfig
+    from ray.exceptions import RayActorError
 
     from workflows.synthesis.failures import Tolerance, count_failed, too_many
 
@@ -76,7 +77,10 @@ def _run_pipeline(output: Path, settings: BuildSettings, placed: Placement, tota
             num_cpus=placed.num_cpus, num_gpus=placed.num_gpus,
         ).write_parquet(str(work / "parts"))
     except Exception:
-        hopeless = ray.get(tolerance.exceeded.remote())
+        try:
+            hopeless = ray.get(tolerance.exceeded.remote())
+        except RayActorError:  # lost with its node, maybe; what ended the pipeline is what to tell
+            hopeless = None
         if hopeless is None:
             raise
         raise too_many(*hopeless, total, wanted.max_failed_share, work) from None

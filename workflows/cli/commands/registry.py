@@ -97,7 +97,7 @@ def print_shown(result: dict[str, Any], stream: TextIO) -> None:
 
     if result["report_card"] is None:
         print(f"{result['name']}@{result['version']}, {result['num_tokens']} tokens, no report card; "
-              f"`cartridges evaluate {result['name']}` makes one", file=stream)
+              f"`cartridges evaluate {result['name']} --questions FILE` prints one", file=stream)
     else:
         print_report_card(result["report_card"], stream)
     if result["draft"]:
