@@ -4,7 +4,7 @@ As in `merged_attention`, neither scores nor a joined set of keys are written to
 their prefix. Blocks in which no token may look at any other (another conversation, what is ahead, padding) are
 skipped, forwards and backwards; the kernels are compiled once for each shape of a pack.
 
-`tests/test_cuda.py` compares the fused kernels with the definition on a GPU; elsewhere tests run the same calls unfused.
+`tests/test_cuda.py` compares the fused kernels with the definition on a GPU; elsewhere the same calls run unfused.
 """
 
 import logging
