@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cartridges import flex_attention
+from cartridges.flex_attention import flat_attention
 from cartridges.merged_attention import merged_attention, supports
 from cartridges.row_attention import RowKV, attend_rows
 
@@ -57,7 +57,7 @@ class AttentionContext:
       row. Rows of the batch beyond them are padding.
     - `collected`: a list that receives each layer's own (key, value), or None.
     - `observed`: likewise, each layer's (query `[B, H*G, T, D]`, output `[B, T, H*G, D]`).
-    - `blocks`: FlexAttention's block masks for the biases, cached over layers.
+    - `flat`: in place of the biases, FlexAttention's block mask for a batch in which each group is one sequence.
     """
 
     prefix_keys: list[torch.Tensor] | torch.Tensor | None = None
@@ -68,14 +68,7 @@ class AttentionContext:
     rows: Sequence[RowKV] | None = None
     collected: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None)
     observed: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None)
-    blocks: tuple[object, object, flex_attention.Blocks] | None = None
-
-    def block_masks(self, own_bias: torch.Tensor, rows: int) -> flex_attention.Blocks:
-        """For `rows` a group, made once for as long as neither bias is another one."""
-        if self.blocks is None or self.blocks[0] is not self.own_bias or self.blocks[1] is not self.prefix_bias:
-            made = flex_attention.block_masks(self.prefix_bias, own_bias, rows)
-            self.blocks = self.own_bias, self.prefix_bias, made
-        return self.blocks[2]
+    flat: object | None = None
 
 
 def cartridge_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, *,
@@ -106,12 +99,11 @@ def _attend(layer: int, query, key, value, scaling: float, context: AttentionCon
             query, key, value, attn_mask=bias, is_causal=bias is None, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2)
     prefix = context.prefix_keys[layer], context.prefix_values[layer]
+    if context.flat is not None:
+        return flat_attention(query, key, value, *prefix, context.flat, scaling)
     own_bias = context.own_bias
     if own_bias is None:
         own_bias = causal_bias(query.shape[2], key.shape[2], query.dtype, query.device).expand(len(query), -1, -1)
-    if flex_attention.supports(query, prefix[0]):
-        blocks = context.block_masks(own_bias, len(query) // len(prefix[0]))
-        return flex_attention.flex_attention(query, key, value, *prefix, blocks, scaling)
     attend = merged_attention if supports(query) else prefix_attention
     return attend(query, key, value, *prefix, context.prefix_bias, own_bias.to(query.dtype), scaling)
 

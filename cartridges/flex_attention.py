@@ -1,84 +1,72 @@
-"""Prefix attention on a GPU in training: FlexAttention over either part, merged by the log-sum-exps.
+"""Attention of a flat pack, on a GPU in training: one FlexAttention a layer over [cartridge; shared turns; rows].
 
-As in `merged_attention`, neither scores nor a joined set of keys are written to memory, and the rows of a group share
-their prefix. Blocks in which no token may look at any other (another conversation, what is ahead, padding) are
-skipped, forwards and backwards; the kernels are compiled once for each shape of a pack.
+A GPU is idle while the host starts kernels, so a pack is one sequence there: the turns that its conversations share go
+through the layers with the rows and not before them, and a block mask says who sees whom. Blocks in which no token sees
+any other (another conversation, what is ahead, padding) are skipped, forwards and backwards. The kernels are compiled
+once for each shape of a pack.
 
 `tests/test_cuda.py` compares the fused kernels with the definition on a GPU; elsewhere the same calls run unfused.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 
 log = logging.getLogger(__name__)
 
-Blocks = tuple[object | None, object]
-"""FlexAttention's block masks over prefix (None: all of it is seen) and own part."""
-
-
 MOST_SHAPES = 256
-"""Compiled kernels kept at once. A pack's shape is its rows, its prefix and how many cartridges are read together;
+"""Compiled kernels kept at once. A pack's shape is its tokens, its prefix and how many cartridges are read together;
 beyond torch's own limit of 8 it would go on unfused, with the whole scores in memory and only a warning."""
 
 
-def supports(query: torch.Tensor, prefix_key: torch.Tensor) -> bool:
-    """Whether to take these kernels: on a GPU with Triton, where there is a gradient.
+def supports(prefix: torch.Tensor) -> bool:
+    """Whether packs behind `prefix` are to be flat: on a GPU with Triton, where there is a gradient.
 
     Passes without one have prefixes of many lengths, and each would be a compilation.
     """
-    needs_gradient = torch.is_grad_enabled() and (query.requires_grad or prefix_key.requires_grad)
-    return needs_gradient and query.is_cuda and _can_compile()
+    return torch.is_grad_enabled() and prefix.is_cuda and _can_compile()
 
 
-def flex_attention(query, key, value, prefix_key, prefix_value, blocks: Blocks, scaling: float,
-                   attend: Callable | None = None):
-    """query `[B, H*G, T, D]`, key/value `[B, H, S, D]`, prefix `[N, H, P, D]` with `B = N*M`. Returns `[B, T, H*G, D]`.
+def owners(segment_ids: torch.Tensor, num_shared: int) -> torch.Tensor:
+    """Whose each token of a flat pack is, int64 `[S + R*T]`: 0 for the shared turns, positive for conversations, and
+    negative for padding. `segment_ids` `[R, T]` are the pack's, with 0 for padding."""
+    R, T = segment_ids.shape
+    row = torch.arange(R, device=segment_ids.device)[:, None]
+    # Padding is its row's own, so that no block holds what rows apart have in common.
+    found = torch.where(segment_ids > 0, row * T + segment_ids, -1 - row)
+    return torch.cat([found.new_zeros(num_shared), found.flatten()])
 
-    `attend`: torch's `flex_attention`, compiled unless given.
+
+def flat_mask(owner: torch.Tensor, prefix_lengths: Sequence[int]):
+    """FlexAttention's block mask for queries `[N, Q]` of these owners over keys [prefix; queries].
+
+    The prefix has as many slots as the longest of `prefix_lengths`, and a group sees its own first ones.
     """
-    (B, HG, T, D), N = query.shape, len(prefix_key)
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    (N, Q), P = owner.shape, max(prefix_lengths)
+    lengths = torch.tensor(prefix_lengths, device=owner.device)
+
+    def sees(group, head, query, key):
+        own = (key - P).clamp(min=0)
+        seen = (owner[group, own] == 0) | (owner[group, own] == owner[group, query])
+        return torch.where(key < P, key < lengths[group], (own <= query) & seen)
+
+    return create_block_mask(sees, N, None, Q, P + Q, device=owner.device)
+
+
+def flat_attention(query, key, value, prefix_key, prefix_value, mask, scaling: float,
+                   attend: Callable | None = None):
+    """query `[N, H*G, Q, D]`, key/value `[N, H, Q, D]`, prefix `[N, H, P, D]`. Returns `[N, Q, H*G, D]`.
+
+    `mask` is of `flat_mask`. `attend`: torch's `flex_attention`, compiled unless given.
+    """
+    keys, values = (torch.cat([before.to(query.dtype), own], dim=2)
+                    for before, own in ((prefix_key, key), (prefix_value, value)))
     attend = attend or _fused()
-    grouped = query.view(N, B // N, HG, T, D).transpose(1, 2).reshape(N, HG, -1, D)
-    of_prefix, prefix_mass = _part(attend, grouped, prefix_key, prefix_value, blocks[0], scaling)
-    of_own, own_mass = _part(attend, query, key, value, blocks[1], scaling)
-    of_prefix, prefix_mass = (part.view(N, HG, B // N, T, -1).transpose(1, 2).reshape(B, HG, T, -1)
-                              for part in (of_prefix, prefix_mass))
-    share = torch.sigmoid(prefix_mass - own_mass).to(of_own.dtype)
-    return torch.lerp(of_own, of_prefix, share).transpose(1, 2)
-
-
-def _part(attend: Callable, query, key, value, block_mask, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, H*G, T, D]`, and `[B, H*G, T, 1]` the log of the softmax's denominator."""
-    from torch.nn.attention.flex_attention import AuxRequest
-
-    output, aux = attend(query, key.to(query.dtype), value.to(query.dtype), block_mask=block_mask, scale=scaling,
-                         enable_gqa=True, return_aux=AuxRequest(lse=True))
-    return output, aux.lse[..., None]
-
-
-def block_masks(prefix_bias: torch.Tensor | None, own_bias: torch.Tensor, rows: int) -> Blocks:
-    """Of biases that are 0 where a token may look and -inf elsewhere: `prefix_bias` `[N, P]`, `own_bias` `[B, T, S]`.
-    `rows`: those of a group."""
-    return None if prefix_bias is None else _over_prefix(prefix_bias, rows * own_bias.shape[1]), _over_own(own_bias)
-
-
-def _over_prefix(bias: torch.Tensor, queries: int):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    seen = bias == 0
-    return create_block_mask(lambda n, head, query, slot: seen[n, slot], len(bias), None, queries, bias.shape[1],
-                             device=bias.device)
-
-
-def _over_own(bias: torch.Tensor):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    seen = bias == 0
-    return create_block_mask(lambda row, head, query, slot: seen[row, query, slot], len(bias), None, *bias.shape[1:],
-                             device=bias.device)
+    return attend(query, keys, values, block_mask=mask, scale=scaling, enable_gqa=True).transpose(1, 2)
 
 
 @cache

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from cartridges import flex_attention
-from cartridges.attention import causal_bias, prefix_attention
 from cartridges.config import OptimizerSettings, TrainSettings
 from cartridges.distill.course import Course
 from cartridges.distill.student import Student
@@ -15,33 +14,28 @@ from cartridges.distill.trainer import TorchStepper, Trainer, forward_packs
 from cartridges.forward import extend, prefill
 from tests.conftest import make_tiny
 from tests.test_distill import cartridge, conversation, gradients, packs
+from tests.test_train_memory import dense
 
 DEVICE = "cuda"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-SHAPES = [(groups, rows, tokens, slots) for groups, rows in ((1, 4), (3, 2))
-          for tokens in (32, 64, 128) for slots in (40, 256)]
-"""More than the 8 variants of one function that torch compiles unless told."""
+SHAPES = [(lengths, rows, tokens, shared) for lengths in ((40,), (256,), (96, 40, 256))
+          for rows, tokens in ((4, 32), (2, 128)) for shared in (0, 50)]
+"""With both dtypes more than the 8 variants of one function that torch compiles unless told."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("groups", "rows", "tokens", "slots"), SHAPES)
-def test_fused_attention_is_the_definition_with_its_gradients(groups, rows, tokens, slots, dtype):
+@pytest.mark.parametrize(("lengths", "rows", "tokens", "shared"), SHAPES)
+def test_fused_attention_is_the_definition_with_its_gradients(lengths, rows, tokens, shared, dtype):
     generator = torch.Generator(DEVICE).manual_seed(0)
-
-    def tensor(*shape):
-        return torch.randn(*shape, generator=generator, device=DEVICE, dtype=dtype).requires_grad_()
-
-    B, D = groups * rows, 64
-    inputs = (tensor(B, 9, tokens, D), tensor(B, 3, tokens, D), tensor(B, 3, tokens, D),
-              tensor(groups, 3, slots, D), tensor(groups, 3, slots, D))
-    closed = torch.arange(slots, device=DEVICE) >= slots - 5 * torch.arange(groups, device=DEVICE)[:, None]
-    bias = torch.zeros(groups, slots, device=DEVICE).masked_fill(closed, float("-inf")) if groups > 1 else None
-    own_bias = causal_bias(tokens, tokens, torch.float32, DEVICE).expand(B, tokens, tokens)
-    blocks = flex_attention.block_masks(bias, own_bias, rows)
-    ours = flex_attention.flex_attention(*inputs, blocks, D ** -0.5)
+    segments = torch.randint(0, 3, (len(lengths), rows, tokens), generator=generator, device=DEVICE).sort(-1).values
+    owner = torch.stack([flex_attention.owners(one.flip(-1), shared) for one in segments])
+    N, Q, P, D = *owner.shape, max(lengths), 64
+    inputs = [torch.randn(*shape, generator=generator, device=DEVICE, dtype=dtype).requires_grad_() for shape in (
+        (N, 9, Q, D), *[(N, 3, Q, D)] * 2, *[(N, 3, P, D)] * 2)]
+    ours = flex_attention.flat_attention(*inputs, flex_attention.flat_mask(owner, lengths), D ** -0.5)
     exact = [one.detach().double().requires_grad_() for one in inputs]
-    expected = prefix_attention(*exact, bias, own_bias, D ** -0.5)
+    expected = dense(*exact, owner, lengths, D ** -0.5)
     upstream = torch.randn(ours.shape, generator=generator, device=DEVICE, dtype=dtype)
     found = [ours, *torch.autograd.grad(ours, inputs, upstream)]
     wanted = [expected, *torch.autograd.grad(expected, exact, upstream.double())]

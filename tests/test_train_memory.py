@@ -1,4 +1,4 @@
-"""What saves memory in training changes nothing: FlexAttention in place of whole scores, layers computed again."""
+"""What saves time or memory in training changes nothing: flat packs on a GPU, layers computed again."""
 
 import functools
 
@@ -7,7 +7,6 @@ import torch
 from torch.nn.attention import flex_attention as flex
 
 from cartridges import attention, flex_attention
-from cartridges.attention import AttentionContext, causal_bias, prefix_attention
 from cartridges.distill.student import Student
 from cartridges.distill.trainer import forward_packs
 from tests.test_distill import cartridge, conversation, gradients, packs
@@ -28,27 +27,41 @@ def unfused(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(("groups", "rows", "heads", "per_head", "padded"),
-                         [(1, 3, 3, 3, False), (2, 2, 2, 1, True)])
-def test_flex_attention_is_prefix_attention_with_its_gradients(unfused, groups, rows, heads, per_head, padded):
-    T, P, D, B = 24, 40, 16, groups * rows
+def dense(query, key, value, prefix_key, prefix_value, owner, lengths, scaling):
+    """Attention of a flat pack by its whole score matrix."""
+    (N, HG, Q, _), H, P = query.shape, key.shape[1], prefix_key.shape[2]
+    keys, values = (torch.cat(pair, 2).repeat_interleave(HG // H, 1)
+                    for pair in ((prefix_key, key), (prefix_value, value)))
+    of_prefix = torch.arange(P, device=query.device) < torch.tensor(lengths, device=query.device)[:, None]
+    own = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])
+    ahead = torch.ones(Q, Q, dtype=torch.bool, device=query.device).tril()
+    seen = torch.cat([of_prefix[:, None].expand(N, Q, P), own & ahead], 2)[:, None]
+    scores = (query @ keys.transpose(2, 3) * scaling).masked_fill(~seen, float("-inf"))
+    return (scores.softmax(-1) @ values).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("lengths", "shared", "heads", "per_head"),
+                         [((40,), 0, 3, 3), ((40,), 9, 3, 3), ((40, 25), 9, 2, 1)])
+def test_a_flat_pack_attends_as_its_definition_with_its_gradients(unfused, lengths, shared, heads, per_head):
+    segments = torch.tensor([[1] * 10 + [2] * 9 + [0] * 5, [1] * 20 + [0] * 4])
+    owner = flex_attention.owners(segments, shared).expand(len(lengths), -1)
+    N, Q, P, D = *owner.shape, max(lengths), 16
     generator = torch.Generator().manual_seed(0)
-
-    def tensor(*shape):
-        return torch.randn(*shape, generator=generator).requires_grad_()
-
-    inputs = (tensor(B, heads * per_head, T, D), tensor(B, heads, T, D), tensor(B, heads, T, D),
-              tensor(groups, heads, P, D), tensor(groups, heads, P, D))
-    closed = torch.rand(groups, P, generator=generator) < 0.4
-    bias = torch.zeros(groups, P).masked_fill(closed, float("-inf")) if padded else None
-    own_bias = causal_bias(T, T, torch.float32, "cpu").expand(B, T, T)
-    upstream = torch.randn(B, T, heads * per_head, D, generator=generator)
-    blocks = flex_attention.block_masks(bias, own_bias, rows)
-    ours = flex_attention.flex_attention(*inputs, blocks, 0.3)
-    expected = prefix_attention(*inputs, bias, own_bias, 0.3)
+    inputs = [torch.randn(*shape, generator=generator).requires_grad_() for shape in (
+        (N, heads * per_head, Q, D), *[(N, heads, Q, D)] * 2, *[(N, heads, P, D)] * 2)]
+    upstream = torch.randn(N, Q, heads * per_head, D, generator=generator)
+    ours = flex_attention.flat_attention(*inputs, flex_attention.flat_mask(owner, lengths), 0.3)
+    expected = dense(*inputs, owner, lengths, 0.3)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     for mine, theirs in zip(*(torch.autograd.grad(one, inputs, upstream) for one in (ours, expected)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_is_of_its_row():
+    """Rows apart have nothing in common, so that their blocks are skipped."""
+    owner = flex_attention.owners(torch.tensor([[1, 1, 0], [1, 2, 0]]), 2)
+    assert owner[:2].tolist() == [0, 0]
+    assert len(set(owner[2:].tolist())) == 5 and (owner[2:] != 0).all() and owner[2] == owner[3]
 
 
 @pytest.mark.parametrize("shared", [0, 11])
@@ -66,15 +79,6 @@ def test_students_learn_the_same_through_flex_attention(tiny_model, request, sha
     for student, (_, grads) in zip(students, expected, strict=True):
         own = student.cartridge
         torch.testing.assert_close([own.trainable_keys.grad, own.trainable_values.grad], grads, atol=1e-5, rtol=1e-3)
-
-
-def test_block_masks_are_made_once_for_all_layers_and_anew_for_other_biases():
-    bias = causal_bias(8, 8, torch.float32, "cpu").expand(2, 8, 8)
-    context = AttentionContext(own_bias=bias)
-    first = context.block_masks(bias, 2)
-    assert context.block_masks(bias.clone(), 2) is first
-    context.own_bias = bias.clone()
-    assert context.block_masks(context.own_bias, 2) is not first
 
 
 @pytest.mark.parametrize("shared", [0, 11])
@@ -118,5 +122,5 @@ def test_compiled_attention_keeps_many_shapes(monkeypatch):
 
 
 def test_on_a_cpu_training_does_not_take_it():
-    query = torch.zeros(1, 2, 4, 8, requires_grad=True)
-    assert not flex_attention.supports(query, query) and attention.supports(query)
+    prefix = torch.zeros(1, 2, 4, 8, requires_grad=True)
+    assert not flex_attention.supports(prefix) and attention.supports(prefix)

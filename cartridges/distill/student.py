@@ -5,12 +5,14 @@ Several students of one base model, each with its own cartridge, can run their p
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from cartridges import flex_attention
 from cartridges.attention import AttentionContext, install
 from cartridges.cartridge import Cartridge
 from cartridges.distill.distractors import ComposedPrefix, DistractorPrefixes
@@ -55,7 +57,7 @@ class Student(nn.Module):
         return ComposedPrefix(self.cartridge.num_tokens, *self.cartridge.upper_keys_values(), self.lower)
 
     def losses(self, hidden: torch.Tensor, pack: Pack) -> LossSums:
-        """Losses from the pack's last hidden states `[R, T, hidden]`."""
+        """Losses from the pack's last hidden states, `[R, T, hidden]` or flat."""
         at_loss = hidden.flatten(0, 1)[pack.loss_positions]
         head = self.model.get_output_embeddings().weight
         with self.gathered(head):  # the loss takes its gradient with it: the backward pass asks for no head
@@ -82,18 +84,29 @@ def pack_shape(pack: Pack) -> tuple[int, ...]:
 
 def _hidden_states(model: PreTrainedModel, loaded: Sequence[ComposedPrefix], packs: Sequence[Pack],
                    recompute: bool) -> Sequence[torch.Tensor]:
-    """`[R, T, hidden]` of each pack, differentiable in its cartridge."""
+    """`[R, T, hidden]` or `[1, R*T, hidden]` of each pack, differentiable in its cartridge."""
     first, num_shared = loaded[0].lower.count, len(packs[0].shared_ids)
     context = _prefixes(loaded, first, model.dtype)
     shared = [one.lower.shared(pack) for one, pack in zip(loaded, packs, strict=True)]
+    positions = [pack.position_ids + one.num_tokens + num_shared for one, pack in zip(loaded, packs, strict=True)]
+    states = [one.lower.states(*of) for one, *of in zip(loaded, packs, shared, positions, strict=True)]
+    run = partial(through_layers, model, context=context, first=first, recompute=recompute)
+    if flex_attention.supports(context.prefix_keys[first]):
+        context.flat = flex_attention.flat_mask(
+            torch.stack([flex_attention.owners(pack.segment_ids, num_shared) for pack in packs]),
+            [one.num_tokens for one in loaded])
+        hidden = run(_flat([one.states for one in shared], states), _flat([one.positions for one in shared], positions))
+        return model.base_model.norm(hidden[:, num_shared:]).chunk(len(packs))
     if num_shared:  # once for all rows of a pack; gradients flow through
         extend_prefix(model, torch.cat([one.states for one in shared]), torch.cat([one.positions for one in shared]),
-                   context, first, recompute=recompute)
-    positions = [pack.position_ids + one.num_tokens + num_shared for one, pack in zip(loaded, packs, strict=True)]
+                      context, first, recompute=recompute)
     context.own_bias = segment_bias(torch.cat([pack.segment_ids for pack in packs]), model.dtype)
-    hidden = torch.cat([one.lower.states(*of) for one, *of in zip(loaded, packs, shared, positions, strict=True)])
-    hidden = through_layers(model, hidden, torch.cat(positions), context, first, recompute=recompute)
-    return model.base_model.norm(hidden).chunk(len(packs))
+    return model.base_model.norm(run(torch.cat(states), torch.cat(positions))).chunk(len(packs))
+
+
+def _flat(shared: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`[N, S + R*T, ...]` of the packs' shared turns `[1, S, ...]` and rows `[R, T, ...]`."""
+    return torch.stack([torch.cat([before[0], own.flatten(0, 1)]) for before, own in zip(shared, rows, strict=True)])
 
 
 def _prefixes(loaded: Sequence[ComposedPrefix], first: int, dtype: torch.dtype) -> AttentionContext:
