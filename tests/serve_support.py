@@ -114,8 +114,8 @@ def serve_process(registry, model_dir, told: Path, *options: str) -> Iterator[su
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-m", "workflows.cli", "serve", "--registry", str(registry), "--port", "0",
                "--model", str(model_dir), *options]
-    with told.open("wb") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, cwd=root,
+    with told.open("wb") as stderr, told.with_suffix(".out").open("wb") as stdout:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=root,
                                    env=os.environ | {"PYTHONPATH": str(root), "RAY_ADDRESS": ""})
     process.told = told
     try:

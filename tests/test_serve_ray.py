@@ -323,6 +323,8 @@ def test_under_load_a_lost_replica_costs_its_own_requests_alone(process, client,
 def test_stopping_finishes_what_runs_and_leaves_no_process(process, url):
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
+    told = process.told.with_suffix(".out")
+    before = len(told.read_text())
     asked = {"model": "orchard", "messages": ASK, "max_tokens": 60, "stream": True}
     with (ThreadPoolExecutor() as threads,
           httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=PATIENCE) as response):
@@ -337,6 +339,7 @@ def test_stopping_finishes_what_runs_and_leaves_no_process(process, url):
     gone, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [child.cmdline() for child in alive]
     assert "Traceback" not in process.told.read_text()
+    assert not told.read_text()[before:], "Ray's farewell"
 
 
 def knock(url: str) -> set[tuple[int, str]]:

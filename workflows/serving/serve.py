@@ -1,5 +1,6 @@
 """`cartridges serve`: the HTTP service on Ray Serve, from start to the last process gone."""
 
+import io
 import logging
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 
 from cartridges.config import BuildSettings
@@ -58,9 +59,10 @@ def running_service(registry: str, settings: BuildSettings) -> Iterator[Service]
     port = settings.serve.port or _free_port(settings.serve.host)
     _check_port(settings.serve.host, port)
     url = f"http://{settings.serve.host}:{port}"
-    with ExitStack() as started:
+    with ExitStack() as ended, ExitStack() as started:
         started.enter_context(local_ray())
         _deploy(registry, settings, port, started)
+        started.callback(_hush, ended)  # the last is the first to be called
         _wait(url)
         yield Service(url, models)
 
@@ -83,6 +85,11 @@ def _deploy(registry: str, settings: BuildSettings, port: int, started: ExitStac
     plain = settings.model_dump(mode="json")
     ray_serve.run(build_app({"registry": registry, "settings": plain}), name=APP, route_prefix="/")
     started.callback(_drain, settings.serve.drain_s)
+
+
+def _hush(ended: ExitStack) -> None:
+    """Until `ended` closes, Ray says nothing on stdout: it would tell that the calls that end its controller failed."""
+    ended.enter_context(redirect_stdout(io.StringIO()))
 
 
 def _drain(seconds: float) -> None:
