@@ -5,7 +5,7 @@ through the layers with the rows and not before them, and a block mask says who 
 any other (another conversation, what is ahead, padding) are skipped, forwards and backwards. The kernels are compiled
 once for each shape of a pack.
 
-`tests/test_cuda.py` compares the fused kernels with the definition on a GPU; elsewhere the same calls run unfused.
+They have not been run on a GPU; `tests/test_cuda.py` is for the next one, and elsewhere the same calls run unfused.
 """
 
 import logging
@@ -17,8 +17,8 @@ import torch
 log = logging.getLogger(__name__)
 
 MOST_SHAPES = 256
-"""Compiled kernels kept at once. A pack's shape is its tokens, its prefix and how many cartridges are read together;
-beyond torch's own limit of 8 it would go on unfused, with the whole scores in memory and only a warning."""
+"""Compiled kernels kept at once, two for each shape of a pack: its tokens, its prefix and how many cartridges are read
+together. Beyond torch's own limit of 8 it would go on unfused, with the whole scores in memory and only a warning."""
 
 
 def supports(prefix: torch.Tensor) -> bool:

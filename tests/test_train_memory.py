@@ -1,6 +1,7 @@
 """What saves time or memory in training changes nothing: flat packs on a GPU, layers computed again."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,10 +66,14 @@ def test_padding_is_of_its_row():
 
 
 @pytest.mark.parametrize("shared", [0, 11])
-def test_students_learn_the_same_through_flex_attention(tiny_model, request, shared):
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("distractors", [(), (0,)])
+def test_students_learn_the_same_from_flat_packs(tiny_model, request, shared, recompute, distractors):
     """A cohort of cartridges of different lengths, read in one pass."""
-    students = [Student(tiny_model, cartridge(p, seed, num_frozen_layers=1)) for seed, p in enumerate((8, 5))]
+    students = [Student(tiny_model, cartridge(p, seed, num_frozen_layers=1), recompute=recompute,
+                        distractors=[cartridge(6, 9)]) for seed, p in enumerate((8, 5))]
     members = [packs([conversation(10 * i + j, shared) for j in range(4)], 0)[0] for i in range(2)]
+    members = [replace(pack, distractors=torch.tensor(distractors, dtype=torch.long)) for pack in members]
     expected = [gradients(student, [pack]) for student, pack in zip(students, members, strict=True)]
     calls = request.getfixturevalue("unfused")
     for student in students:
@@ -113,8 +118,11 @@ def test_compiled_attention_keeps_many_shapes(monkeypatch):
     attend = flex_attention._fused()
     try:
         for tokens in range(16, 16 + 12 * 8, 8):
-            query = torch.randn(1, 2, tokens, 16)
-            attend(query, query, query)
+            for number in range(2):  # who sees whom is another matter in every pack, and no other kernel
+                query = torch.randn(1, 2, tokens, 16)
+                owner = 1 + torch.arange(tokens)[None] // (4 + number)
+                mask = flex_attention.flat_mask(owner, [8])
+                flex_attention.flat_attention(*[query] * 3, *[query[:, :, :8]] * 2, mask, 0.25, attend)
     finally:
         flex_attention._fused.cache_clear()
         torch._dynamo.reset()

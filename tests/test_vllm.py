@@ -312,6 +312,14 @@ def test_ranks_take_their_heads():
     assert [heads[:2][rank_heads(2, 4, rank)] for rank in range(4)] == [[0], [0], [1], [1]]
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU compiles by default")
+def test_nothing_is_compiled_on_a_cpu_unless_wanted(model_dir):
+    def eager(**chosen):
+        return engine_arguments(model_dir, VllmSettings(**chosen), Translator(model_dir).shape, "spool")["enforce_eager"]
+
+    assert eager() is True and eager(enforce_eager=False) is False
+
+
 @pytest.mark.skipif(ON_GPU, reason="vLLM's attention on a GPU has it")
 def test_head_dim_that_the_cpu_build_lacks_is_refused(tiny_model_dir):
     with pytest.raises(UserError, match="head_dim 16"):

@@ -87,27 +87,35 @@ Product = tuple[torch.Tensor, torch.Tensor]
 
 def step_products(base: BaseModel, pack: Pack, num_tokens: int) -> list[Product]:
     """What a step on `pack` multiplies: its dtype, its shapes, the model's own weights."""
-    rows, slots = pack.segment_ids.shape
-    shared = len(pack.shared_ids)
-    products = _pass(base, rows, slots, num_tokens + shared)
-    products += _pass(base, 1, shared, num_tokens) if shared else []
+    (rows, slots), shared = pack.segment_ids.shape, len(pack.shared_ids)
+    attended = [(rows, slots, num_tokens + shared), *([(1, shared, num_tokens)] if shared else [])]
+    tokens = [of * length for of, length, _ in attended]
+    if base.device.startswith("cuda"):
+        tokens = [sum(tokens)]  # a flat pack (flex_attention) goes through a linear map at once
+    products = [product for count in tokens for product in _linear_maps(base, count)]
+    products += [product for one in attended for product in _attention_of(base, *one)]
     slices = round_up(pack.num_loss_tokens, SLICE) // SLICE
     return products + _both_ways(base, SLICE, base.model.get_output_embeddings().weight, {}) * slices
 
 
-def _pass(base: BaseModel, rows: int, slots: int, prefix: int) -> list[Product]:
-    """Of a pass over `rows` rows of `slots` tokens after `prefix` tokens."""
-    config, D = base.model.config, _head_dim(base.model)
-    H = config.num_key_value_heads
-    G = config.num_attention_heads // H
+def _linear_maps(base: BaseModel, tokens: int) -> list[Product]:
+    """Of all layers, for so many tokens at once."""
     made: dict[int, torch.Tensor] = {}
     products = []
     first = {id(linear) for linear in _first_projections(base.model)}
     for linear in _linears(base.model):
-        both = _both_ways(base, rows * slots, linear.weight, made)
+        both = _both_ways(base, tokens, linear.weight, made)
         products += both[:1] if id(linear) in first else both
+    return products
+
+
+def _attention_of(base: BaseModel, rows: int, slots: int, prefix: int) -> list[Product]:
+    """Of all layers, for `rows` rows of `slots` tokens after `prefix` tokens."""
+    config, D = base.model.config, _head_dim(base.model)
+    H = config.num_key_value_heads
+    G = config.num_attention_heads // H
     attention = [*_attention(base, H, rows * G * slots, prefix, D), *_attention(base, rows * H, G * slots, slots, D)]
-    return products + attention * config.num_hidden_layers
+    return attention * config.num_hidden_layers
 
 
 def _both_ways(base: BaseModel, tokens: int, weight: torch.Tensor, made: dict[int, torch.Tensor]):

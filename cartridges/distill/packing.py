@@ -1,8 +1,8 @@
 """Conversations to packs of fixed shape: `rows x row_tokens`, several short conversations a row.
 
 A pack is a pure function of (lengths, seed), so resuming recomputes it. It has rows instead of one long sequence,
-because attention within a row is dense and then costs `row_tokens` per query. There are few shapes, because on a CPU
-a new one costs seconds (oneDNN builds kernels per shape).
+because attention within a row is dense on a CPU and then costs `row_tokens` per query (for a GPU see
+`flex_attention`). There are few shapes, because on a CPU a new one costs seconds (oneDNN builds kernels per shape).
 """
 
 from collections.abc import Sequence
