@@ -315,7 +315,8 @@ def test_ranks_take_their_heads():
 @pytest.mark.skipif(ON_GPU, reason="a GPU compiles by default")
 def test_nothing_is_compiled_on_a_cpu_unless_wanted(model_dir):
     def eager(**chosen):
-        return engine_arguments(model_dir, VllmSettings(**chosen), Translator(model_dir).shape, "spool")["enforce_eager"]
+        arguments = engine_arguments(model_dir, VllmSettings(**chosen), Translator(model_dir).shape, "spool")
+        return arguments["enforce_eager"]
 
     assert eager() is True and eager(enforce_eager=False) is False
 
