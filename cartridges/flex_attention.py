@@ -1,6 +1,6 @@
 """Attention of a flat pack, on a GPU in training: one FlexAttention a layer over [cartridge; shared turns; rows].
 
-A GPU is idle while the host starts kernels, so a pack is one sequence there: the turns that its conversations share go
+Starting a kernel costs a GPU more than a small pack's arithmetic, so a pack is one sequence there: the turns that its conversations share go
 through the layers with the rows and not before them, and a block mask says who sees whom. Blocks in which no token sees
 any other (another conversation, what is ahead, padding) are skipped, forwards and backwards. The kernels are compiled
 once for each shape of a pack.
