@@ -1,8 +1,8 @@
 """Attention of a flat pack, on a GPU in training: one FlexAttention a layer over [cartridge; shared turns; rows].
 
-A small pack's arithmetic was a tenth of a step on a GPU (docs/results.md), so a pack is one sequence there, which starts
-fewer kernels: the turns that its conversations share go through the layers with the rows and not before them, and a
-block mask says who sees whom. Blocks in which no token sees any other (another conversation, what is ahead, padding)
+A small pack's arithmetic was a tenth of a step on a GPU (docs/results.md), so a pack is one sequence there, which
+starts fewer kernels: the turns that its conversations share go through the layers with the rows and not before them.
+A block mask says who sees whom. Blocks in which no token sees any other (another conversation, what is ahead, padding)
 are skipped, forwards and backwards. The kernels are compiled once for each shape of a pack.
 
 They have not been run on a GPU; `tests/test_cuda.py` is for the next one, and elsewhere the same calls run unfused.
