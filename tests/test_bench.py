@@ -2,6 +2,7 @@
 
 
 import json
+import sys
 from contextlib import nullcontext
 
 import pyarrow as pa
@@ -23,7 +24,8 @@ from workflows.bench.conversations import choose_work
 from workflows.bench.extrapolate import extrapolate
 from workflows.bench.padded import pad
 from workflows.bench.sides import make_side
-from workflows.bench.train import SIDES
+from workflows.bench.tables import print_train
+from workflows.bench.train import SIDES, summarize
 from workflows.cli import main
 
 TRAIN = TrainSettings(num_tokens=40, row_tokens=64, pack_tokens=256)
@@ -128,6 +130,20 @@ def test_layers_that_are_not_trained_are_not_counted(tiny_model):
     upper, whole = flops(tiny_model, counts, first_layer=1), flops(tiny_model, counts)
     head = 4 * counts.losses * tiny_model.get_output_embeddings().weight.numel()
     assert (upper - head) * 2 < whole - head, "without the first layer's queries, keys and values going back"
+
+
+def test_a_side_that_ran_out_of_memory_has_no_figures(settings, capsys):
+    rows = [{"round": n, "side": "ours", "seconds": 2.0, "tokens_per_s": 50.0, "matmul_seconds": 1.0} for n in (1, 2)]
+    rows += [{"round": n, "side": "padded", "seconds": 6.0, "tokens_per_s": 16.7} for n in (1, 2)]
+    ours = {"work": {"tokens": 100, "flops_computed": 10, "flops_needed": 8, "packed_tokens": 8, "packed_slots": 10},
+            "machine": {"model": "m", "dtype": "bfloat16", "device": "cuda", "cpus": 2}}
+    held = {"before_bytes": 0, "peak_bytes": 10, "growth_bytes": 10}
+    result = summarize(ours, rows, {"ours": held, "padded": held, "peft": None, "upper": None}, settings)
+    assert result["speedup_vs_padded"] == 3 and result["speedup_vs_peft"] is result["tokens_per_s"]["peft"] is None
+    assert result["matmul_share"] == pytest.approx(0.4)
+    print_train(result, sys.stdout)
+    printed = capsys.readouterr().out
+    assert "3.00x a plain padded loop" in printed and "peft ran out of the GPU's memory" in printed
 
 
 @pytest.mark.slow

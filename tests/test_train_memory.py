@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import flex_attention as flex
 
 from cartridges import attention, flex_attention
+from cartridges.distill.fused_layers import fuse
 from cartridges.distill.student import Student
 from cartridges.distill.trainer import forward_packs
 from tests.test_distill import cartridge, conversation, gradients, packs
@@ -25,6 +26,7 @@ def unfused(monkeypatch):
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
     monkeypatch.setattr(flex_attention, "_fused", lambda: attend)
     monkeypatch.setattr(flex_attention, "supports", lambda *_: torch.is_grad_enabled())
+    monkeypatch.setattr("cartridges.distill.student.fuse", lambda _: None)
     return calls
 
 
@@ -56,6 +58,41 @@ def test_a_flat_pack_attends_as_its_definition_with_its_gradients(unfused, lengt
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     for mine, theirs in zip(*(torch.autograd.grad(one, inputs, upstream) for one in (ours, expected)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("lengths", "rows", "tokens", "shared"), [((40,), 4, 32, 0), ((256,), 2, 128, 50),
+                                                                  ((96, 40, 256), 4, 128, 50), ((512,), 16, 128, 7)])
+def test_the_blocks_are_those_that_torch_finds(lengths, rows, tokens, shared):
+    """Torch asks the definition of each pair."""
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.randint(0, 3, (len(lengths), rows, tokens), generator=generator).sort(-1).values.flip(-1)
+    mask = flex_attention.flat_mask(torch.stack([flex_attention.owners(one, shared) for one in segments]), lengths)
+    N, _, Q, K = mask.shape[0], *mask.shape[1:]
+    expected = flex.create_block_mask(mask.mask_mod, N, None, Q, K, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        counts, indices = getattr(mask, name), name.replace("num_blocks", "indices")
+        assert torch.equal(counts, getattr(expected, name))
+        for one, other, count in zip(getattr(mask, indices).flatten(0, 2), getattr(expected, indices).flatten(0, 2),
+                                     counts.flatten(), strict=True):
+            assert set(one[:count].tolist()) == set(other[:count].tolist())
+    assert mask.seq_lengths == expected.seq_lengths == (shared + rows * tokens, max(lengths) + Q)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fused_layers_give_the_same_gradients(any_tiny_model, recompute):
+    made = packs([conversation(i) for i in range(8)], 0)
+    loss, expected = gradients(Student(any_tiny_model, cartridge(), recompute=recompute), made)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    fuse(any_tiny_model, backend=backend)
+    fused_loss, found = gradients(Student(any_tiny_model, cartridge(), recompute=recompute), made)
+    torch._dynamo.reset()
+    assert graphs and fused_loss == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
 def test_padding_is_of_its_row():

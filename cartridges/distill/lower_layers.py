@@ -1,6 +1,8 @@
 """The layers below the trained ones. Their outputs for a conversation never change, so they are cached."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -13,8 +15,14 @@ from cartridges.forward import extend_prefix, through_layers
 MOST_BYTES = 2 * 2**30
 """Most bytes of cached hidden states. Rows with a conversation that does not fit are computed each time."""
 
-Place = tuple[bytes, int, slice]
-"""A conversation's own tokens, its row, and its place in the row."""
+
+class Place(NamedTuple):
+    """A conversation's own tokens, its row, and where it begins and ends there."""
+
+    tokens: bytes
+    row: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -56,17 +64,18 @@ class LowerLayers:
         if self.count == 0:
             return hidden
         places = _places(pack)
-        unknown = sorted({row for tokens, row, _ in places if tokens not in shared.kept})
+        unknown = sorted({place.row for place in places if place.tokens not in shared.kept})
         if unknown:
             context = AttentionContext(shared.context.prefix_keys, shared.context.prefix_values,
                                        own_bias=segment_bias(pack.segment_ids[unknown], self.model.dtype))
             hidden[unknown] = through_layers(self.model, hidden[unknown], position_ids[unknown], context,
                                              last=self.count)
-        for tokens, row, at in places:
-            if row not in unknown:
-                hidden[row, at] = shared.kept[tokens].to(hidden.device)
-            elif tokens not in shared.kept:
-                self._keep(shared, tokens, hidden[row, at])
+            self._keep(shared, [place for place in places if place.tokens not in shared.kept], hidden)
+        known = [place for place in places if place.row not in unknown]
+        if known:
+            slots = torch.cat([torch.arange(place.first, place.last) + place.row * hidden.shape[1] for place in known])
+            states = torch.cat([shared.kept[place.tokens] for place in known])
+            hidden.flatten(0, 1)[slots.to(hidden.device)] = states.to(hidden.device)
         return hidden
 
     def _read_shared(self, ids: torch.Tensor) -> Shared:
@@ -81,11 +90,16 @@ class LowerLayers:
             hidden = extend_prefix(self.model, hidden, positions, context, last=self.count)
         return Shared(hidden, positions, context)
 
-    def _keep(self, shared: Shared, tokens: bytes, states: torch.Tensor) -> None:
-        size = states.numel() * states.element_size()
-        if self._bytes + size <= self.most_bytes:
-            shared.kept[tokens] = states.to("cpu", copy=True)
-            self._bytes += size
+    def _keep(self, shared: Shared, places: Sequence[Place], hidden: torch.Tensor) -> None:
+        if self._bytes >= self.most_bytes:
+            return
+        hidden = hidden.cpu()  # at once: each copy from a GPU is a wait
+        for place in places:
+            states = hidden[place.row, place.first:place.last]
+            size = states.numel() * states.element_size()
+            if place.tokens not in shared.kept and self._bytes + size <= self.most_bytes:
+                shared.kept[place.tokens] = states.clone()
+                self._bytes += size
 
 
 def _places(pack: Pack) -> list[Place]:
@@ -94,6 +108,6 @@ def _places(pack: Pack) -> list[Place]:
     found = []
     for row, owner in enumerate(owners):
         ends = [0, *((owner[1:] != owner[:-1]).nonzero()[0] + 1).tolist(), len(owner)]
-        found += [(ids[row, first:last].tobytes(), row, slice(first, last))
+        found += [Place(ids[row, first:last].tobytes(), row, first, last)
                   for first, last in zip(ends[:-1], ends[1:], strict=True) if owner[first]]
     return found

@@ -99,6 +99,7 @@ class Trainer:
         self.checkpoint_every = courses[0].settings.checkpoint_every
         self.next_step = 0
         self.failed: dict[int, str] = {}
+        self._ahead: tuple[int, dict[int, Step]] = -1, {}
 
     def run(self, report: Callable[[StepMetrics], None] = lambda _: None,
             checkpoint: Callable[[int], None] = lambda _: None, until: int | None = None) -> None:
@@ -114,15 +115,23 @@ class Trainer:
     def train_step(self) -> list[StepMetrics]:
         """One step of each unfinished member; `seconds` is its share of the time."""
         start = time.perf_counter()
-        steps = {member: course.step(self.next_step) for member, course in enumerate(self.courses)
-                 if self.next_step < course.steps and member not in self.failed}
+        number, prepared = self._ahead
+        steps = self._prepare(self.next_step) if number != self.next_step else {
+            member: step for member, step in prepared.items() if member not in self.failed}
         sums = self._losses(steps)
+        # While a GPU is still at work: the optimiser's step waits for it.
+        self._ahead = self.next_step + 1, self._prepare(self.next_step + 1)
         norms = self.stepper.step({member: step.lr for member, step in steps.items()})
         self._note_failures(norms)
         self.next_step += 1
         seconds = (time.perf_counter() - start) / max(1, len(steps))
         return [self.courses[member].metrics(member, step, sums[member], norms[member], seconds)
                 for member, step in steps.items() if member not in self.failed]
+
+    def _prepare(self, number: int) -> dict[int, Step]:
+        """Step `number` of each unfinished member."""
+        return {member: course.step(number) for member, course in enumerate(self.courses)
+                if number < course.steps and member not in self.failed}
 
     def _losses(self, steps: Mapping[int, Step]) -> dict[int, list[LossSums]]:
         loss_tokens = {member: step.loss_tokens for member, step in steps.items()}

@@ -68,12 +68,21 @@ class Runner:
         return {"work": work, "machine": machine(self.base), "memory": self._peak_memory()}
 
     def round(self) -> dict[str, Any]:
-        if self.base.device.startswith("cuda"):
-            self.side.round()  # not counted: the allocator begins with nothing, because a round leaves nothing behind
-        self._forget_peak_memory()
-        result = {"seconds": self.side.round(), "memory": self._peak_memory()}
+        """`seconds` is None where the GPU's memory does not suffice."""
+        result = self._round()
         self._leave_memory_to_others()
         return result
+
+    def _round(self) -> dict[str, Any]:
+        import torch
+
+        try:
+            if self.base.device.startswith("cuda"):
+                self.side.round()  # not counted: the allocator begins with nothing, because a round leaves nothing
+            self._forget_peak_memory()
+            return {"seconds": self.side.round(), "memory": self._peak_memory()}
+        except torch.OutOfMemoryError:
+            return {"seconds": None, "memory": None}
 
     def bare(self) -> dict[str, Any]:
         """Seconds of the round's matrix products alone."""

@@ -11,13 +11,15 @@ def print_train(result: dict[str, Any], stream: TextIO) -> None:
     rows = [["side", "conversation tokens/s", "memory before", "growth"]]
     for side, rate in result["tokens_per_s"].items():
         memory = result["memory"][side]
-        rows.append([side, f"{rate:.0f}", human_bytes(memory["before_bytes"]), human_bytes(memory["growth_bytes"])])
+        rows.append([side, "out of memory", "-", "-"] if rate is None else [
+            side, f"{rate:.0f}", human_bytes(memory["before_bytes"]), human_bytes(memory["growth_bytes"])])
     print(_headline(result, f"p {result['num_tokens']}, packs of {result['pack_tokens']}"), file=stream)
     print(file=stream)
     print_table(rows, stream)
     work = result["work"]
-    print(f"\n{result['speedup_vs_peft']:.2f}x PEFT's cartridge tuner, {result['speedup_vs_padded']:.2f}x a plain "
-          f"padded loop; with the upper layers alone {result['speedup_of_upper_vs_peft']:.2f}x PEFT's", file=stream)
+    peft, padded, upper = (_times(result[f"speedup_{of}"]) for of in ("vs_peft", "vs_padded", "of_upper_vs_peft"))
+    print(f"\n{peft} PEFT's cartridge tuner, {padded} a plain padded loop; with the upper layers alone {upper} PEFT's",
+          file=stream)
     print(f"matrix products: {result['matmul_share']:.0%} of {result['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s, "
           f"{result['matmul_share_with_padding']:.0%} with padding counted "
           f"({work['packed_tokens'] / work['packed_slots']:.0%} of the slots are tokens)", file=stream)

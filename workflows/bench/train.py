@@ -72,16 +72,21 @@ def _child(side: str, data: Path, settings: BuildSettings, steps: int) -> ChildP
 
 
 def _measure(children: dict[str, ChildProcess], described, rounds: int, progress: Progress):
-    """Rows of counted rounds, and each side's memory: before its first step, and at most."""
-    rows, tokens = [], described["ours"]["work"]["tokens"]
+    """Rows of counted rounds, and each side's memory: before its first step, and at most. A side for which a GPU's
+    memory does not suffice takes no further part and has neither."""
+    rows, tokens, sides = [], described["ours"]["work"]["tokens"], list(SIDES)
     before = {name: described[name]["memory"] or child.resident_bytes() for name, child in children.items()}
     peaks = dict(before)
     for child in children.values():
         child.forget_peak()
     for number in range(rounds + 1):
         turn = number % len(SIDES)
-        for name in SIDES[turn:] + SIDES[:turn]:
+        for name in [name for name in SIDES[turn:] + SIDES[:turn] if name in sides]:
             result = children[name].ask("round")
+            if result["seconds"] is None:
+                sides.remove(name)
+                progress.update(note=f"{name}: out of memory")
+                continue
             peaks[name] = max(peaks[name], result["memory"] or children[name].peak_bytes)
             row = {"round": number, "side": name, "seconds": result["seconds"],
                    "tokens_per_s": tokens / result["seconds"]}
@@ -90,13 +95,18 @@ def _measure(children: dict[str, ChildProcess], described, rounds: int, progress
                 children[name].forget_peak()  # the bare products' operands are not the trainer's
             rows += [row] if number else []
             progress.update(note=f"{name} {row['tokens_per_s']:.0f} tokens/s")
-    return rows, {name: {"before_bytes": before[name], "peak_bytes": peaks[name],
-                         "growth_bytes": peaks[name] - before[name]} for name in children}
+    if "ours" not in sides:
+        raise UserError("ours ran out of the GPU's memory; lower --pack-tokens or --num-tokens, or set "
+                        "train.gradient_checkpointing=true")
+    return [row for row in rows if row["side"] in sides], {name: {
+        "before_bytes": before[name], "peak_bytes": peaks[name],
+        "growth_bytes": peaks[name] - before[name]} if name in sides else None for name in children}
 
 
 def summarize(ours: dict[str, Any], rows: list[dict[str, Any]], memory: dict[str, Any],
               settings: BuildSettings) -> dict[str, Any]:
-    """The result: ratios as medians over rounds, and everything they come from."""
+    """The result: ratios as medians over rounds, and everything they come from. What a side that ran out of memory
+    would have a part in is None."""
     work = ours["work"]
     seconds = {name: [row["seconds"] for row in rows if row["side"] == name] for name in SIDES}
     bare = [row["matmul_seconds"] for row in rows if row["side"] == "ours"]
@@ -110,7 +120,8 @@ def summarize(ours: dict[str, Any], rows: list[dict[str, Any]], memory: dict[str
         "matmul_share": statistics.median(shares),
         "matmul_share_with_padding": _ratio(bare, seconds["ours"]),
         "matmul_flops_per_s": statistics.median(rates),
-        "tokens_per_s": {name: work["tokens"] / statistics.median(taken) for name, taken in seconds.items()},
+        "tokens_per_s": {name: work["tokens"] / statistics.median(taken) if taken else None
+                         for name, taken in seconds.items()},
         "memory": memory,
         "num_tokens": wanted.num_tokens, "pack_tokens": wanted.pack_tokens, "row_tokens": wanted.row_tokens,
         "work": work, "runs": len(seconds["ours"]), "rows": rows, "machine": ours["machine"],
@@ -118,8 +129,9 @@ def summarize(ours: dict[str, Any], rows: list[dict[str, Any]], memory: dict[str
         "notes": ["tokens are those of the conversations, the shared example turns counted in each of them",
                   "every side trains on the same conversations in as many optimiser steps",
                   "upper trains fewer layers and reads the states below them, as in every epoch but the first",
-                  "one round on each side was not counted: it builds kernels for the shapes"]}
+                  "one round on each side was not counted: it builds kernels for the shapes",
+                  *(f"{name} ran out of the GPU's memory" for name in SIDES if not seconds[name])]}
 
 
-def _ratio(over: list[float], under: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+def _ratio(over: list[float], under: list[float]) -> float | None:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True)) if over and under else None
