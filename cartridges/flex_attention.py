@@ -35,13 +35,13 @@ def supports(prefix: torch.Tensor) -> bool:
 
 
 def owners(segment_ids: torch.Tensor, num_shared: int) -> torch.Tensor:
-    """Whose each token of a flat pack is, int64 `[S + R*T]`: 0 for the shared turns, positive for conversations, and
+    """Whose each token of a flat pack is, int32 `[S + R*T]`: 0 for the shared turns, positive for conversations, and
     negative for padding. `segment_ids` `[R, T]` are the pack's, with 0 for padding."""
     R, T = segment_ids.shape
     row = torch.arange(R, device=segment_ids.device)[:, None]
     # Padding is its row's own, so that no block holds what rows apart have in common.
     found = torch.where(segment_ids > 0, row * T + segment_ids, -1 - row)
-    return torch.cat([found.new_zeros(num_shared), found.flatten()])
+    return torch.cat([found.new_zeros(num_shared), found.flatten()]).int()
 
 
 def flat_mask(owner: torch.Tensor, prefix_lengths: Sequence[int]):
@@ -86,10 +86,13 @@ def flat_attention(query, key, value, prefix_key, prefix_value, mask, scaling: f
 
     `mask` is of `flat_mask`. `attend`: torch's `flex_attention`, compiled unless given.
     """
-    keys, values = (torch.cat([before.to(query.dtype), own], dim=2)
+    # In the backward pass one program sums a block of keys' gradient over all queries that see it. A short prefix has
+    # few blocks, seen by all, so each head of a group gets a copy: 1.9 ms a layer against 3.1 (H100, p = 512).
+    heads = query.shape[1] // key.shape[1]
+    keys, values = (torch.cat([before.to(query.dtype), own], dim=2).repeat_interleave(heads, dim=1)
                     for before, own in ((prefix_key, key), (prefix_value, value)))
     attend = attend or _fused()
-    return attend(query, keys, values, block_mask=mask, scale=scaling, enable_gqa=True).transpose(1, 2)
+    return attend(query, keys, values, block_mask=mask, scale=scaling).transpose(1, 2)
 
 
 @cache

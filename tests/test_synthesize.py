@@ -453,7 +453,7 @@ def wait_for(condition, process, patience_s=900):
 
 @pytest.mark.slow
 def test_two_nodes_make_what_one_makes(tiny_model_dir, corpus_file, tmp_path, monkeypatch):
-    """Without a number of actors there is one for each node; the ids and what is asked do not depend on it."""
+    """Without a number of actors there is one for each node or GPU; the ids and what is asked do not depend on it."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -462,23 +462,23 @@ def test_two_nodes_make_what_one_makes(tiny_model_dir, corpus_file, tmp_path, mo
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
     settings = tiny_settings(tiny_model_dir, num_conversations=32, batch_size=4)
     made = {}
-    for nodes in (1, 2):
-        if nodes == 2:
-            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
-            cluster.add_node(num_cpus=2)
+    for gpus in (None, 0, 1):  # None: one node. Ray is told of GPUs that are not there: what it asks of its callers
+        if gpus is not None:   # is then as with them, and torch, which sees none, computes on the CPU
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": gpus})
+            cluster.add_node(num_cpus=2, num_gpus=gpus)
             ray.init(address=cluster.address, log_to_driver=False)
         try:
-            if nodes == 2:
+            if gpus is not None:
                 placed = placement_here(settings)
-                assert (placed.num_actors, placed.num_cpus) == (2, 1)
-            synthesize(load_corpus(str(corpus_file)), str(tmp_path / str(nodes)), settings, lambda *of: None)
+                assert (placed.num_actors, placed.num_cpus, placed.num_gpus) == (2, 1, gpus or None)
+            synthesize(load_corpus(str(corpus_file)), str(tmp_path / str(gpus)), settings, lambda *of: None)
         finally:
-            if nodes == 2:
+            if gpus is not None:
                 ray.shutdown()
                 cluster.shutdown()
-        made[nodes] = [(row["conversation_id"], row["messages"], row["dropped"]) for row in
-                       shard_rows(tmp_path / str(nodes))]
-    assert made[1] == made[2] and len(made[1]) == 32
+        made[gpus] = [(row["conversation_id"], row["messages"], row["dropped"]) for row in
+                      shard_rows(tmp_path / str(gpus))]
+    assert made[None] == made[0] == made[1] and len(made[None]) == 32
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from cartridges import flex_attention
 from cartridges.attention import AttentionContext, install
 from cartridges.cartridge import Cartridge
 from cartridges.distill.distractors import ComposedPrefix, DistractorPrefixes
-from cartridges.distill.fused_layers import fuse
 from cartridges.distill.losses import LossSums, distillation, next_token
 from cartridges.distill.lower_layers import MOST_BYTES, LowerLayers
+from cartridges.distill.norms import fuse_norms
 from cartridges.distill.packing import Pack, segment_bias
 from cartridges.forward import extend_prefix, through_layers
 
@@ -39,6 +39,7 @@ class Student(nn.Module):
                  kept_bytes: int = MOST_BYTES, recompute: bool = False):
         super().__init__()
         install(model)
+        fuse_norms(model)
         self.model = model.requires_grad_(False)
         self.cartridge = cartridge
         self.loss, self.recompute = loss, recompute
@@ -74,7 +75,7 @@ def forward_joint(students: Sequence[Student], packs: Sequence[Pack]) -> list[Lo
     Cartridges may differ in length.
     """
     loaded = [student.loaded(pack) for student, pack in zip(students, packs, strict=True)]
-    hidden = _hidden_states(students[0], loaded, packs)
+    hidden = _hidden_states(students[0].model, loaded, packs, students[0].recompute)
     return [student.losses(states, pack) for student, states, pack in zip(students, hidden, packs, strict=True)]
 
 
@@ -83,9 +84,9 @@ def pack_shape(pack: Pack) -> tuple[int, ...]:
     return (*pack.input_ids.shape, len(pack.shared_ids))
 
 
-def _hidden_states(student: Student, loaded: Sequence[ComposedPrefix], packs: Sequence[Pack]) -> Sequence[torch.Tensor]:
+def _hidden_states(model: PreTrainedModel, loaded: Sequence[ComposedPrefix], packs: Sequence[Pack],
+                   recompute: bool) -> Sequence[torch.Tensor]:
     """`[R, T, hidden]` or `[1, R*T, hidden]` of each pack, differentiable in its cartridge."""
-    model, recompute = student.model, student.recompute
     first, num_shared = loaded[0].lower.count, len(packs[0].shared_ids)
     context = _prefixes(loaded, first, model.dtype)
     shared = [one.lower.shared(pack) for one, pack in zip(loaded, packs, strict=True)]
@@ -93,8 +94,6 @@ def _hidden_states(student: Student, loaded: Sequence[ComposedPrefix], packs: Se
     states = [one.lower.states(*of) for one, *of in zip(loaded, packs, shared, positions, strict=True)]
     run = partial(through_layers, model, context=context, first=first, recompute=recompute)
     if flex_attention.supports(context.prefix_keys[first]):
-        if not student.lockstep:  # hooks that gather a layer's weights are not for the compiler
-            fuse(model)
         context.flat = flex_attention.flat_mask(
             torch.stack([flex_attention.owners(pack.segment_ids, num_shared) for pack in packs]),
             [one.num_tokens for one in loaded])

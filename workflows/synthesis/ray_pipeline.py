@@ -72,7 +72,7 @@ def _run_pipeline(output: Path, settings: BuildSettings, placed: Placement, tota
         tasks = ray.data.read_parquet(str(work / "tasks.parquet"))
         tasks.repartition(target_num_rows_per_block=wanted.batch_size).map_batches(
             SynthesisActor, fn_constructor_args=(settings, str(output / "chunks.parquet"), placed.beside, tolerance),
-            batch_size=None, batch_format="pyarrow",
+            batch_size=wanted.batch_size, batch_format="pyarrow",  # a block; with GPUs Ray Data wants it said
             compute=ActorPoolStrategy(min_size=placed.num_actors, max_size=placed.most),
             num_cpus=placed.num_cpus, num_gpus=placed.num_gpus,
         ).write_parquet(str(work / "parts"))
