@@ -5,7 +5,7 @@ starts fewer kernels: the turns that its conversations share go through the laye
 A block mask says who sees whom. Blocks in which no token sees any other (another conversation, what is ahead, padding)
 are skipped, forwards and backwards. The kernels are compiled once for each shape of a pack.
 
-They have not been run on a GPU; `tests/test_cuda.py` is for the next one, and elsewhere the same calls run unfused.
+What has run on a GPU, docs/results.md tells; elsewhere the same calls run unfused (`tests/test_train_memory.py`).
 """
 
 import logging

@@ -42,7 +42,7 @@ from workflows.synthesis.failures import (
 )
 from workflows.synthesis.open_synthesizer import check_generation
 from workflows.synthesis.placement import place, threads_here
-from workflows.synthesis.ray_pipeline import CommittedProgress, placement_here
+from workflows.synthesis.ray_pipeline import CommittedProgress, engines_at_once, placement_here
 from workflows.synthesis.synthesize import finish_dataset, require_some, synthesize
 
 CORPUS = "\n\n".join(f"The {name} lighthouse was built in {1800 + i} by {name}son. It has {i + 20} steps."
@@ -276,6 +276,18 @@ def test_actors_go_where_there_is_room():
     assert threads_here(3, 2) == 3 and threads_here(0, 10**6) == 1
 
 
+def test_engines_that_share_cores_count_once():
+    """A budget's calibration measures one that has a node to itself, or its GPUs."""
+    def engines(nodes, gpus_each=1, **how):
+        return place(SynthesizeSettings(**how), nodes, gpus_each).engines
+
+    laptop, node, gpus = {"CPU": 3.0}, {"CPU": 16.0}, {"CPU": 32.0, "GPU": 4.0}
+    assert engines([laptop]) == engines([laptop], num_actors=2) == 1
+    assert engines([node] * 3) == engines([node] * 3, num_actors=6) == 3 and engines([node] * 3, num_actors=1) == 1
+    assert engines([gpus, gpus]) == 8 and engines([gpus, gpus], gpus_each=4) == engines([gpus], num_actors=2) == 2
+    assert engines_at_once(BuildSettings()) >= 1, "of this machine, where no Ray was started"
+
+
 @pytest.mark.parametrize(("cores", "offered"), [(2, 4), (4, 4), (8, 8)])
 def test_a_cpu_is_left_for_reading_and_writing_on_one_machine(monkeypatch, cores, offered):
     """Else Ray Data's own tasks would wait for the actors for ever."""
@@ -471,6 +483,7 @@ def test_two_nodes_make_what_one_makes(tiny_model_dir, corpus_file, tmp_path, mo
             if gpus is not None:
                 placed = placement_here(settings)
                 assert (placed.num_actors, placed.num_cpus, placed.num_gpus) == (2, 1, gpus or None)
+                assert engines_at_once(settings) == 2
             synthesize(load_corpus(str(corpus_file)), str(tmp_path / str(gpus)), settings, lambda *of: None)
         finally:
             if gpus is not None:

@@ -88,7 +88,8 @@ def _trusted(before: float, now: float) -> float:
 
 
 def calibrate(corpus: Corpus, settings: BuildSettings, training: bool = True) -> Rates:
-    """Measure the rates on a few batches of the corpus' conversations and, for `training`, a few steps on them.
+    """Measure the rates on a few batches of the corpus' conversations and, for `training`, a few steps on them. One
+    engine is measured, and counted as often as synthesis will have it.
 
     Raises `UserError` when the filters keep none of those conversations.
     """
@@ -98,6 +99,7 @@ def calibrate(corpus: Corpus, settings: BuildSettings, training: bool = True) ->
     from cartridges.distill.packing import own_lengths
     from cartridges.models import load_base_model, load_tokenizer, resolve_model_dir
     from workflows.synthesis.open_synthesizer import check_generation, runs_on_vllm
+    from workflows.synthesis.ray_pipeline import engines_at_once
 
     check_generation(settings)
     # vLLM asks for most of a GPU at its start: the model comes after it, and is gone before Ray's workers come.
@@ -115,7 +117,7 @@ def calibrate(corpus: Corpus, settings: BuildSettings, training: bool = True) ->
         pack_seconds = WORKER_SLOWDOWN * _time_steps(base, corpus, conversations, settings)
     del base
     torch.cuda.empty_cache()  # nothing without a GPU
-    return Rates(conversation_seconds, pack_seconds, kept, tokens)
+    return Rates(conversation_seconds / engines_at_once(settings), pack_seconds, kept, tokens)
 
 
 def _time_synthesis(base, chunks: Sequence[Chunk],

@@ -17,6 +17,11 @@ class Placement:
     num_cpus: int
     num_gpus: int | None
 
+    @property
+    def engines(self) -> int:
+        """How many times one engine's speed the first actors have: those that share a node's cores count as one."""
+        return self.num_actors if self.num_gpus else -(-self.num_actors // self.beside)
+
 
 def place(wanted: SynthesizeSettings, nodes: Sequence[Mapping[str, float]], gpus_each: int) -> Placement:
     """`nodes`: the resources of each, as Ray names them. An engine takes `gpus_each` GPUs where there are any.

@@ -41,9 +41,26 @@ def placement_here(settings: BuildSettings) -> Placement:
     """Where actors go on the nodes that Ray has now."""
     import ray
 
+    return _placement(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def engines_at_once(settings: BuildSettings) -> int:
+    """How many times one engine's speed synthesis will have, by the nodes of the Ray that it will join, or by this
+    machine where it will start its own."""
+    import ray
+    from torch.cuda import device_count
+
+    from workflows.runtime.local_ray import local_ray
+
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        return _placement(settings, [{"CPU": os.cpu_count() or 1, "GPU": device_count()}]).engines
+    with local_ray():
+        return placement_here(settings).engines
+
+
+def _placement(settings: BuildSettings, nodes: list[dict[str, float]]) -> Placement:
     from cartridges.engines.vllm_setup import gpus_of_an_engine
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if len(nodes) == 1:  # A Ray started here offers at least four CPUs. All cores may compute, if one CPU is left over.
         nodes = [{**nodes[0], "CPU": min(nodes[0].get("CPU", 0), (os.cpu_count() or 1) + 1)}]
     return place(settings.synthesize, nodes, gpus_of_an_engine(settings.vllm, settings.synthesize.engine))
