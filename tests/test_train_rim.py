@@ -293,14 +293,15 @@ def test_training_that_cannot_go_on_says_why(dataset, corpus_file, settings, tmp
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_training_is_one_line_and_keeps_the_checkpoint(dataset, corpus_file, settings, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_ends_training_gets_one_line_and_the_checkpoint(dataset, corpus_file, settings, tmp_path, number):
     output, config, said = tmp_path / "out", tmp_path / "settings.yaml", tmp_path / "stderr"
     config.write_text(settings.model_copy(
         update={"train": settings.train.model_copy(update={"steps": 5000})}).model_dump_json())
     command = ["train", dataset, "--corpus", corpus_file, "--output", output, "--config", config]
     with open(said, "w") as stderr, in_a_process(_COMMAND, *command, stderr=stderr) as process:
         wait_for(lambda: list(output.glob("work/run/checkpoint_*")), process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(120) == 130
     lines = said.read_text().splitlines()
     assert lines[-1] == "cartridges: interrupted; the same command goes on where it stopped"

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -51,9 +53,16 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         _start(num_cpus)
+    _take_sigterm_back()
     with ExitStack() as own:
         (_keeping or own).callback(ray.shutdown)
         yield
+
+
+def _take_sigterm_back() -> None:
+    """Ray's C++ side has set itself before Python's handler, with a stack trace for whoever ends the command."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 @contextmanager
