@@ -179,7 +179,7 @@ class TrainSettings(Settings):
     this length."""
     pack_tokens: int = Field(512, ge=64)
     """Tokens of one pack (a micro batch of fixed shape). The default is small, because on a CPU many small steps learn
-    more in the same time; on a GPU take 8,192 (docs/training.md)."""
+    more in the same time; a GPU wants more, in fewer steps (docs/training.md)."""
     packs_per_step: int = Field(1, ge=1)
     steps: int = Field(0, ge=0)
     """Optimiser steps. 0 derives them from `epochs`."""

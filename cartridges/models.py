@@ -235,6 +235,10 @@ def load_base_model(settings: ModelSettings, device: str | None = None,
             directory, config=config, dtype=dtype, attn_implementation=attn_implementation,
             local_files_only=True, use_safetensors=True, trust_remote_code=False)
     model = model.to(device).eval().requires_grad_(False)
+    if device.startswith("cuda"):  # here, so that teacher, student and report card round alike
+        from cartridges.norms import fuse_norms
+
+        fuse_norms(model)
     return BaseModel(model, tokenizer, template, _identity(directory, config, template),
                      kv_shape(config), device, dtype)
 

@@ -16,7 +16,7 @@ FLOW = (
     "serve_config",
     "records config",
     "documents",
-    "template cartridge readers tables",
+    "template cartridge readers tables norms",
     "jsonl",
     "download models corpus chunking prompts",
     "merged_attention flex_attention row_attention attention forward engines.base compose",

@@ -25,7 +25,7 @@ from workflows.bench.extrapolate import extrapolate
 from workflows.bench.padded import pad
 from workflows.bench.sides import make_side
 from workflows.bench.tables import print_train
-from workflows.bench.train import SIDES, summarize
+from workflows.bench.train import SIDES, bench_train, summarize
 from workflows.cli import main
 
 TRAIN = TrainSettings(num_tokens=40, row_tokens=64, pack_tokens=256)
@@ -144,6 +144,48 @@ def test_a_side_that_ran_out_of_memory_has_no_figures(settings, capsys):
     print_train(result, sys.stdout)
     printed = capsys.readouterr().out
     assert "3.00x a plain padded loop" in printed and "peft ran out of the GPU's memory" in printed
+
+
+class Answering:
+    """In place of a side's process."""
+
+    peak_bytes = 10
+
+    def __init__(self, _, job):
+        self.side = job["side"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def answer(self):
+        return {"work": {"tokens": 100, "flops_computed": 10, "flops_needed": 8}, "machine": {}, "memory": 5}
+
+    def ask(self, request):
+        if request == "bare":
+            return {"seconds": 1.0}
+        return {"seconds": None, "memory": None} if self.side in OUT_OF_MEMORY else {"seconds": 2.0, "memory": 9}
+
+    def forget_peak(self):
+        pass
+
+
+OUT_OF_MEMORY: set[str] = set()
+
+
+def test_a_side_that_runs_out_of_memory_leaves_the_others(settings, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    (tmp_path / "part.parquet").touch()
+    monkeypatch.setattr("workflows.bench.train.ChildProcess", Answering)
+    monkeypatch.setitem(globals(), "OUT_OF_MEMORY", {"peft"})
+    result = bench_train(settings, 2, 1, 10, str(tmp_path))
+    assert [row["side"] for row in result["rows"]].count("padded") == 2 and result["speedup_vs_padded"] == 1
+    assert result["memory"]["peft"] is None and "peft" not in {row["side"] for row in result["rows"]}
+    monkeypatch.setitem(globals(), "OUT_OF_MEMORY", {"ours"})
+    with pytest.raises(UserError, match="lower --pack-tokens"):
+        bench_train(settings, 2, 1, 10, str(tmp_path))
 
 
 @pytest.mark.slow

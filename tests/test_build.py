@@ -116,6 +116,13 @@ def test_calibration_measures_what_a_plan_needs(settings, corpus_file):
     assert 0 < rates.kept <= 1 and rates.tokens > 5
 
 
+def test_a_calibration_counts_every_engine_that_synthesis_will_have(settings, corpus_file, monkeypatch):
+    """One of a million takes no microsecond for a conversation; one alone takes a millisecond at the least."""
+    monkeypatch.setattr("workflows.synthesis.ray_pipeline.engines_at_once", lambda _: 10**6)
+    rates = calibrate(load_corpus(str(corpus_file)), settings, training=False)
+    assert 0 < rates.conversation_seconds < 1e-5 and 0 < rates.kept <= 1
+
+
 def test_a_remembered_rate_stands_while_a_measurement_agrees(settings, corpus_file, monkeypatch):
     """A build beside which the machine was busy must not make every later plan a third as long."""
     corpus, now = load_corpus(str(corpus_file)), Rates(0.1, 0.8, 0.9, 30.0)

@@ -216,6 +216,19 @@ def test_interrupt_is_one_line_and_130(tmp_path, signal_name):
     assert stopped.stderr == "cartridges: interrupted; the same command goes on where it stopped\n"
 
 
+@pytest.mark.slow
+def test_sigterm_beside_a_ray_of_ours_is_one_line(tmp_path):
+    stopped = run_cli("build", "corpus", "--name", "x", cwd=tmp_path, code=(
+        "import os, signal, time; from workflows import cli; from workflows.cli.commands import build\n"
+        "from workflows.runtime.local_ray import local_ray\n"
+        "def killed(args):\n"
+        "    with local_ray():\n"
+        "        os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)\n"
+        "build.run = killed; sys.exit(cli.main())"))
+    assert stopped.returncode == 130
+    assert stopped.stderr == "cartridges: interrupted; the same command goes on where it stopped\n"
+
+
 def test_full_disk_is_one_line(tmp_path):
     full = run_cli("build", "corpus", "--name", "x", cwd=tmp_path, code=(
         "import errno; from workflows import cli; from workflows.cli.commands import build\n"

@@ -12,6 +12,7 @@ from cartridges.distill.course import Course
 from cartridges.distill.student import Student
 from cartridges.distill.trainer import TorchStepper, Trainer, forward_packs
 from cartridges.forward import extend, prefill
+from cartridges.norms import fuse_norms
 from tests.conftest import make_tiny
 from tests.test_distill import cartridge, conversation, gradients, packs
 from tests.test_train_memory import dense
@@ -51,6 +52,7 @@ def test_a_student_has_the_gradients_that_it_has_on_a_cpu(kind, shared, recomput
     made = packs([conversation(i, shared) for i in range(8)], 0)
     expected = gradients(Student(make_tiny(kind), cartridge(num_frozen_layers=1)), made)
     student = Student(make_tiny(kind), cartridge(num_frozen_layers=1), recompute=recompute).to(DEVICE)
+    fuse_norms(student.model)  # as models are loaded to a GPU
     loss, grads = gradients(student, [pack.to(DEVICE) for pack in made])
     assert loss == pytest.approx(expected[0], rel=1e-2)
     for mine, theirs in zip(grads, expected[1], strict=True):

@@ -91,15 +91,17 @@ class LowerLayers:
         return Shared(hidden, positions, context)
 
     def _keep(self, shared: Shared, places: Sequence[Place], hidden: torch.Tensor) -> None:
-        if self._bytes >= self.most_bytes:
-            return
-        hidden = hidden.cpu()  # at once: each copy from a GPU is a wait
+        """Those of `places` that still fit, each text once."""
+        fitting: dict[bytes, Place] = {}
         for place in places:
-            states = hidden[place.row, place.first:place.last]
-            size = states.numel() * states.element_size()
-            if place.tokens not in shared.kept and self._bytes + size <= self.most_bytes:
-                shared.kept[place.tokens] = states.clone()
+            size = (place.last - place.first) * hidden.shape[2] * hidden.element_size()
+            if place.tokens not in fitting and self._bytes + size <= self.most_bytes:
+                fitting[place.tokens] = place
                 self._bytes += size
+        rows = sorted({place.row for place in fitting.values()})
+        states = dict(zip(rows, hidden[rows].cpu(), strict=True))  # at once: each copy from a GPU is a wait
+        for tokens, place in fitting.items():
+            shared.kept[tokens] = states[place.row][place.first:place.last].clone()
 
 
 def _places(pack: Pack) -> list[Place]:

@@ -30,8 +30,8 @@ class Order:
                  num_distractors: int | None = None):
         self.conversations, self.settings, self.seed = conversations, settings, seed
         self.num_distractors = len(settings.distractors) if num_distractors is None else num_distractors
+        self._epochs: dict[int, list[PackPlan]] = {}
         self.per_epoch = len(self._epoch(0))
-        self._cached: tuple[int, list[PackPlan]] = (0, self._epoch(0))
 
     @property
     def steps(self) -> int:
@@ -49,9 +49,7 @@ class Order:
         # Every epoch draws its rows anew, so their number may differ a little: an index beyond this
         # epoch's packs wraps around, which repeats a pack rather than shifting all later ones.
         epoch, within = divmod(index, self.per_epoch)
-        if self._cached[0] != epoch:
-            self._cached = (epoch, self._epoch(epoch))
-        plans = self._cached[1]
+        plans = self._epoch(epoch)
         return replace(plans[within % len(plans)], distractors=self._draw_distractors(index))
 
     def _draw_distractors(self, index: int) -> tuple[int, ...]:
@@ -66,5 +64,9 @@ class Order:
         return tuple(rng.choice(count, drawn, replace=False).tolist())
 
     def _epoch(self, epoch: int) -> list[PackPlan]:
-        return plan_packs(self.conversations, self.settings.row_tokens, self.settings.pack_tokens,
-                          self.seed * 1_000_003 + epoch)
+        if epoch not in self._epochs:
+            # A step's packs are made while the one before, maybe of the last epoch, is still asked for.
+            self._epochs = {kept: plans for kept, plans in self._epochs.items() if kept == epoch - 1}
+            self._epochs[epoch] = plan_packs(self.conversations, self.settings.row_tokens, self.settings.pack_tokens,
+                                             self.seed * 1_000_003 + epoch)
+        return self._epochs[epoch]

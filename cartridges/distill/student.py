@@ -18,7 +18,6 @@ from cartridges.cartridge import Cartridge
 from cartridges.distill.distractors import ComposedPrefix, DistractorPrefixes
 from cartridges.distill.losses import LossSums, distillation, next_token
 from cartridges.distill.lower_layers import MOST_BYTES, LowerLayers
-from cartridges.distill.norms import fuse_norms
 from cartridges.distill.packing import Pack, segment_bias
 from cartridges.forward import extend_prefix, through_layers
 
@@ -39,7 +38,6 @@ class Student(nn.Module):
                  kept_bytes: int = MOST_BYTES, recompute: bool = False):
         super().__init__()
         install(model)
-        fuse_norms(model)
         self.model = model.requires_grad_(False)
         self.cartridge = cartridge
         self.loss, self.recompute = loss, recompute

@@ -99,8 +99,11 @@ class Runner:
 
     def _leave_memory_to_others(self) -> None:
         """The sides share one GPU: what a side's allocator keeps for its next round, the others would lack."""
+        import gc
+
         import torch
 
+        gc.collect()  # a trainer that ran out of memory is held by cycles
         if self.base.device.startswith("cuda"):
             torch.cuda.empty_cache()
 

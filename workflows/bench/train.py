@@ -84,6 +84,9 @@ def _measure(children: dict[str, ChildProcess], described, rounds: int, progress
         for name in [name for name in SIDES[turn:] + SIDES[:turn] if name in sides]:
             result = children[name].ask("round")
             if result["seconds"] is None:
+                if name == "ours":
+                    raise UserError("ours ran out of the GPU's memory; lower --pack-tokens or --num-tokens, or set "
+                                    "train.gradient_checkpointing=true")
                 sides.remove(name)
                 progress.update(note=f"{name}: out of memory")
                 continue
@@ -95,9 +98,6 @@ def _measure(children: dict[str, ChildProcess], described, rounds: int, progress
                 children[name].forget_peak()  # the bare products' operands are not the trainer's
             rows += [row] if number else []
             progress.update(note=f"{name} {row['tokens_per_s']:.0f} tokens/s")
-    if "ours" not in sides:
-        raise UserError("ours ran out of the GPU's memory; lower --pack-tokens or --num-tokens, or set "
-                        "train.gradient_checkpointing=true")
     return [row for row in rows if row["side"] in sides], {name: {
         "before_bytes": before[name], "peak_bytes": peaks[name],
         "growth_bytes": peaks[name] - before[name]} if name in sides else None for name in children}

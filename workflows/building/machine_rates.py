@@ -102,6 +102,7 @@ def calibrate(corpus: Corpus, settings: BuildSettings, training: bool = True) ->
     from workflows.synthesis.ray_pipeline import engines_at_once
 
     check_generation(settings)
+    engines = engines_at_once(settings)
     # vLLM asks for most of a GPU at its start: the model comes after it, and is gone before Ray's workers come.
     base = None if runs_on_vllm(settings) else load_base_model(settings.model)
     tokenizer = base.tokenizer if base else load_tokenizer(resolve_model_dir(settings.model))
@@ -117,7 +118,7 @@ def calibrate(corpus: Corpus, settings: BuildSettings, training: bool = True) ->
         pack_seconds = WORKER_SLOWDOWN * _time_steps(base, corpus, conversations, settings)
     del base
     torch.cuda.empty_cache()  # nothing without a GPU
-    return Rates(conversation_seconds / engines_at_once(settings), pack_seconds, kept, tokens)
+    return Rates(conversation_seconds / engines, pack_seconds, kept, tokens)
 
 
 def _time_synthesis(base, chunks: Sequence[Chunk],

@@ -47,22 +47,19 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    # Ray takes SIGTERM over: `sys.exit` in Python, and a stack trace by its C++ side.
+    in_main, before = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGTERM)
     # It says at every start that the default (token authentication) is the default.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
     if join:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         _start(num_cpus)
-    _take_sigterm_back()
+    if in_main:
+        signal.signal(signal.SIGTERM, before)
     with ExitStack() as own:
         (_keeping or own).callback(ray.shutdown)
         yield
-
-
-def _take_sigterm_back() -> None:
-    """Ray's C++ side has set itself before Python's handler, with a stack trace for whoever ends the command."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 @contextmanager

@@ -9,18 +9,15 @@ from cartridges.config import SynthesizeSettings
 
 @dataclass(frozen=True)
 class Placement:
-    """`num_actors` at first and `most` in the end. `beside`: actors that share a node, and so its cores."""
+    """`num_actors` at first and `most` in the end. `beside`: actors that share a node, and so its cores. `engines`: how
+    many times the speed of one engine alone the first actors have, since those that share cores or wait add none."""
 
     num_actors: int
     most: int
     beside: int
     num_cpus: int
     num_gpus: int | None
-
-    @property
-    def engines(self) -> int:
-        """How many times one engine's speed the first actors have: those that share a node's cores count as one."""
-        return self.num_actors if self.num_gpus else -(-self.num_actors // self.beside)
+    engines: int
 
 
 def place(wanted: SynthesizeSettings, nodes: Sequence[Mapping[str, float]], gpus_each: int) -> Placement:
@@ -38,7 +35,8 @@ def place(wanted: SynthesizeSettings, nodes: Sequence[Mapping[str, float]], gpus
     cpus = int(min((node.get("CPU", 1) for node, room in zip(nodes, slots, strict=True) if room), default=1))
     threads = wanted.threads_per_actor or max(1, cpus // beside)
     num_cpus = max(1, min(threads, (cpus - 1) // beside))
-    return Placement(num_actors, most, beside, num_cpus, gpus_each if on_gpu else None)
+    return Placement(num_actors, most, beside, num_cpus, gpus_each if on_gpu else None,
+                     max(1, min(num_actors, sum(slots))))
 
 
 def threads_here(threads: int, beside: int) -> int:

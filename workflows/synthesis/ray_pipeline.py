@@ -55,7 +55,9 @@ def engines_at_once(settings: BuildSettings) -> int:
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
         return _placement(settings, [{"CPU": os.cpu_count() or 1, "GPU": device_count()}]).engines
     with local_ray():
-        return placement_here(settings).engines
+        placed = placement_here(settings)
+        free = ray.available_resources().get("GPU", 0)  # without the driver's own, and what others hold
+    return max(1, min(placed.engines, int(free // placed.num_gpus))) if placed.num_gpus else placed.engines
 
 
 def _placement(settings: BuildSettings, nodes: list[dict[str, float]]) -> Placement:
