@@ -21,7 +21,6 @@ MOST_SHAPES = 256
 """Compiled kernels kept at once, two for each shape of a pack: its tokens, its prefix and how many cartridges are read
 together. Beyond torch's own limit of 8 it would go on unfused, with the whole scores in memory and only a warning."""
 
-
 BLOCK = 128
 """Tokens of a block of the mask."""
 

@@ -47,7 +47,7 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Ray takes SIGTERM over: `sys.exit` in Python, and a stack trace by its C++ side.
+    # Ray takes SIGTERM over: `sys.exit` in Python, and a stack trace by its C++ side. Whoever has a handler keeps it.
     in_main, before = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGTERM)
     # It says at every start that the default (token authentication) is the default.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel("ERROR")
@@ -55,7 +55,7 @@ def local_ray(num_cpus: int | None = None) -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     else:
         _start(num_cpus)
-    if in_main:
+    if in_main and callable(before):
         signal.signal(signal.SIGTERM, before)
     with ExitStack() as own:
         (_keeping or own).callback(ray.shutdown)
